@@ -1,0 +1,484 @@
+"""Every architecture, and the checkpoints that hold them.
+
+    python network.py list
+    python network.py summary resnet18_imagenet
+    python network.py summary convnet --dropout=0.2 --image_size=64
+
+A network is an `nn.Sequential` of stages that carry the names of its paper: `conv1`, `conv2_x` …
+`conv5_x`, `fc`. Most are one line of text or data in `NETWORKS`.
+
+stage of resnet18_imagenet    output at 224      parameters
+conv1                         64×112×112              9 536
+conv2_x                       64×56×56              147 968
+conv3_x                       128×28×28             525 568
+conv4_x                       256×14×14           2 099 712
+conv5_x                       512×7×7             8 393 728
+fc                            10                      5 130    (in all 11 181 642)
+"""
+
+import hashlib
+import inspect
+import io
+import os
+import sys
+import typing
+import zipfile
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU,
+               "silu": nn.SiLU}
+
+
+# ---------------------------------------------------------------------------- building blocks
+
+
+def activation_layer(name):
+    """The activation called `name` as a new module; in place where that is safe."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name}: must be one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name](inplace=True) if name != "gelu" else nn.GELU()
+
+
+def conv_bn(inputs, outputs, kernel, stride=1, activation=None):
+    """A convolution without bias, padded to keep the size, batch norm, and maybe an activation."""
+    layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+              nn.BatchNorm2d(outputs)]
+    return layers + ([activation_layer(activation)] if activation else [])
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut (He et al. 2016, figure 5, left)."""
+
+    expansion = 1
+
+    def __init__(self, inputs, width, stride, activation, shortcut):
+        super().__init__()
+        self.residual = nn.Sequential(*conv_bn(inputs, width, 3, stride, activation),
+                                      *conv_bn(width, width, 3))
+        self.shortcut = shortcut(inputs, width, stride)
+        self.activation = activation_layer(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N×C×H×W to N×width×H/stride×W/stride."""
+        return self.activation(self.residual(x) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolutions and a shortcut (He et al. 2016, figure 5, right).
+
+    The stride is at the 3×3 convolution, as in torchvision.
+    """
+
+    expansion = 4
+
+    def __init__(self, inputs, width, stride, activation, shortcut):
+        super().__init__()
+        outputs = width * self.expansion
+        self.residual = nn.Sequential(*conv_bn(inputs, width, 1, 1, activation),
+                                      *conv_bn(width, width, 3, stride, activation),
+                                      *conv_bn(width, outputs, 1))
+        self.shortcut = shortcut(inputs, outputs, stride)
+        self.activation = activation_layer(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N×C×H×W to N×4·width×H/stride×W/stride."""
+        return self.activation(self.residual(x) + self.shortcut(x))
+
+
+def projection_shortcut(inputs, outputs, stride):
+    """Identity, or a strided 1×1 convolution where the shape changes (He et al., option B)."""
+    if inputs == outputs and stride == 1:
+        return nn.Identity()
+    return nn.Sequential(*conv_bn(inputs, outputs, 1, stride))
+
+
+class PaddedShortcut(nn.Module):
+    """Identity by strided slicing and zero channels, free of parameters (He et al., option A)."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.stride, self.extra = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N×C×H×W to N×(C + extra)×H/stride×W/stride."""
+        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, 0, self.extra))
+
+
+# ---------------------------------------------------------------------------- architectures
+
+
+def flat_size(features, image_size):
+    """Number of values that `features` makes of one 3×image_size×image_size image."""
+    with torch.no_grad():
+        values = features.eval()(torch.zeros(1, 3, image_size, image_size)).numel()
+    features.train()
+    return values
+
+
+def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
+          activation: str = "relu", batch_norm: bool = False):
+    """A network without branches, from a line of text: convolutions, then linear layers.
+
+    In `layers`, `64k3p1` is a convolution to 64 channels with a 3×3 kernel and padding 1, `M` and
+    `A` are 2×2 max- and average-pooling, after which comes `dropout` and a new stage `conv<n>`.
+    `hidden` are the widths of the linear layers before the last.
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: must be at least 0 and less than 1")
+    stages, channels = [[]], 3
+    for word in layers.split():
+        if word in "MA":
+            stages[-1].append(nn.MaxPool2d(2) if word == "M" else nn.AvgPool2d(2))
+            stages[-1] += [nn.Dropout(dropout)] if dropout else []
+            stages.append([])
+            continue
+        outputs, _, rest = word.partition("k")
+        kernel, _, padding = rest.partition("p")
+        stages[-1].append(nn.Conv2d(channels, int(outputs), int(kernel), padding=int(padding or 0)))
+        channels = int(outputs)
+        stages[-1] += [nn.BatchNorm2d(channels)] if batch_norm else []
+        stages[-1].append(activation_layer(activation))
+    network = nn.Sequential(OrderedDict(
+        (f"conv{number}", nn.Sequential(*stage)) for number, stage in enumerate(stages, 1) if stage
+    ))
+    widths = [flat_size(network, image_size), *hidden]
+    linear = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        linear += [nn.Linear(inputs, outputs), activation_layer(activation)]
+    network.add_module("flatten", nn.Flatten())
+    network.add_module("fc", nn.Sequential(*linear, nn.Linear(widths[-1], classes)))
+    return network
+
+
+def vgg(layers, hidden=(), *, classes=10, image_size=32, dropout: float = 0.0,
+        activation: str = "relu", batch_norm: bool = False):
+    """A `plain` network with He initialisation, which VGG's depth needs (He et al. 2015)."""
+    network = plain(layers, hidden, classes=classes, image_size=image_size, dropout=dropout,
+                    activation=activation, batch_norm=batch_norm)
+    return he_initialization(network)
+
+
+def simple_cnn(*, classes=10, image_size=32, channels: tuple[int, ...] = (18,),
+               hidden: tuple[int, ...] = (64,), dropout: float = 0.0, activation: str = "relu"):
+    """The small CNN of the trials: 3×3 and then 4×4 convolutions, each before a max-pool."""
+    kernels = ["k3p1"] + ["k4p1"] * len(channels)
+    layers = " ".join(f"{width}{kernel} M" for width, kernel in zip(channels, kernels))
+    return plain(layers, hidden, classes=classes, image_size=image_size, dropout=dropout,
+                 activation=activation)
+
+
+def resnet(block, depths, first_width, stem, shortcut=projection_shortcut, *, classes=10,
+           image_size=32, activation: str = "relu", width: int | None = None):
+    """A residual network (He et al. 2016): `conv1`, stages `conv2_x` …, average pool, `fc`.
+
+    `stem` is `cifar` (3×3) or `imagenet` (7×7 with stride 2, then a 3×3 max-pool with stride 2).
+    The stages are `width`, 2·width, 4·width … wide and each but the first halves the size.
+    """
+    width = first_width if width is None else width
+    kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+    network = nn.Sequential()
+    network.conv1 = nn.Sequential(*conv_bn(3, width, kernel, stride, activation))
+    inputs = width
+    for stage, depth in enumerate(depths):
+        blocks = [nn.MaxPool2d(3, 2, 1)] if stem == "imagenet" and stage == 0 else []
+        for number in range(depth):
+            first_of_later_stage = stage > 0 and number == 0
+            blocks.append(block(inputs, width * 2**stage, 2 if first_of_later_stage else 1,
+                                activation, shortcut))
+            inputs = width * 2**stage * block.expansion
+        network.add_module(f"conv{stage + 2}_x", nn.Sequential(*blocks))
+    network.pool = nn.AdaptiveAvgPool2d(1)
+    network.flatten = nn.Flatten()
+    network.fc = nn.Linear(inputs, classes)
+    return he_initialization(network)
+
+
+def he_initialization(network):
+    """Normal weights for every convolution, std √(2 / fan out) (He et al. 2015, section 2.2)."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network
+
+
+VGG_LAYERS = {
+    11: "64 M 128 M 256 256 M 512 512 M 512 512 M",
+    13: "64 64 M 128 128 M 256 256 M 512 512 M 512 512 M",
+    16: "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512 M",
+    19: "64 64 M 128 128 M 256 256 256 256 M 512 512 512 512 M 512 512 512 512 M",
+}
+VGG_LAYERS = {depth: " ".join(word if word == "M" else f"{word}k3p1" for word in layers.split())
+              for depth, layers in VGG_LAYERS.items()}
+TRIAL_HIDDEN = (360, 252, 99, 30)
+
+NETWORKS = {
+    "lenet": partial(plain, "6k5 M 16k5 M", (120, 84)),
+    "lenet5_color": partial(plain, "18k5p1 A 48k5p1 A", (360, 252, 30)),
+    "convnet": partial(plain, "32k3 32k3 M 64k3 64k3 M", (512,)),
+    "convnet_large": partial(plain, "32k3 64k3 M 128k3 256k3 M", (1024, 512)),
+    "simple_cnn": simple_cnn,
+    "trial_3conv": partial(plain, "18k3p1 M 54k3p1 M 108k3p1 M", TRIAL_HIDDEN),
+    "trial_4conv": partial(plain, "18k3p1 M 54k3p1 M 108k3p1 M 216k3p1 M", TRIAL_HIDDEN),
+    "trial_4conv_late_pool": partial(plain, "18k3p1 54k3p1 M 108k3p1 M 216k3p1 M", TRIAL_HIDDEN),
+    "vgg16_1x1": partial(plain, "64k3p1 64k3p1 M 128k3p1 128k3p1 M 256k3p1 256k3p1 256k1 M "
+                                "512k3p1 512k3p1 512k1 M 512k3p1 512k3p1 512k1 M", (256, 256)),
+    "vgg_a": partial(vgg, VGG_LAYERS[11], (512, 512)),
+    "vgg_a_bn": partial(vgg, VGG_LAYERS[11], (512, 512), batch_norm=True),
+    **{f"vgg{depth}": partial(vgg, layers) for depth, layers in VGG_LAYERS.items()},
+    **{f"vgg{depth}_bn": partial(vgg, layers, batch_norm=True)
+       for depth, layers in VGG_LAYERS.items()},
+    "resnet18": partial(resnet, BasicBlock, (2, 2, 2, 2), 64, "cifar"),
+    "resnet34": partial(resnet, BasicBlock, (3, 4, 6, 3), 64, "cifar"),
+    "resnet50": partial(resnet, Bottleneck, (3, 4, 6, 3), 64, "cifar"),
+    "resnet20": partial(resnet, BasicBlock, (3, 3, 3), 16, "cifar", PaddedShortcut),
+    "resnet56": partial(resnet, BasicBlock, (9, 9, 9), 16, "cifar", PaddedShortcut),
+    "resnet18_imagenet": partial(resnet, BasicBlock, (2, 2, 2, 2), 64, "imagenet"),
+}
+
+
+def image_size_of(name):
+    """The side of the images that network `name` is meant for, in pixels."""
+    return 224 if name.endswith("_imagenet") else 32
+
+
+def options_of(name):
+    """The options of network `name`: {option: (type, default)}."""
+    if name not in NETWORKS:
+        raise ValueError(f"model={name}: no such network; known: {', '.join(NETWORKS)}")
+    constructor = NETWORKS[name]
+    function = getattr(constructor, "func", constructor)
+    hints = typing.get_type_hints(function)
+    return {option: (hints[option], parameter.default)
+            for option, parameter in inspect.signature(constructor).parameters.items()
+            if option in hints and option not in getattr(constructor, "keywords", {})}
+
+
+def build(name, classes=10, image_size=None, **options):
+    """Network `name` with fresh weights. Every network maps N×3×S×S images to N×classes logits.
+
+    Raises ValueError for an unknown network, an option it does not have, a value out of range,
+    or images too small for it.
+    """
+    known = options_of(name)
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}; its options: {', '.join(known)}")
+        sizes = value if isinstance(value, (tuple, list)) else [value]
+        if any(isinstance(size, int) and not 0 < size <= 4096 for size in sizes
+               if not isinstance(size, bool)):
+            raise ValueError(f"{option}={value}: must be from 1 to 4096")
+    image_size = image_size or image_size_of(name)
+    if not (1 <= image_size <= 1024 and 1 <= classes <= 100_000):
+        raise ValueError(f"image_size={image_size}, classes={classes}: must be from 1 to 1024, "
+                         f"and from 1 to 100000")
+    try:
+        with torch.device("meta"):
+            check = NETWORKS[name](classes=classes, image_size=image_size, **options)
+            check.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} cannot take {image_size}×{image_size} images with {options}: "
+                         f"{str(error).splitlines()[0]}") from error
+    if torch.get_default_device().type == "meta":
+        return check.train()
+    return NETWORKS[name](classes=classes, image_size=image_size, **options)
+
+
+def find_layer(network, layer):
+    """The module with the dotted path `layer`; ValueError lists the paths there are."""
+    modules = dict(network.named_modules())
+    if not layer or layer not in modules:
+        top = [name for name in modules if name and name.count(".") == 0]
+        raise ValueError(f"layer={layer}: the network has no such layer; it has {', '.join(top)} "
+                         f"and, inside them, paths such as {[*modules][-1]}")
+    return modules[layer]
+
+
+def last_linear(network):
+    """The last linear layer: what goes into it are the penultimate features."""
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError("the network has no linear layer")
+    return linear[-1]
+
+
+# ---------------------------------------------------------------------------- summary
+
+
+def stages(network, image_size):
+    """One row a stage: (name, output shape C×H×W, parameters, multiply-adds an image).
+
+    Shapes and counts are found on the meta device; nothing is computed.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shapes, handles = {}, []
+    for name, module in network.named_children():
+        handles.append(module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: shapes.update({name: output.shape[1:]})))
+    device = next(network.parameters()).device
+    training = network.training
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    finally:
+        network.train(training)
+        for handle in handles:
+            handle.remove()
+    operations = {name.rpartition(".")[2]: sum(counts.values()) // 2
+                  for name, counts in counter.get_flop_counts().items() if name.count(".") == 1}
+    return [(name, tuple(shapes[name]), count_parameters(module), operations.get(name, 0))
+            for name, module in network.named_children()]
+
+
+def count_parameters(network):
+    """Number of trainable values."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def multiply_adds(network, image_size):
+    """Multiply-adds of one image's forward pass."""
+    return sum(row[3] for row in stages(network, image_size))
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+# A checkpoint is what torch.save writes, a zip archive, with the SHA-256 of all bytes before it
+# as the archive's comment; the last 32 bytes of the file. It describes itself: see REQUIRED.
+REQUIRED = {"model": str, "options": dict, "classes": list, "image_size": int, "mean": list,
+            "std": list, "weights": dict, "settings": dict, "epoch": int, "step": int}
+
+
+def save(path, checkpoint):
+    """Write `checkpoint` (see `REQUIRED`) to `path`, all or nothing.
+
+    A reader of `path` sees the old file or the new one, also after a crash or on a full disk.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    content = bytearray(buffer.getbuffer())
+    content[-2:] = (32).to_bytes(2, "little")  # the end record's length of the comment
+    write_atomically(path, content + hashlib.sha256(content).digest())
+
+
+def write_atomically(path, content):
+    """Replace the file `path` by bytes or text `content`; OSError names the file and the cause."""
+    path = Path(path)
+    partial_file = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(partial_file, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_file, path)
+    except OSError as error:
+        partial_file.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error.strerror}); "
+                      f"the file before it, if any, is unchanged") from error
+
+
+def read(path, device="cpu"):
+    """The checkpoint at `path` as a dictionary, verified; runs no code from the file.
+
+    Raises OSError for a missing, damaged or truncated file and ValueError for one that does not
+    describe a network of this package.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from error
+    if len(content) < 64 or hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise OSError(f"{path}: not a checkpoint of this package, or damaged "
+                      f"(its checksum does not match)")
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+        checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except Exception as error:  # the unpickler and the zip reader raise whatever they like
+        raise ValueError(f"{path}: not a checkpoint of this package "
+                         f"({str(error).splitlines()[0] if str(error) else error!r})") from error
+    wrong = [name for name, kind in REQUIRED.items()
+             if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path}: not a checkpoint of this package (no valid {wrong[0]!r})")
+    return checkpoint
+
+
+def load(path, device="cpu"):
+    """The network in the checkpoint at `path`, in evaluation mode, and the checkpoint.
+
+    Memory is bounded by the file: shapes are compared before anything is allocated. Raises what
+    `read` raises.
+    """
+    checkpoint = read(path, device)
+    try:
+        with torch.device("meta"):
+            network = build(checkpoint["model"], len(checkpoint["classes"]),
+                            checkpoint["image_size"], **checkpoint["options"])
+        weights = checkpoint["weights"]
+        for name, tensor in network.state_dict().items():
+            if not isinstance(weights.get(name), Tensor) or weights[name].shape != tensor.shape:
+                raise ValueError(f"weights of {name} are missing or not {tuple(tensor.shape)}")
+        network.load_state_dict(weights, assign=True)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: does not fit its own description ({error})") from error
+    for statistics in (checkpoint["mean"], checkpoint["std"]):
+        if len(statistics) != 3 or not all(isinstance(value, float) for value in statistics):
+            raise ValueError(f"{path}: its normalization is not three numbers a channel")
+    return network.requires_grad_(True).eval(), checkpoint
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+def list_networks():
+    """List every network with its parameters, multiply-adds and options."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("network", "images", "parameters", "multiply-adds", "options")
+    for name in NETWORKS:
+        size = image_size_of(name)
+        with torch.device("meta"):
+            network = build(name)
+        table.add_row(name, f"{size}×{size}", f"{count_parameters(network):,}",
+                      f"{multiply_adds(network, size):,}", ", ".join(options_of(name)))
+    Console().print(table)
+
+
+def summary(model, classes=10, image_size=None, **options):
+    """Print the structure table of MODEL: stage, output shape, parameters, multiply-adds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    image_size = image_size or image_size_of(model)
+    with torch.device("meta"):
+        network = build(model, classes, image_size, **options)
+    table = Table("layer", "output", "parameters", "multiply-adds",
+                  title=f"{model}, input 3×{image_size}×{image_size}")
+    rows = stages(network, image_size)
+    for name, shape, parameters, operations in rows:
+        table.add_row(name, "×".join(map(str, shape)), f"{parameters:,}", f"{operations:,}")
+    table.add_section()
+    table.add_row("total", "", *(f"{sum(row[i] for row in rows):,}" for i in (2, 3)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    import fire
+
+    os.environ["PAGER"] = "cat"  # help is printed, not paged
+    try:
+        fire.Fire({"list": list_networks, "summary": summary})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
