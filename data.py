@@ -14,6 +14,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import math
 import os
 import re
@@ -261,14 +262,14 @@ def _list_folder(folder):
         raise ValueError(f"{folder}: train and test must have the same classes, and at least one; "
                          f"in one of them only: {', '.join(odd) or 'none at all'}")
     files = {"train": [], "test": []}
-    for part, label in ((part, label) for part in files for label in range(len(classes[part]))):
-        with os.scandir(folder / part / classes[part][label]) as entries:
+    for part, label in itertools.product(files, range(len(classes["train"]))):
+        place = folder / part / classes["train"][label]
+        with os.scandir(place) as entries:
             names = sorted(entry.name for entry in entries
                            if entry.name.lower().endswith(IMAGE_SUFFIXES))
         if not names:
-            raise ValueError(f"{folder / part / classes[part][label]}: no images "
-                             f"({', '.join(IMAGE_SUFFIXES)}) in this class")
-        files[part] += [(folder / part / classes[part][label] / name, label) for name in names]
+            raise ValueError(f"{place}: no images ({', '.join(IMAGE_SUFFIXES)}) in this class")
+        files[part] += [(place / name, label) for name in names]
     return files, classes["train"]
 
 

@@ -19,6 +19,7 @@ fc                            10                      5 130    (in all 11 181 64
 import hashlib
 import inspect
 import io
+import itertools
 import os
 import sys
 import typing
@@ -149,7 +150,7 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
     ))
     widths = [flat_size(network, image_size), *hidden]
     linear = []
-    for inputs, outputs in zip(widths, widths[1:]):
+    for inputs, outputs in itertools.pairwise(widths):
         linear += [nn.Linear(inputs, outputs), activation_layer(activation)]
     network.add_module("flatten", nn.Flatten())
     network.add_module("fc", nn.Sequential(*linear, nn.Linear(widths[-1], classes)))
