@@ -1,0 +1,1180 @@
+"""Training: from a line of settings to a run folder that can be stopped, killed and resumed.
+
+    python train.py --data=shapes
+    python train.py --model=resnet18 --resume
+    python train.py sweep --model=resnet18 --activation=relu,leaky_relu,elu
+
+A run lives in `runs/<name>/`: config.json, metrics.csv (a row an epoch), TensorBoard events,
+last.pth, best.pth and result.json. Settings come from the recipe of the network in `RECIPES`,
+then from the command line. All that is random depends on (seed, epoch, step) alone, so a resumed
+run repeats the very steps that an undisturbed one would have taken.
+"""
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import distributed, nn
+
+import data as datasets
+import network as networks
+
+COLUMNS = ("epoch", "step", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr",
+           "seconds", "images_per_second")
+POINT_EVERY = 50  # steps between two points of TensorBoard's train/batch_loss curve
+OPTIMIZERS = ("sgd", "adam", "adamw", "adagrad", "rmsprop")
+SCHEDULES = ("constant", "step", "cosine", "linear", "onecycle")
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+def setting(default, text):
+    """A field of `Config` with its default and one line of help."""
+    return field(default=default, metadata={"help": text})
+
+
+def has_type(value, kind):
+    """Whether `value` is of the annotated type `kind`; a whole number is a number too."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    kinds = typing.get_args(kind) or (kind,)
+    return (isinstance(value, kinds) or (float in kinds and isinstance(value, int))) and (
+        bool in kinds or not isinstance(value, bool))
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run, checked. `Config.create` fills in the recipe of the network."""
+
+    model: str = setting("lenet", "network; python network.py list shows all")
+    options: dict = field(default_factory=dict, metadata={"help": ""})
+    data: str = setting("cifar10", "cifar10, cifar100, shapes, or a folder of images")
+    root: str = setting("data", "where data sets are downloaded to and cached")
+    image_size: int | None = setting(None, "side of the network's images; none: its own size")
+    val: int | None = setting(None, "training images held out for validation; none: a tenth")
+    limit: int | None = setting(None, "use so many training, validation and test images")
+    skip_bad: bool = setting(False, "leave out image files that cannot be read")
+    epochs: int = setting(30, "passes over the training images")
+    batch_size: int = setting(128, "images a step, over all processes")
+    optimizer: str = setting("sgd", " | ".join(OPTIMIZERS))
+    lr: float = setting(0.05, "highest learning rate")
+    momentum: float = setting(0.9, "of sgd and rmsprop")
+    nesterov: bool = setting(False, "Nesterov momentum, for sgd")
+    weight_decay: float = setting(5e-4, "L2 penalty; decoupled for adamw")
+    schedule: str = setting("cosine", " | ".join(SCHEDULES))
+    warmup: float = setting(1.0, "epochs of linear warm-up")
+    label_smoothing: float = setting(0.0, "share of the target spread over all classes")
+    augment: tuple[str, ...] = setting(("flip", "crop"),
+                                       ", ".join((*datasets.AUGMENTATIONS, "none")))
+    seed: int = setting(0, "of weights, split, order and augmentation")
+    device: str = setting("auto", "auto | cpu | cuda | mps")
+    precision: str = setting("auto", "auto | fp32 | bf16; auto: bf16 on CUDA")
+    compile: bool = setting(False, "compile the network with torch.compile")
+    deterministic: bool = setting(False, "the same result again on a GPU too, more slowly")
+    on_nan: str = setting("stop", "stop | skip: a step whose loss or gradient is not finite")
+    log_every: int = setting(0, "print the mean loss every so many steps; 0: never")
+    save_every: float = setting(10.0, "minutes between checkpoints within an epoch")
+    keep: int = setting(2, "checkpoints that remain, last.pth among them; 0: all")
+    name: str | None = setting(None, "name of the run; none: the network's")
+    out: str = setting("runs", "folder of all runs")
+
+    def __post_init__(self):
+        for name, kind in typing.get_type_hints(Config).items():
+            if not has_type(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be {kind}")
+        choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "on_nan": ("stop", "skip"),
+                   "device": ("auto", "cpu", "cuda", "mps"), "precision": ("auto", "fp32", "bf16"),
+                   "model": networks.NETWORKS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)}: must be one of "
+                                 f"{', '.join(allowed)}")
+        for name in self.augment:
+            if name not in datasets.AUGMENTATIONS:
+                raise ValueError(f"augment={name}: must be of {', '.join(datasets.AUGMENTATIONS)}")
+        ranges = {"epochs": (1, 1e6), "batch_size": (1, 1e6), "lr": (0, 1e4), "momentum": (0, 1),
+                  "weight_decay": (0, 1e3), "warmup": (0, 1e6), "label_smoothing": (0, 1),
+                  "seed": (0, 2**62), "log_every": (0, 1e9), "save_every": (0, 1e6),
+                  "keep": (0, 1e6), "image_size": (1, 1024), "val": (0, 1e9), "limit": (1, 1e9)}
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}={value}: must be from {low:g} to {high:g}")
+        if self.name is not None and Path(self.name).is_absolute():
+            raise ValueError(f"name={self.name}: must be a name inside {self.out}; see --out")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: needs a momentum above 0")
+        with torch.device("meta"):
+            networks.build(self.model, 10, self.image_size, **self.options)
+
+    @classmethod
+    def create(cls, model="lenet", **values):
+        """Settings from the recipe of `model`, changed by `values`, fields or network options."""
+        fields = {entry.name for entry in dataclasses.fields(cls)}
+        options = {name: value for name, value in values.items() if name not in fields}
+        known = networks.options_of(model)
+        for name in options:
+            if name not in known:
+                raise ValueError(f"--{name}: neither a setting of a run nor an option of {model}, "
+                                 f"whose options are {', '.join(known)} (see: --help)")
+        values = {name: value for name, value in values.items() if name in fields}
+        options = {**values.pop("options", {}), **options}
+        return cls(**{"model": model, **RECIPES.get(model, {}), "options": options, **values})
+
+    @classmethod
+    def from_json(cls, values):
+        """Settings from what `dataclasses.asdict` made of them, or ValueError."""
+        def listed(value):
+            return tuple(value) if isinstance(value, list) else value
+
+        try:
+            options = {name: listed(value) for name, value in values["options"].items()}
+            return cls(**{**{name: listed(value) for name, value in values.items()},
+                          "options": options})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not the settings of a run: {error}") from error
+
+    def all_settings(self):
+        """Every setting and network option, by name."""
+        return {**{name: default for name, (_, default)
+                   in networks.options_of(self.model).items()},
+                **dataclasses.asdict(self), **self.options, "options": None}
+
+    @property
+    def folder(self):
+        """The run's folder."""
+        return Path(self.out) / (self.name or self.model)
+
+
+# What trains each network well on CIFAR-10 on its own; anything not said here is in `Config`.
+_CLASSIC = {"epochs": 30, "lr": 0.02, "augment": ("flip", "crop")}
+_VGG = {"epochs": 60, "lr": 0.02, "warmup": 2.0}
+_VGG_BN = {"epochs": 100, "lr": 0.1, "warmup": 2.0}
+_RESNET = {"epochs": 100, "lr": 0.1, "warmup": 2.0, "nesterov": True, "label_smoothing": 0.1,
+           "augment": ("flip", "crop", "cutout")}
+_THIN_RESNET = {"epochs": 160, "lr": 0.1, "warmup": 2.0, "nesterov": True, "weight_decay": 2e-4}
+RECIPES = {
+    "lenet": {"epochs": 20, "lr": 0.05, "augment": ("flip",)},
+    **dict.fromkeys(("lenet5_color", "simple_cnn", "trial_3conv", "trial_4conv",
+                     "trial_4conv_late_pool", "convnet", "convnet_large"), _CLASSIC),
+    **dict.fromkeys(("vgg16_1x1", "vgg_a", "vgg11", "vgg13", "vgg16", "vgg19"), _VGG),
+    **dict.fromkeys(("vgg_a_bn", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"), _VGG_BN),
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50"), _RESNET),
+    **dict.fromkeys(("resnet20", "resnet56"), _THIN_RESNET),
+    "resnet18_imagenet": {**_RESNET, "epochs": 30, "augment": ("flip", "crop")},
+}
+# What a resumed run may be told anew; all else would make it another run.
+MAY_CHANGE = ("epochs", "device", "compile", "log_every", "save_every", "keep", "name", "out",
+              "root", "on_nan")
+
+
+def parse_flags(flags):
+    """Settings as values of their declared types, from flags as text."""
+    kinds = typing.get_type_hints(Config)
+    model = flags.get("model", Config.model)
+    kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
+    kinds.pop("options")
+    return {name: datasets.parse_value(name, text, kinds[name])
+            if name in kinds and isinstance(text, str) else text for name, text in flags.items()}
+
+
+def learning_rate(step, total_steps, warmup_steps, peak, schedule):
+    """The learning rate of `step`, counted from 0: a pure function.
+
+    `warmup_steps` of linear rise, then: `constant`; `step`, a tenth after a half and after three
+    quarters (He et al. 2016, section 4.2); `cosine` (Loshchilov & Hutter 2017) or `linear` to 0;
+    `onecycle`, up for the first quarter and linearly down to 0 (Smith & Topin 2018).
+    """
+    if schedule == "onecycle":
+        warmup_steps, schedule = max(warmup_steps, total_steps / 4), "linear"
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * {"constant": 1.0, "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
+                   "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[schedule]
+
+
+def make_optimizer(config, network):
+    """The optimizer that `config` asks for, in its quickest implementation on this device."""
+    parameters = list(network.parameters())
+    common = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "rmsprop":  # the one without a fused implementation
+        return torch.optim.RMSprop(parameters, momentum=config.momentum, **common)
+    common["fused"] = parameters[0].device.type in ("cpu", "cuda")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov,
+                               **common)
+    if config.optimizer == "adagrad":
+        common["fused"] = parameters[0].device.type == "cpu"
+        return torch.optim.Adagrad(parameters, **common)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
+        parameters, **common)
+
+
+# ---------------------------------------------------------------------------- device, processes
+
+
+def choose_device(name="auto"):
+    """The device called `name`; `auto` prefers CUDA, then MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        name = next(name for name in available if available[name])
+    if not available.get(name):
+        raise ValueError(f"device={name}: not available here; there is "
+                         f"{', '.join(name for name in available if available[name])}")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device(name, local) if name == "cuda" else torch.device(name)
+
+
+def autocast(device, precision):
+    """A context in which the network computes in `precision`."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that share this run (torchrun): their number and the number of this one."""
+
+    rank: int = 0
+    world: int = 1
+
+    def sum_(self, tensors):
+        """Sum each tensor over all processes, in place, in one exchange."""
+        if self.world == 1:
+            return
+        flat = torch.cat([tensor.flatten().double() for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
+@contextlib.contextmanager
+def join_workers(device):
+    """The `Workers` that torchrun started, connected for as long as the context lasts."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield Workers()
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Workers(distributed.get_rank(), world)
+    finally:
+        distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------- one epoch
+
+
+@dataclass
+class State:
+    """What changes during a run, all of which a checkpoint keeps.
+
+    `totals` sums loss, correct answers and images over the epoch so far; `logged` is what it was
+    when the mean loss was last logged.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    totals: torch.Tensor
+    logged: torch.Tensor
+    epoch: int = 0
+    step: int = 0
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+
+
+def seed_step(seed, step, rank, device):
+    """Make what is random inside a network (dropout) a function of (seed, step, rank)."""
+    number = (seed * 1_000_003 + step) * 1_009 + rank
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number % 2**63)
+    elif device.type == "mps":
+        torch.mps.manual_seed(number % 2**63)
+    torch.default_generator.manual_seed(number % 2**63)
+
+
+def train_step(state, images, labels, config, workers, lr, batch_size):
+    """One step of the optimizer; adds to `state.totals`. `images` are this process's share."""
+    seed_step(config.seed, state.step, workers.rank, images.device)
+    with autocast(images.device, config.precision):
+        logits = state.network(images)
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum",
+                           label_smoothing=config.label_smoothing)
+    state.optimizer.zero_grad(set_to_none=True)
+    (loss / batch_size).backward()
+    gradients = [parameter.grad for parameter in state.network.parameters()]
+    sums = torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(),
+                        torch.full_like(loss, len(labels))]).to(state.totals.dtype)
+    if workers.world > 1:
+        statistics = [buffer for buffer in state.network.buffers() if buffer.is_floating_point()]
+        for buffer in statistics:
+            buffer.div_(workers.world)
+        workers.sum_([*gradients, *statistics, sums])
+    # Zero times a gradient that is not finite is NaN, which makes the sum NaN and stays in it.
+    sums[0] += 0 * nn.utils.get_total_norm(gradients)
+    if config.on_nan == "skip" and not sums[0].isfinite():
+        return
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.step()
+    state.totals += sums
+
+
+def train_epoch(state, batches, config, workers, folder, progress, stop):
+    """The rest of epoch `state.epoch`, from where `state.step` stands in it."""
+    state.network.train()
+    started = time.perf_counter() - state.epoch_seconds
+    point_every = config.log_every or POINT_EVERY
+    check_every = 1 if state.totals.device.type == "cpu" else POINT_EVERY
+    saved_at = time.monotonic()
+    done = state.step - state.epoch * len(batches)
+    for place, (images, labels) in enumerate(batches.epoch(state.epoch, done), done + 1):
+        lr = learning_rate(state.step, config.epochs * len(batches), config.warmup * len(batches),
+                           config.lr, config.schedule)
+        train_step(state, images, labels, config, workers, lr, batches.batch_size)
+        state.step += 1
+        state.epoch_seconds = time.perf_counter() - started
+        if place % check_every == 0 or place == len(batches):
+            check_finite(state, lr, folder)
+        if place % point_every == 0:
+            log_point(state, place, config, folder)
+        progress(state, place)
+        if place < len(batches) and (
+                stop or time.monotonic() - saved_at > 60 * config.save_every):
+            folder.save(state)
+            saved_at = time.monotonic()
+        if place < len(batches) and stop:
+            raise Stopped(stop[0])
+
+
+def check_finite(state, lr, folder):
+    """Raise ValueError when a loss or gradient of this epoch was not finite."""
+    if not math.isfinite(state.totals[0].item()):
+        raise ValueError(
+            f"the loss or a gradient is not finite at step {state.step} (learning rate {lr:g}); "
+            f"the last good checkpoint is {folder.path / 'last.pth'} "
+            f"(step {folder.saved_step}). Lower --lr, or go past such steps with --on_nan=skip")
+
+
+def log_point(state, place, config, folder):
+    """Log the mean loss and accuracy over the steps since the last such point."""
+    loss, correct, count = (state.totals - state.logged).tolist()
+    state.logged.copy_(state.totals)
+    if count == 0:
+        return
+    folder.scalars({"train/batch_loss": loss / count}, state.step)
+    if config.log_every:
+        folder.say(f"[epoch {state.epoch + 1}, step {place:6d}] loss {loss / count:.3f} "
+                   f"accuracy {correct / count:.2%}")
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it has been saved."""
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """A list that receives the first SIGINT or SIGTERM; a second one acts at once."""
+    received = []
+
+    def note(number, _frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are not ours
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+def predict(network, images, checkpoint, tta="none"):
+    """Logits N×classes, float32 on the CPU, of uint8 `images`, in large batches.
+
+    `checkpoint` says how the network saw its images (mean, std, image_size, settings). Images
+    are moved to the network's device batch by batch.
+    """
+    device = next(network.parameters()).device
+    size = checkpoint["image_size"]
+    batch_size = max(16, (512 if device.type == "cpu" else 4096) * 32**2 // size**2)
+    precision = checkpoint["settings"].get("precision", "fp32")
+    training, logits = network.training, []
+    network.eval()
+    with torch.no_grad(), autocast(device, precision):
+        for chunk in images.split(batch_size):
+            pixels = datasets.normalize(chunk, tuple(checkpoint["mean"]), tuple(checkpoint["std"]),
+                                    size, device)
+            logits.append(sum(network(view).float() for view in tta_views(pixels, tta)))
+    network.train(training)
+    return torch.cat(logits).cpu()
+
+
+def tta_views(images, tta):
+    """The views of `images` whose logits are added up: themselves; `flip`: mirrored as well;
+    `full`: both also moved by a pixel up-left and down-right (Jordan 2024, section 3.5)."""
+    views = [images]
+    if tta == "full":
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        views += [padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]]
+    elif tta not in ("none", "flip"):
+        raise ValueError(f"tta={tta}: must be none, flip or full")
+    return views if tta == "none" else views + [view.flip(3) for view in views]
+
+
+def score(logits, labels, classes):
+    """Loss, accuracy and accuracy per class of N×classes `logits`: sums divided by counts."""
+    correct = logits.argmax(1) == labels
+    totals = torch.bincount(labels, minlength=classes)
+    hits = torch.bincount(labels[correct], minlength=classes)
+    per_class = (hits / totals.clamp(min=1)).tolist()
+    return {"loss": F.cross_entropy(logits.double(), labels, reduction="sum").item() / len(labels),
+            "accuracy": correct.sum().item() / len(labels), "per_class": per_class}
+
+
+# ---------------------------------------------------------------------------- the run folder
+
+
+class RunFolder:
+    """All that a run writes. Only process 0 writes; for the others every method does nothing."""
+
+    def __init__(self, path, config, description, writes=True):
+        self.path, self.config, self.description = Path(path), config, description
+        self.writes, self.saved_step, self.pending, self.board = writes, None, None, None
+
+    def open(self, state, anew):
+        """Make the files on disk agree with `state` (or empty the folder) and begin to write."""
+        if not self.writes:
+            return
+        if anew:
+            clear_folder(self.path)
+        rows = [row for row in read_rows(self.path) if int(row["epoch"]) <= state.epoch]
+        lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
+        networks.write_atomically(self.path / "metrics.csv", "\n".join(lines) + "\n")
+        networks.write_atomically(self.path / "config.json",
+                                  json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+        trim_events(self.path, state.step)
+        self.saver = ThreadPoolExecutor(1)
+        self.board = event_writer(self.path)
+
+    def close(self):
+        """Wait for what is still being written."""
+        if self.board:
+            self.board.close()
+            self.saver.shutdown()
+
+    def say(self, line):
+        """Print a line."""
+        if self.writes:
+            print(line, flush=True)
+
+    def scalars(self, values, step):
+        """Add a point to each TensorBoard curve in `values` (tag → value)."""
+        if self.writes:
+            for tag, value in values.items():
+                self.board.add_scalar(tag, value, step)
+
+    def row(self, row):
+        """Add an epoch's row to metrics.csv, to TensorBoard and to the screen."""
+        if not self.writes:
+            return
+        with open(self.path / "metrics.csv", "a", encoding="utf-8") as file:
+            file.write(",".join(format_cell(row[name]) for name in COLUMNS) + "\n")
+        self.scalars({name: row[name] for name in COLUMNS[2:] if row[name] is not None},
+                     row["step"])
+        self.say("".join(f"{format_cell(row[name]):>{column_width(name)}}" for name in COLUMNS))
+
+    def save(self, state, best=False):
+        """Write `state` as last.pth in the background, and as best.pth too if it is the best."""
+        if not self.writes:
+            return
+        weights = state.network.state_dict()
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError(f"the weights are not finite at step {state.step}; nothing was saved, "
+                             f"the last good checkpoint is of step {self.saved_step}")
+        self.board.flush()
+        self.wait()
+        checkpoint = {**self.description, "epoch": state.epoch, "step": state.step,
+                      "weights": weights}
+        training = {entry.name: getattr(state, entry.name) for entry in dataclasses.fields(state)
+                    if entry.name not in ("network", "optimizer", "epoch", "step")}
+        training["optimizer"] = state.optimizer.state_dict()
+        checkpoint, training = copy.deepcopy((checkpoint, training))
+        self.pending = self.saver.submit(self._write, checkpoint, training, best)
+
+    def wait(self):
+        """Wait for the checkpoint that is being written; raises what went wrong with it."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self.saved_step = pending.result()
+
+    def _write(self, checkpoint, training, best):
+        if best:
+            networks.save(self.path / "best.pth", checkpoint)
+        last, keep = self.path / "last.pth", self.config.keep
+        older = self.path / f"step-{self.saved_step or 0:09d}.pth"
+        if keep != 1 and self.saved_step is not None and self.saved_step != checkpoint["step"]:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(last, older)
+        try:
+            networks.save(last, {**checkpoint, "training": training})
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.replace(older, last)
+            raise
+        if keep:
+            for path in sorted(self.path.glob("step-*.pth"), reverse=True)[keep - 1:]:
+                path.unlink()
+        return checkpoint["step"]
+
+
+def column_width(name):
+    """How wide a column of the epochs' table is on the screen."""
+    return max(len(name), 5 if name == "epoch" else 8) + 2
+
+
+def format_cell(value):
+    """A number as metrics.csv and the screen show it; nothing for None."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.5g}"
+
+
+def read_rows(run):
+    """The rows of a run's metrics.csv as dictionaries of text; [] without one."""
+    path = Path(run) / "metrics.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows
+            if set(row) == set(COLUMNS) and None not in row.values() and row["epoch"].isdecimal()]
+
+
+def read_metrics(run):
+    """metrics.csv as {column: [numbers]}, NaN where nothing was measured.
+
+    Raises FileNotFoundError for a run without it, ValueError for one with a damaged row.
+    """
+    rows = read_rows(run)
+    if not rows:
+        raise FileNotFoundError(f"{run}: no run with a finished epoch (no rows in metrics.csv)")
+    try:
+        return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
+    except ValueError as error:
+        raise ValueError(f"{Path(run) / 'metrics.csv'}: damaged ({error})") from error
+
+
+def event_writer(folder):
+    """A TensorBoard writer that writes to `folder`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
+
+
+def trim_events(folder, step):
+    """Drop from `folder`'s TensorBoard files what was logged after `step`.
+
+    Those steps will be taken again: each shall be there once. A torn last record is dropped too.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    for path in sorted(Path(folder).glob("events.out.tfevents.*")):
+        kept = []
+        with contextlib.suppress(Exception):  # the loader raises at a torn record
+            for record in RawEventFileLoader(str(path)).Load():
+                if Event.FromString(record).step <= step:
+                    kept.append(record)
+        partial = path.with_name(f"trimmed-{path.name}.tmp")
+        with open(partial, "wb") as file:
+            writer = RecordWriter(file)
+            for record in kept:
+                writer.write(record)
+        os.replace(partial, path)
+
+
+def newest_checkpoint(folder, device, say=print):
+    """The newest checkpoint in `folder` that can be read and gone on from; None if there is none.
+
+    A damaged one is named and the one before it taken; OSError when none is left.
+    """
+    paths = [folder / "last.pth", *sorted(folder.glob("step-*.pth"), reverse=True)]
+    paths = [path for path in paths if path.exists()]
+    for path in paths:
+        try:
+            checkpoint = networks.read(path, device)
+            if not isinstance(checkpoint.get("training"), dict):
+                raise ValueError(f"{path}: holds no training state to go on from")
+            return checkpoint
+        except (OSError, ValueError) as error:
+            say(f"{error}; trying the checkpoint before it")
+    if paths:
+        raise OSError(f"{folder}: no checkpoint can be read; --overwrite starts anew")
+    return None
+
+
+def find_checkpoint(ckpt):
+    """The checkpoint that `ckpt` means: a file, or best.pth or else last.pth of a run folder."""
+    path = Path(ckpt)
+    if not path.is_dir():
+        return path
+    for name in ("best.pth", "last.pth"):
+        if (path / name).exists():
+            return path / name
+    raise FileNotFoundError(f"{path}: a folder without best.pth or last.pth")
+
+
+def open_checkpoint(ckpt, device="auto"):
+    """The network at `ckpt` (a file or a run folder), in evaluation mode, and the checkpoint."""
+    path = find_checkpoint(ckpt)
+    network, checkpoint = networks.load(path, choose_device(device))
+    try:
+        Config.from_json(checkpoint["settings"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return network.to(memory_format=torch.channels_last), checkpoint
+
+
+def open_dataset(checkpoint, source=None, root=None):
+    """The data set that the network of `checkpoint` was trained on, split as it was then.
+
+    `source` and `root` take the place of the data set's name and folder. ValueError when its
+    classes are not the network's.
+    """
+    config = Config.from_json(checkpoint["settings"])
+    dataset = datasets.load(source or config.data, root or config.root, checkpoint["image_size"],
+                            config.val if source is None else 0, config.seed, config.limit,
+                            config.skip_bad)
+    if len(dataset.classes) != len(checkpoint["classes"]):
+        raise ValueError(f"data={dataset.name}: has {len(dataset.classes)} classes, the network "
+                         f"{len(checkpoint['classes'])}")
+    return dataset
+
+
+# ---------------------------------------------------------------------------- the story
+
+
+def train(config, resume=False, overwrite=False):
+    """Train as `config` says and return the result, which is also in result.json.
+
+    `resume` goes on with the run in `config.folder` if there is one; `overwrite` starts it anew.
+    Raises FileExistsError for a run that exists when neither is asked for.
+    """
+    device = choose_device(config.device)
+    make_repeatable(config, device)
+    with join_workers(device) as workers, lock(config.folder, workers):
+        say = print if workers.rank == 0 else lambda _line: None
+        check_folder(config, resume, overwrite)
+        dataset = datasets.load(config.data, config.root, config.image_size
+                            or networks.image_size_of(config.model), config.val, config.seed,
+                            config.limit, config.skip_bad)
+        checkpoint = newest_checkpoint(config.folder, device, say) if resume else None
+        if not checkpoint:
+            say(f"{config.folder}: nothing to resume; starting" if resume else "starting")
+        description = describe(config, dataset)
+        state = new_state(config, description, device)
+        if checkpoint:
+            restore(state, checkpoint)
+        batches = datasets.Batches(dataset.train, dataset.mean, dataset.std, config.batch_size,
+                               config.augment, config.seed, description["image_size"], device,
+                               workers.rank, workers.world)
+        folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
+        announce(state, config, dataset, device, workers, say)
+        try:
+            folder.open(state, anew=checkpoint is None)
+            with catch_signals() as stop, live_progress(config, len(batches), say) as progress:
+                while state.epoch < config.epochs:
+                    train_epoch(state, batches, config, workers, folder, progress, stop)
+                    end_epoch(state, dataset, batches, folder)
+                    if stop:
+                        raise Stopped(stop[0])
+            folder.wait()
+            return finish(state, dataset, folder, workers)
+        except Stopped as stopped:
+            folder.wait()
+            say(f"stopped at step {state.step}; saved. The same command with --resume goes on")
+            sys.exit(128 + stopped.args[0])
+        finally:
+            folder.close()
+
+
+def make_repeatable(config, device):
+    """Seed the weights and choose between speed and repeatability on a GPU."""
+    torch.manual_seed(config.seed)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not config.deterministic
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
+@contextlib.contextmanager
+def lock(folder, workers):
+    """Hold the run folder; ValueError when another process does. A dead process holds nothing."""
+    if workers.rank:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise Busy(f"{folder}: another process is training this run") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+class Busy(ValueError):
+    """The run folder is held by another process."""
+
+
+def check_folder(config, resume, overwrite):
+    """Raise what speaks against a run in `config.folder`, before any work is done."""
+    if resume:
+        check_same_run(config)
+    elif not overwrite and any((config.folder / name).exists()
+                               for name in ("config.json", "last.pth")):
+        raise FileExistsError(f"{config.folder}: a run is there already; go on with it "
+                              f"(--resume), take another name (--name=NAME) or start it anew "
+                              f"(--overwrite)")
+
+
+def clear_folder(folder):
+    """Remove the run in `folder`, and only what a run writes."""
+    for pattern in ("config.json", "metrics.csv", "result.json", "*.pth", "*.tmp", "events.*"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    shutil.rmtree(folder / "test", ignore_errors=True)
+
+
+def describe(config, dataset):
+    """What a checkpoint says of its network, besides weights and progress."""
+    return {"model": config.model, "options": dict(config.options),
+            "classes": list(dataset.classes),
+            "image_size": config.image_size or networks.image_size_of(config.model),
+            "mean": list(dataset.mean), "std": list(dataset.std),
+            "settings": dataclasses.asdict(config)}
+
+
+def new_state(config, description, device):
+    """A network with fresh weights and its optimizer, at step 0."""
+    network = networks.build(config.model, len(description["classes"]), description["image_size"],
+                             **config.options)
+    network = network.to(device, memory_format=torch.channels_last)
+    if config.compile:
+        network.compile()
+    sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64,
+                       device=device)
+    return State(network, make_optimizer(config, network), sums, sums.clone())
+
+
+def restore(state, checkpoint):
+    """Put `state` where `checkpoint` was saved."""
+    training = dict(checkpoint["training"])
+    try:
+        state.network.load_state_dict(checkpoint["weights"])
+        state.optimizer.load_state_dict(training.pop("optimizer"))
+        for name, value in training.items():
+            setattr(state, name, value)
+        state.epoch, state.step = checkpoint["epoch"], checkpoint["step"]
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint does not fit this run: {error}") from error
+
+
+def announce(state, config, dataset, device, workers, say):
+    """Say what is about to be trained, on what, and from where."""
+    say(f"{config.model} ({networks.count_parameters(state.network):,} parameters) on "
+        f"{dataset.name}: {len(dataset.train.labels)} training, "
+        f"{len(dataset.val.labels) if dataset.val else 0} validation images; {device}"
+        + (f", {workers.world} processes" if workers.world > 1 else "") + f"; {config.folder}")
+    if state.step:
+        say(f"resuming at step {state.step} (epoch {state.epoch + 1} of {config.epochs})")
+    if state.epoch < config.epochs:
+        say("".join(f"{name:>{column_width(name)}}" for name in COLUMNS))
+
+
+def end_epoch(state, dataset, batches, folder):
+    """Validate, write the epoch's row, and save."""
+    config = folder.config
+    loss, correct, count = state.totals.tolist()
+    validation = {"loss": None, "accuracy": None}
+    if dataset.val:
+        logits = predict(state.network, dataset.val.images, folder.description)
+        validation = score(logits, dataset.val.labels, len(dataset.classes))
+    steps = len(batches)
+    lr = learning_rate(state.step - 1, config.epochs * steps, config.warmup * steps, config.lr,
+                       config.schedule)
+    state.epoch += 1
+    folder.row({"epoch": state.epoch, "step": state.step, "train/loss": loss / max(count, 1),
+                "train/accuracy": correct / max(count, 1), "val/loss": validation["loss"],
+                "val/accuracy": validation["accuracy"], "lr": lr, "seconds": state.epoch_seconds,
+                "images_per_second": steps * batches.batch_size / state.epoch_seconds})
+    best = dataset.val is not None and validation["accuracy"] > state.best_accuracy
+    if best:
+        state.best_accuracy, state.best_epoch = validation["accuracy"], state.epoch
+    state.seconds += state.epoch_seconds
+    state.epoch_seconds = 0.0
+    state.totals.zero_()
+    state.logged.zero_()
+    folder.save(state, best)
+
+
+@contextlib.contextmanager
+def live_progress(config, steps, say):
+    """A function of (state, place in the epoch) that keeps a bar up to date on a terminal."""
+    if not sys.stdout.isatty() or int(os.environ.get("RANK", 0)):
+        yield lambda _state, _place: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn(
+            "{task.completed}/{task.total}  loss {task.fields[loss]:.3f}  accuracy "
+            "{task.fields[accuracy]:.1%}  {task.fields[speed]:.0f} images/s"),
+            TimeRemainingColumn(), transient=True) as bar:
+        task = bar.add_task("", total=config.epochs * steps, epoch=1, loss=math.nan,
+                            accuracy=0.0, speed=0.0)
+        shown = [0.0]
+
+        def update(state, place):
+            if time.monotonic() - shown[0] < 0.5:
+                return
+            shown[0] = time.monotonic()
+            loss, correct, count = state.totals.tolist()
+            bar.update(task, completed=state.step, epoch=f"{state.epoch + 1}/{config.epochs}",
+                       loss=loss / max(count, 1), accuracy=correct / max(count, 1),
+                       speed=place * config.batch_size / state.epoch_seconds)
+
+        yield update
+
+
+def finish(state, dataset, folder, workers):
+    """Look at the test set, once; write result.json and TensorBoard's last pages."""
+    if workers.rank:
+        return None
+    kept = folder.path / ("best.pth" if dataset.val else "last.pth")
+    network, _ = networks.load(kept, next(state.network.parameters()).device)
+    network = network.to(memory_format=torch.channels_last)
+    logits = predict(network, dataset.test.images, folder.description)
+    test = score(logits, dataset.test.labels, len(dataset.classes))
+    train_row = read_metrics(folder.path)
+    result = {
+        "test/accuracy": test["accuracy"], "test/loss": test["loss"],
+        "per_class": dict(zip(dataset.classes, test["per_class"])),
+        "val/accuracy": state.best_accuracy if dataset.val else None,
+        "train/accuracy": train_row["train/accuracy"][-1],
+        "epoch": state.best_epoch if dataset.val else state.epoch, "epochs": state.epoch,
+        "checkpoint": kept.name, "parameters": networks.count_parameters(network),
+        "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(folder.config),
+        "command": command_of(folder.config), **environment(network),
+    }
+    networks.write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
+    write_board(folder, network, dataset, logits, result)
+    print_result(result, folder.path)
+    return result
+
+
+def environment(network):
+    """Versions, commit and hardware, as result.json keeps them."""
+    device = next(network.parameters()).device
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"],
+                            cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {"versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+            "commit": commit.stdout.strip() or None,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"{device.type}, {torch.get_num_threads()} threads, {processor_name()}"}
+
+
+def processor_name():
+    """The processor's name, where the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def command_of(config):
+    """The command line that makes this run again."""
+    words = ["python", "train.py", f"--model={config.model}"]
+    before = Config.create(config.model).all_settings()
+    for name, value in config.all_settings().items():
+        if before[name] == value:
+            continue
+        text = ",".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else value
+        words.append(f"--{name}={text}")
+    return shlex.join(words)
+
+
+def write_board(folder, network, dataset, logits, result):
+    """TensorBoard's graph, PR curve per class, hyper-parameters and Projector, in `test/`."""
+    from torch.utils.tensorboard.summary import hparams
+
+    shutil.rmtree(folder.path / "test", ignore_errors=True)
+    board = event_writer(folder.path / "test")
+    images = dataset.test.images[:100]
+    labels = [dataset.classes[label] for label in dataset.test.labels[:100].tolist()]
+    description = folder.description
+    pixels = datasets.normalize(images, tuple(description["mean"]), tuple(description["std"]),
+                            description["image_size"], next(network.parameters()).device)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing says that it will be replaced one day
+        board.add_graph(network, pixels[:1])
+    probabilities = logits.softmax(1)
+    for number, name in enumerate(dataset.classes):
+        board.add_pr_curve(f"test/{name}", dataset.test.labels == number, probabilities[:, number])
+    settings = {name: value if isinstance(value, (int, float, str, bool)) else str(value)
+                for name, value in result["settings"].items()}
+    for event in hparams(settings, {"test/accuracy": result["test/accuracy"]}):
+        board.file_writer.add_summary(event)
+    board.add_scalar("test/accuracy", result["test/accuracy"], result["epochs"])
+    board.add_scalar("test/loss", result["test/loss"], result["epochs"])
+    add_projector(board, network, images, pixels, labels)
+    board.close()
+
+
+def add_projector(board, network, images, pixels, labels):
+    """Points for TensorBoard's Projector, with sprites and class names: pixels, and features."""
+    caught = []
+    hook = networks.last_linear(network).register_forward_pre_hook(
+        lambda _module, inputs: caught.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            network(pixels)
+    finally:
+        hook.remove()
+    sprites = images.float() / 255
+    board.add_embedding(caught[0].float().flatten(1), labels, sprites, tag="features")
+    board.add_embedding(sprites.flatten(1), labels, sprites, tag="pixels")
+
+
+def print_result(result, path=None):
+    """The table of per-class accuracy and the paths of what was written."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("class", "test accuracy", title=f"test accuracy {result['test/accuracy']:.2%}, "
+                                                  f"loss {result['test/loss']:.4f}")
+    for name, accuracy in result["per_class"].items():
+        table.add_row(name, f"{accuracy:.1%}")
+    Console().print(table)
+    if path:
+        for name in ("result.json", "metrics.csv", "best.pth", "last.pth"):
+            if (path / name).exists():
+                print(path / name)
+        print(f"tensorboard --logdir {path}")
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+def train_command(**flags):
+    """Train a network, or go on with a run (--resume)."""
+    resume = datasets.parse_value("resume", str(flags.pop("resume", "false")), bool | str)
+    overwrite = datasets.parse_value("overwrite", str(flags.pop("overwrite", "false")), bool)
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite: take one of the two")
+    given = parse_flags(flags)
+    if isinstance(resume, str):
+        path = Path(resume)
+        path = path.parent if path.is_file() else path
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(f"--resume={resume}: no such run")
+        given |= {"out": str(path.parent), "name": path.name}
+    config = Config.create(**given)
+    if resume:
+        config = resumed_config(config, given)
+    train(config, bool(resume), overwrite)
+
+
+def resumed_config(config, given):
+    """The saved settings of the run in `config.folder`, with those of `given` that may change.
+
+    Without a run there, `config` itself. Raises ValueError for a flag that would change what the
+    run means.
+    """
+    if not (config.folder / "config.json").exists():
+        return config
+    saved = read_config(config.folder / "config.json")
+    options = {**saved.options, **{name: config.options[name] for name in given
+                                   if name in config.options}}
+    asked = {name: getattr(config, name) for name in given if hasattr(config, name)}
+    config = dataclasses.replace(saved, out=config.out, name=config.name,
+                                 **{**asked, "options": options})
+    check_same_run(config)
+    return config
+
+
+def check_same_run(config):
+    """ValueError when the run in `config.folder` began with settings of another meaning."""
+    path = config.folder / "config.json"
+    if not path.exists():
+        return
+    now, before = config.all_settings(), read_config(path).all_settings()
+    for name in sorted({*now, *before}):
+        if now.get(name) != before.get(name) and name not in MAY_CHANGE:
+            raise ValueError(f"--{name}={now.get(name)}: the run in {config.folder} has "
+                             f"{before.get(name)}; a run goes on with the settings it began with "
+                             f"(--name=NAME starts another)")
+    if now["epochs"] < before["epochs"]:
+        raise ValueError(f"--epochs={now['epochs']}: the run in {config.folder} is one of "
+                         f"{before['epochs']} epochs, which may grow but not shrink")
+
+
+def read_config(path):
+    """The settings in a config.json; ValueError or OSError name what is wrong with it."""
+    try:
+        return Config.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, or not the settings of a run ({error})") from error
+
+
+def evaluate(ckpt: str, data: str | None = None, root: str | None = None, tta: str = "none",
+             device: str = "auto"):
+    """Measure the network in CKPT (a file or a run folder) on the test images of its data set.
+
+    `--data` takes another data set of the same classes; `--tta=flip` and `--tta=full` add up the
+    logits of several views of each image.
+    """
+    network, checkpoint = open_checkpoint(ckpt, device)
+    test = open_dataset(checkpoint, data, root).test
+    logits = predict(network, test.images, checkpoint, tta)
+    result = score(logits, test.labels, len(checkpoint["classes"]))
+    print_result({"test/accuracy": result["accuracy"], "test/loss": result["loss"],
+                  "per_class": dict(zip(checkpoint["classes"], result["per_class"]))})
+
+
+def sweep(**flags):
+    """Train a grid of runs: every flag with several values, separated by commas, is an axis.
+
+    Within a value of a list, as of --augment, the parts are joined by + (--augment=flip+crop,none).
+    Finished runs are skipped and stopped ones resumed; several sweeps can share a grid. The table
+    is written to runs/<name>/sweep.csv and .md, the overlaid curves to curves.png.
+    """
+    axes = {name: text.split(",") for name, text in flags.items() if "," in text}
+    if not axes:
+        raise ValueError("sweep: no flag has several values (for example --lr=0.1,0.01)")
+    fixed = {name: text for name, text in flags.items() if name not in axes}
+    model = fixed.get("model", "models" if "model" in axes else Config.model)
+    name = fixed.pop("name", "-".join(["sweep", model, *(axis for axis in axes)]))
+    grid = []
+    for values in itertools.product(*axes.values()):
+        choice = dict(zip(axes, values))
+        label = ",".join(f"{axis}={value}" for axis, value in choice.items()).replace("/", "_")
+        grid.append((choice, Config.create(**parse_flags(
+            {**fixed, **choice, "name": f"{name}/{label}"}))))
+    results = {}
+    while len(results) < len(grid):
+        for number, (_, config) in enumerate(grid):
+            if number not in results:
+                with contextlib.suppress(Busy):
+                    results[number] = finished_result(config) or train(config, resume=True)
+        if len(results) < len(grid):
+            time.sleep(5)  # what is left is being trained by another process
+    write_sweep(grid[0][1].folder.parent, [choice for choice, _ in grid],
+                [results[number] for number in range(len(grid))])
+    run_script("visualize.py", "curves", *(str(config.folder) for _, config in grid),
+               f"--out={grid[0][1].folder.parent / 'curves.png'}")
+
+
+def finished_result(config):
+    """The result of the run of `config` if it is there and complete, else None."""
+    path = config.folder / "result.json"
+    if not path.exists():
+        return None
+    check_same_run(config)
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if result["epochs"] >= config.epochs else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def write_sweep(folder, choices, results):
+    """Print a sweep's table and write it as sweep.csv and sweep.md."""
+    from rich.console import Console
+    from rich.table import Table
+
+    header = [*choices[0], "test/accuracy", "val/accuracy", "seconds"]
+    rows = [[*choice.values(), *(format_cell(result[name]) for name in header[-3:])]
+            for choice, result in zip(choices, results)]
+    table = Table(*header, title=str(folder))
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    networks.write_atomically(folder / "sweep.csv", text.getvalue())
+    lines = [header, ["---"] * len(header), *rows]
+    networks.write_atomically(folder / "sweep.md", "".join(
+        f"| {' | '.join(line)} |\n" for line in lines))
+    print(folder / "sweep.csv", folder / "sweep.md", sep="\n")
+
+
+def run_script(script, *words):
+    """Run a script of this package with this Python; ValueError when it fails."""
+    path = Path(__file__).with_name(script)
+    if subprocess.run([sys.executable, str(path), *words], check=False).returncode:
+        raise ValueError(f"{script} {' '.join(words)}: failed")
+
+
+def settings_help(words):
+    """The settings of a run with their defaults, those of the network named in `words` if any."""
+    model = next((word.partition("=")[2] for word in words if word.startswith("--model=")),
+                 Config.model)
+    defaults = Config.create(model)
+    lines = ["  --resume[=RUN]        go on with the run, or start it if there is none",
+             "  --overwrite           start anew where a run is already", ""]
+    for entry in dataclasses.fields(Config):
+        value = getattr(defaults, entry.name)
+        if entry.name != "options":
+            text = ",".join(value) if isinstance(value, tuple) else str(value).lower()
+            lines.append(f"  --{entry.name + '=' + text:<28} {entry.metadata['help']}")
+    lines.append(f"options of {model}:")
+    for name, (_, value) in networks.options_of(model).items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+        lines.append(f"  --{name}={text}")
+    return "\n".join(lines)
+
+
+train_command.help = sweep.help = settings_help
+
+if __name__ == "__main__":
+    datasets.command_line({"train": train_command, "evaluate": evaluate, "sweep": sweep},
+                          default="train")
