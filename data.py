@@ -223,8 +223,8 @@ def _folder(folder, root, image_size, skip_bad):
     kept as they are when all have one size, and enlarged batch by batch on the device.
     """
     files, classes = _list_folder(folder)
-    listing = [(str(path), label, *os.stat(path)[6:9:2])
-               for part in files.values() for path, label in part]
+    facts = ((path, label, os.stat(path)) for part in files.values() for path, label in part)
+    listing = [(str(path), label, fact.st_size, fact.st_mtime_ns) for path, label, fact in facts]
     key = repr((str(folder.resolve()), image_size, skip_bad, listing))
     cache = root / f"folder-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
     if cache.exists():
@@ -318,6 +318,7 @@ def _resize(image, size):
     return resized[0].round().clamp(0, 255).byte()
 
 
+@functools.lru_cache(maxsize=4)
 def draw_shapes(count, seed):
     """Draw `count` 32×32 RGB images of ten shapes: a task that needs shape, not colour or place.
 
@@ -575,13 +576,16 @@ def _parse(commands, words):
         @fire.decorators.SetParseFn(str)
         @functools.wraps(function)
         def collect(*positional, **flags):
-            names = list(inspect.signature(function).parameters)
-            flags = {**dict(zip(names, positional)), **flags}
+            # Words for a `*name` parameter are handed over as one list, as positional arguments.
+            parameters = inspect.signature(function).parameters.values()
+            listed = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+            if not listed:
+                flags |= dict(zip([p.name for p in parameters], positional))
             hints = typing.get_type_hints(function)
             values = {name: parse_value(name, value, hints[name])
                       if name in hints and isinstance(value, str) else value
                       for name, value in flags.items()}
-            pending.append(functools.partial(function, **values))
+            pending.append(functools.partial(function, *(positional if listed else ()), **values))
         return collect
 
     try:

@@ -1035,8 +1035,8 @@ def resumed_config(config, given):
     options = {**saved.options, **{name: config.options[name] for name in given
                                    if name in config.options}}
     asked = {name: getattr(config, name) for name in given if hasattr(config, name)}
-    config = dataclasses.replace(saved, out=config.out, name=config.name,
-                                 **{**asked, "options": options})
+    asked |= {"out": config.out, "name": config.name, "options": options}
+    config = dataclasses.replace(saved, **asked)
     check_same_run(config)
     return config
 

@@ -1,0 +1,259 @@
+"""Data: what comes out of each source, and what becomes of it in a batch."""
+
+import struct
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+
+
+def write_images(folder, classes=("cat", "dog"), count=3, size=(8, 8)):
+    for part in ("train", "test"):
+        for label, name in enumerate(classes):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", size, (label * 100, number, 7)).save(
+                    folder / part / name / f"{number}.png")
+    return folder
+
+
+def test_pixel_statistics_by_hand():
+    images = torch.tensor([0, 255, 51, 204], dtype=torch.uint8).view(1, 1, 2, 2).repeat(1, 3, 1, 1)
+    mean, std = data.pixel_statistics(images)
+    assert mean == pytest.approx([0.5] * 3)
+    assert std == pytest.approx([((0.25 + 0.09) / 2) ** 0.5] * 3)
+
+
+def test_mean_of_image_stds_is_not_the_pixel_std():
+    flat = torch.stack([torch.full((3, 4, 4), value, dtype=torch.uint8) for value in (0, 255)])
+    assert data.pixel_statistics(flat)[1] == pytest.approx([0.5] * 3)
+    assert data.mean_of_image_stds(flat) == (0, 0, 0)
+
+
+def test_validation_split_is_balanced_and_disjoint():
+    labels = torch.arange(10).repeat(50)
+    images = torch.arange(500).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+    rest, held = data.split_off(data.Split(images, labels), 100, seed=3)
+    assert torch.bincount(held.labels).tolist() == [10] * 10
+    seen = torch.cat([rest.images, held.images])[:, 0, 0, 0]
+    assert sorted(seen.tolist()) == list(range(500))
+    again = data.split_off(data.Split(images, labels), 100, seed=3)[1]
+    other = data.split_off(data.Split(images, labels), 100, seed=4)[1]
+    assert torch.equal(held.images, again.images) and not torch.equal(held.images, other.images)
+
+
+@pytest.mark.parametrize("count", [-1, 500, 501])
+def test_validation_split_out_of_range(count):
+    split = data.Split(torch.zeros(500, 3, 1, 1), torch.zeros(500, dtype=torch.long))
+    with pytest.raises(ValueError, match="499"):
+        data.split_off(split, count, seed=0)
+
+
+def test_shapes_are_the_same_every_time_and_balanced():
+    shapes = data.draw_shapes.__wrapped__(200, seed=1)
+    assert torch.equal(shapes.images, data.draw_shapes(200, seed=1).images)
+    assert shapes.images.shape == (200, 3, 32, 32) and shapes.images.dtype == torch.uint8
+    assert torch.bincount(shapes.labels).tolist() == [20] * 10
+
+
+def test_shapes_are_beyond_a_linear_classifier():
+    shapes = data.load("shapes", val=0)
+    pixels = data.normalize(shapes.train.images, shapes.mean, shapes.std).flatten(1)
+    linear = torch.nn.Linear(3072, 10)
+    optimizer = torch.optim.Adam(linear.parameters(), lr=1e-3)
+    for rows in torch.arange(len(pixels)).repeat(2).split(500):
+        optimizer.zero_grad()
+        F.cross_entropy(linear(pixels[rows]), shapes.train.labels[rows]).backward()
+        optimizer.step()
+    test = data.normalize(shapes.test.images, shapes.mean, shapes.std).flatten(1)
+    assert (linear(test).argmax(1) == shapes.test.labels).float().mean() < 0.4
+
+
+def test_normalize_by_hand():
+    images = torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    out = data.normalize(images, (0.5, 0.25, 0.2), (0.5, 0.25, 0.1))
+    assert torch.allclose(out[0, :, 0, 0], torch.tensor([1.0, -1.0, 0.0]), atol=1e-6)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert data.normalize(images, (0.5,) * 3, (0.5,) * 3, image_size=4).shape == (1, 3, 4, 4)
+
+
+def split_of_noise(count=20, size=16):
+    images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    return data.Split(images, torch.arange(count))
+
+
+def batches_of(split, augment=(), **settings):
+    return data.Batches(split, (0.5,) * 3, (0.5,) * 3, settings.pop("batch_size", 5), augment,
+                        **settings)
+
+
+def test_batches_without_augmentation_are_the_images():
+    split = split_of_noise()
+    for images, labels in batches_of(split).epoch(0):
+        assert torch.allclose(images, split.images[labels].float() / 127.5 - 1, atol=1e-5)
+
+
+def test_crop_and_flip_against_slices_of_the_padded_image():
+    split = split_of_noise()
+    padded = F.pad(split.images.float() / 127.5 - 1, (2, 2, 2, 2), mode="reflect")
+    places = set()
+    for images, labels in batches_of(split, ("crop", "flip")).epoch(1):
+        for image, label in zip(images, labels):
+            found = [(y, x, flip) for y in range(5) for x in range(5) for flip in (False, True)
+                     if torch.allclose((padded[label].flip(2) if flip else padded[label])
+                                       [:, y:y + 16, x:x + 16], image, atol=1e-5)]
+            assert len(found) == 1
+            places |= set(found)
+    assert len({flip for _, _, flip in places}) == 2 and len(places) > 10
+
+
+def test_alternating_flip_shows_each_image_both_ways_in_two_epochs():
+    split = split_of_noise()
+    batches = batches_of(split, ("alternating_flip",), batch_size=20)
+    shown = []
+    for epoch in (0, 1, 2):
+        images, labels = next(batches.epoch(epoch))
+        shown.append(images[labels.argsort()])
+    assert torch.equal(shown[0], shown[1].flip(3)) and torch.equal(shown[0], shown[2])
+
+
+def test_cutout_blanks_a_square_of_a_quarter():
+    images, _ = next(batches_of(split_of_noise(), ("cutout",), batch_size=20).epoch(0))
+    blank = (images == 0).all(1).flatten(1).sum(1)
+    assert blank.max() == 16 and (blank >= 4).all() and blank.float().mean() > 9
+
+
+def test_a_step_depends_on_seed_epoch_and_step_alone():
+    split = split_of_noise()
+    whole = list(batches_of(split, ("crop", "flip", "cutout")).epoch(2))
+    late = list(batches_of(split, ("crop", "flip", "cutout")).epoch(2, start=2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[2:], late)) and len(late) == 2
+    assert not torch.equal(whole[0][1], next(batches_of(split).epoch(3))[1])
+    assert not torch.equal(whole[0][1], next(batches_of(split, seed=1).epoch(2))[1])
+
+
+def test_processes_share_the_same_global_batch():
+    split = split_of_noise()
+    whole = next(batches_of(split, ("crop",), batch_size=6).epoch(0))
+    shares = [next(batches_of(split, ("crop",), batch_size=6, rank=rank, world=2).epoch(0))
+              for rank in (0, 1)]
+    for part in (0, 1):
+        together = torch.stack([share[part] for share in shares], 1).flatten(0, 1)
+        assert torch.equal(together, whole[part])
+
+
+def test_folder_is_read_and_cached(tmp_path):
+    folder = write_images(tmp_path / "images")
+    first = data.load(str(folder), tmp_path / "cache", val=0)
+    assert first.classes == ("cat", "dog") and first.train.images.shape == (6, 3, 8, 8)
+    assert first.train.images[:, 0, 0, 0].tolist() == [0, 0, 0, 100, 100, 100]
+    second = data.load(str(folder), tmp_path / "cache", val=0)
+    assert torch.equal(first.test.images, second.test.images)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    time.sleep(0.01)
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(folder / "train" / "cat" / "0.png")
+    assert data.load(str(folder), tmp_path / "cache", val=0).train.images[0, 0, 0, 0] == 9
+
+
+def test_folder_of_other_sizes_is_resized(tmp_path):
+    folder = write_images(tmp_path / "images", size=(40, 30))
+    assert data.load(str(folder), tmp_path, 16, val=0).train.images.shape == (6, 3, 16, 16)
+
+
+def test_folder_errors_name_what_is_wrong(tmp_path):
+    with pytest.raises(OSError, match="no such data set or folder"):
+        data.load(str(tmp_path / "nothing"), tmp_path)
+    folder = write_images(tmp_path / "images")
+    (folder / "train" / "cat" / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"bad\.jpg.*--skip_bad"):
+        data.load(str(folder), tmp_path, val=0)
+    assert len(data.load(str(folder), tmp_path, val=0, skip_bad=True).train.labels) == 6
+    (folder / "train" / "bird").mkdir()
+    with pytest.raises(ValueError, match="bird"):
+        data.load(str(folder), tmp_path, val=0)
+    (folder / "test" / "bird").mkdir()
+    with pytest.raises(ValueError, match="no images"):
+        data.load(str(folder), tmp_path, val=0)
+
+
+def test_cifar_without_files_and_network(tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-python\.tar\.gz.*shapes.*FOLDER"):
+        data.load("cifar10", tmp_path / "empty")
+
+
+ODD_IMAGES = {
+    "grey": Image.new("L", (4, 4), 100), "grey16": Image.new("I;16", (4, 4), 100 * 257),
+    "palette": Image.new("RGB", (4, 4), (100, 100, 100)).convert("P", palette=1),
+    "cmyk": Image.new("CMYK", (4, 4), (0, 0, 0, 155)),
+    "transparent": Image.new("RGBA", (4, 4), (100, 100, 100, 255)),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_IMAGES)
+def test_odd_images_are_read_right(kind, tmp_path):
+    path = tmp_path / ("image.tiff" if kind == "cmyk" else "image.png")
+    ODD_IMAGES[kind].save(path)
+    assert (data.read_image(path).int() - 100).abs().max() <= 1
+
+
+def test_transparency_rotation_and_animation(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (data.read_image(tmp_path / "clear.png") == 255).all()
+    turned, exif = Image.new("RGB", (4, 2), "white"), Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert data.read_image(tmp_path / "turned.jpg").shape == (3, 4, 2)
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ((10, 10, 10), (200, 200, 200))]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert (data.read_image(tmp_path / "moving.webp") == 10).all()
+
+
+def test_bad_images_are_named(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "empty.png").write_bytes(b"")
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(whole[:16] + header + whole[29:])
+    for name in ("cut.png", "empty.png", "bomb.png", "missing.png"):
+        with pytest.raises(OSError, match=name.replace(".", r"\.")):
+            data.read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("line, complaint", [
+    (["stats", "--dat=shapes"], "--dat=shapes"), (["nothing"], "commands: stats"),
+    (["stats", "--image_size=abc"], "whole number"), (["stats", "a", "b", "3", "true", "e"], "e"),
+])
+def test_a_mistyped_line_never_starts_work(line, complaint, capsys):
+    started = []
+
+    def stats(data: str = "a", root: str = "b", image_size: int = 1, skip_bad: bool = False):
+        started.append(data)
+
+    with pytest.raises(SystemExit) as leave:
+        globals()["data"].command_line({"stats": stats}, argv=line)
+    error = capsys.readouterr().err
+    assert leave.value.code == 2 and not started
+    assert complaint in error and error.count("\n") == 1
+
+
+def test_flags_become_values_of_their_types(capsys):
+    got = []
+
+    def command(*words: str, count: int = 1, rates: tuple[float, ...] = (), big: bool = False,
+                size: int | None = 3):
+        got.append((words, count, rates, big, size))
+
+    data.command_line({"command": command}, argv=["command", "1e3", "x", "--count=5",
+                                                  "--rates=0.1+2", "--big", "--size=none"])
+    assert got == [(("1e3", "x"), 5, (0.1, 2.0), True, None)]
+    with pytest.raises(SystemExit) as leave:
+        data.command_line({"command": command}, argv=["command", "--count=5", "--help"])
+    assert leave.value.code == 0 and len(got) == 1 and "--count" in capsys.readouterr().out

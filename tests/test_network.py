@@ -1,0 +1,176 @@
+"""Networks: shapes and parameter counts of the papers and reports; checkpoints that stay whole."""
+
+import io
+import zipfile
+
+import pytest
+import torch
+import torchvision
+
+import network
+
+# Parameters worked out by hand from the layers, or published.
+PARAMETERS = {
+    "lenet": 62_006, "vgg16_1x1": 10_195_786, "convnet": 890_410, "convnet_large": 7_472_970,
+    "simple_cnn": 296_130, "lenet5_color": 744_328, "trial_3conv": 803_671,
+    "trial_4conv": 702_799, "trial_4conv_late_pool": 1_635_919, "vgg_a": 9_750_922,
+    "vgg11": 9_225_610, "resnet18": 11_173_962, "resnet34": 21_282_122, "resnet50": 23_520_842,
+    "resnet20": 269_722, "resnet56": 853_018, "resnet18_imagenet": 11_181_642,
+}
+
+
+def on_meta(name, classes=10, image_size=None, **options):
+    with torch.device("meta"):
+        return network.build(name, classes, image_size, **options)
+
+
+@pytest.mark.parametrize("name", network.NETWORKS)
+def test_every_network_maps_images_to_logits(name):
+    size = network.image_size_of(name)
+    with torch.device("meta"):
+        assert network.build(name, 7)(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name, count", PARAMETERS.items())
+def test_parameter_counts(name, count):
+    assert network.count_parameters(on_meta(name)) == count
+
+
+def test_structure_table_of_resnet18_imagenet():
+    rows = {row[0]: row[1:3] for row in network.stages(on_meta("resnet18_imagenet"), 224)}
+    assert rows == {
+        "conv1": ((64, 112, 112), 9_536), "conv2_x": ((64, 56, 56), 147_968),
+        "conv3_x": ((128, 28, 28), 525_568), "conv4_x": ((256, 14, 14), 2_099_712),
+        "conv5_x": ((512, 7, 7), 8_393_728), "pool": ((512, 1, 1), 0), "flatten": ((512,), 0),
+        "fc": ((10,), 5_130),
+    }
+
+
+def test_multiply_adds_of_lenet_by_hand():
+    by_hand = 28 * 28 * 6 * 75 + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
+    assert network.multiply_adds(on_meta("lenet"), 32) == by_hand
+
+
+@pytest.mark.parametrize("name, options, inputs", [
+    ("lenet", {}, [400, 120, 84]), ("vgg16_1x1", {}, [512, 256, 256]),
+    ("convnet", {"dropout": 0.2}, [1600, 512]), ("convnet_large", {}, [6400, 1024, 512]),
+    ("simple_cnn", {}, [4608, 64]), ("simple_cnn", {"channels": (18, 25)}, [1225, 64]),
+    ("simple_cnn", {"channels": (18, 300), "hidden": (200, 50)}, [14700, 200, 50]),
+    ("lenet5_color", {}, [1728, 360, 252, 30]), ("trial_3conv", {}, [1728, 360, 252, 99, 30]),
+    ("trial_4conv", {}, [864, 360, 252, 99, 30]), ("vgg_a", {}, [512, 512, 512]),
+    ("trial_4conv_late_pool", {}, [3456, 360, 252, 99, 30]),
+])
+def test_linear_layers_of_the_reports(name, options, inputs):
+    linear = [module for module in on_meta(name, **options).modules()
+              if isinstance(module, torch.nn.Linear)]
+    assert [layer.in_features for layer in linear] == inputs
+
+
+def test_resnet18_imagenet_is_torchvisions_resnet18():
+    ours, theirs = network.build("resnet18_imagenet").eval(), torchvision.models.resnet18(
+        num_classes=10).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -1, 1)
+            torch.nn.init.uniform_(module.weight, 0.5, 1)
+    # Shortcuts stand last in our blocks and in theirs, so the tensors come in the same order.
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values())))
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (dict(name="lenet6"), "lenet6"), (dict(name="lenet", width=3), "dropout"),
+    (dict(name="lenet", image_size=8), "8×8"), (dict(name="convnet", dropout=1.0), "dropout=1"),
+    (dict(name="resnet18", activation="tanh"), "leaky_relu"),
+    (dict(name="resnet18", width=10**9), "4096"), (dict(name="resnet18", width="a"), "resnet18"),
+])
+def test_build_errors_say_what_is_allowed(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        network.build(**arguments)
+
+
+def test_find_layer():
+    lenet = on_meta("lenet")
+    assert network.find_layer(lenet, "conv1.0") is lenet.conv1[0]
+    with pytest.raises(ValueError, match="conv1, conv2"):
+        network.find_layer(lenet, "conv9")
+
+
+def checkpoint_of(name="lenet", **options):
+    built = network.build(name, **options)
+    return {"model": name, "options": options, "classes": list("abcdefghij"), "image_size": 32,
+            "mean": [0.5] * 3, "std": [0.25] * 3, "weights": built.state_dict(),
+            "settings": {"seed": 0}, "epoch": 1, "step": 2}
+
+
+def test_checkpoint_round_trip(tmp_path):
+    saved = checkpoint_of("simple_cnn", channels=(18, 25))
+    network.save(tmp_path / "a.pth", saved)
+    loaded, checkpoint = network.load(tmp_path / "a.pth")
+    assert checkpoint["settings"] == {"seed": 0} and not loaded.training
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, saved["weights"][name])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+    torch.load(tmp_path / "a.pth", weights_only=True)  # stays an ordinary PyTorch file
+
+
+def test_every_flipped_or_missing_byte_is_noticed(tmp_path):
+    network.save(tmp_path / "a.pth", checkpoint_of())
+    content = (tmp_path / "a.pth").read_bytes()
+    for place in torch.randint(0, len(content), (200,)).tolist():
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        (tmp_path / "b.pth").write_bytes(damaged if place % 2 else content[:place])
+        with pytest.raises(OSError, match=r"b\.pth.*damaged"):
+            network.load(tmp_path / "b.pth")
+
+
+class Bomb:
+    exploded = False
+
+    def __reduce__(self):
+        return exec, ("import test_network; test_network.Bomb.exploded = True",)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"model": "lenet6"}, "lenet6"), ({"options": {"width": 2}}, "width"),
+    ({"classes": "abc"}, "classes"), ({"image_size": 10**6}, "image_size"),
+    ({"image_size": 16}, "16×16|weights"), ({"weights": {}}, "conv1"), ({"mean": [1.0]}, "normal"),
+    ({"options": {"batch_norm": True}}, "weights"), ({"weights": {"conv1.0.weight": 3}}, "conv1"),
+    ({"bomb": Bomb()}, "not a checkpoint"),
+])
+def test_a_checkpoint_that_lies_is_refused(change, complaint, tmp_path):
+    network.save(tmp_path / "a.pth", {**checkpoint_of(), **change})
+    with pytest.raises(ValueError, match=complaint):
+        network.load(tmp_path / "a.pth")
+    assert not Bomb.exploded
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    import hashlib
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save(checkpoint_of(), plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(
+            packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.namelist():
+            target.writestr(entry, source.read(entry))
+    content = bytearray(packed.getvalue())
+    content[-2:] = (32).to_bytes(2, "little")
+    (tmp_path / "a.pth").write_bytes(content + hashlib.sha256(content).digest())
+    with pytest.raises(ValueError, match="compressed"):
+        network.load(tmp_path / "a.pth")
+
+
+def test_a_disk_error_leaves_the_file_before_it(tmp_path, monkeypatch):
+    network.save(tmp_path / "a.pth", checkpoint_of())
+    before = (tmp_path / "a.pth").read_bytes()
+
+    def full(_file):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"a\.pth.*No space"):
+        network.save(tmp_path / "a.pth", checkpoint_of())
+    assert (tmp_path / "a.pth").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]

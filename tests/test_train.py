@@ -1,0 +1,304 @@
+"""Training: schedules by hand, runs that resume exactly, files that hold what they should."""
+
+import csv
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import network
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = {"data": "shapes", "limit": 96, "batch_size": 16, "epochs": 2, "save_every": 0.0,
+        "dropout": 0.2, "augment": ("flip", "crop"), "keep": 3}
+
+
+def tiny(tmp_path, name="run", **changes):
+    return train.Config.create(**{**TINY, "model": "lenet", "out": str(tmp_path), "name": name,
+                                  **changes})
+
+
+def steady_rows(folder):
+    """metrics.csv without what depends on the clock."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{name: value for name, value in row.items()
+                 if name not in ("seconds", "images_per_second")} for row in csv.DictReader(file)]
+
+
+def steady_result(folder):
+    result = json.loads((folder / "result.json").read_text())
+    result["settings"].pop("name")
+    return {name: value for name, value in result.items() if name not in ("seconds", "command")}
+
+
+def event_steps(folder):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    return sorted((value.tag, event.step) for path in folder.glob("events.*")
+                  for event in EventFileLoader(str(path)).Load() for value in event.summary.value)
+
+
+def assert_same_run(one, two):
+    first, second = network.read(one / "last.pth"), network.read(two / "last.pth")
+    assert first["step"] == second["step"]
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name
+    assert steady_rows(one) == steady_rows(two)
+    assert steady_result(one) == steady_result(two)
+    assert event_steps(one) == event_steps(two)
+
+
+def test_learning_rate_by_hand():
+    def at(step, schedule):
+        return train.learning_rate(step, 100, 0, 1.0, schedule)
+    assert [at(step, "step") for step in (0, 49, 50, 75)] == pytest.approx([1, 1, 0.1, 0.01])
+    assert [at(step, "linear") for step in (0, 50, 75)] == pytest.approx([1, 0.5, 0.25])
+    assert [at(step, "cosine") for step in (0, 50, 25)] == pytest.approx(
+        [1, 0.5, 0.5 + math.sqrt(0.125)])
+    assert at(99, "constant") == 1 and at(0, "onecycle") == pytest.approx(1 / 26)
+    assert max(range(100), key=lambda step: at(step, "onecycle")) == 25
+    assert [train.learning_rate(step, 100, 4, 1.0, "constant") for step in range(5)] == \
+        pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+@pytest.mark.parametrize("changes, complaint", [
+    ({"lr": -1.0}, "lr=-1"), ({"epochs": 0}, "epochs=0"), ({"optimizer": "sdg"}, "adamw"),
+    ({"augment": ("flop",)}, "flop"), ({"schedule": "cos"}, "cosine"), ({"widht": 3}, "--widht"),
+    ({"dropout": 1.5}, "dropout"), ({"model": "lenet6"}, "lenet6"), ({"epochs": "3"}, "epochs"),
+])
+def test_settings_are_checked(changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        train.Config.create(**{"model": "lenet", **changes})
+
+
+@pytest.mark.parametrize("model", network.NETWORKS)
+def test_every_network_has_a_recipe(model):
+    assert model in train.RECIPES
+    train.Config.create(model)
+
+
+def test_score_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+    result = train.score(logits, torch.tensor([0, 0, 1]), 2)
+    low, high = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
+    assert result["loss"] == pytest.approx((low + 2 * high) / 3)
+    assert result["accuracy"] == pytest.approx(1 / 3) and result["per_class"] == [0.5, 0]
+
+
+def test_one_batch_is_overfitted(tmp_path):
+    config = tiny(tmp_path, limit=16, epochs=80, dropout=0.0, augment=(), val=0, optimizer="adam",
+                  lr=3e-3, weight_decay=0.0)
+    assert train.train(config)["train/accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_every_optimizer_lowers_the_loss_and_resumes(optimizer, tmp_path):
+    config = tiny(tmp_path, optimizer=optimizer, epochs=1, lr=1e-3, val=0)
+    train.train(config)
+    rows = train.read_metrics(config.folder)
+    assert math.isfinite(rows["train/loss"][0]) and math.isnan(rows["val/loss"][0])
+    train.train(tiny(tmp_path, optimizer=optimizer, epochs=2, lr=1e-3, val=0), resume=True)
+    assert len(train.read_metrics(config.folder)["epoch"]) == 2
+
+
+def test_run_folder_and_result(tmp_path):
+    config = tiny(tmp_path)
+    result = train.train(config)
+    names = {path.name for path in config.folder.iterdir()}
+    assert {"config.json", "metrics.csv", "last.pth", "best.pth", "result.json", "test"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+    rows = train.read_metrics(config.folder)
+    assert rows["epoch"] == [1, 2] and rows["step"] == [6, 12]
+    assert result["val/accuracy"] == pytest.approx(max(rows["val/accuracy"]), abs=1e-4)
+    assert len(result["per_class"]) == 10 and result["parameters"] == 62_006
+    assert result["test/accuracy"] == pytest.approx(sum(result["per_class"].values()) / 10, abs=0.1)
+    logged = event_steps(config.folder)
+    assert ("val/accuracy", 12) in logged and len(logged) == len(set(logged))
+    tags = {tag for tag, _ in event_steps(config.folder / "test")}
+    assert {"test/disc", "test/accuracy"} <= tags
+    assert (config.folder / "test" / "projector_config.pbtxt").read_text().count("sprite") == 4
+
+
+def test_same_command_twice_gives_identical_files(tmp_path):
+    for name in ("a", "b"):
+        train.train(tiny(tmp_path, name))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_an_interrupted_run_ends_in_the_same_weights(step, tmp_path, monkeypatch):
+    train.train(tiny(tmp_path, "whole"))
+    real_step, seen = train.train_step, []
+
+    def failing_step(*arguments):
+        seen.append(1)
+        if len(seen) == step + 1:
+            raise RuntimeError("power cut")
+        real_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", failing_step)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.train(tiny(tmp_path, "cut"))
+    train.train(tiny(tmp_path, "cut"), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, capsys):
+    train.train(tiny(tmp_path, "whole", epochs=3))
+    train.train(tiny(tmp_path, "cut", epochs=2))
+    last = tmp_path / "cut" / "last.pth"
+    last.write_bytes(last.read_bytes()[:-100])
+    train.train(tiny(tmp_path, "cut", epochs=3), resume=True)
+    assert f"{last}: not a checkpoint of this package, or damaged" in capsys.readouterr().out
+    assert len(steady_rows(tmp_path / "cut")) == 3
+
+
+def test_epochs_may_grow_and_nothing_else_may_change(tmp_path):
+    train.train(tiny(tmp_path))
+    for changes, complaint in (({"lr": 0.5}, "--lr=0.5"), ({"dropout": 0.3}, "--dropout=0.3"),
+                               ({"epochs": 1}, "may grow")):
+        with pytest.raises(ValueError, match=complaint):
+            train.train(tiny(tmp_path, **changes), resume=True)
+    with pytest.raises(FileExistsError, match="--resume.*--name.*--overwrite"):
+        train.train(tiny(tmp_path))
+
+
+def test_the_run_before_survives_a_failed_overwrite(tmp_path):
+    train.train(tiny(tmp_path))
+    with pytest.raises(OSError, match="no such data set"):
+        train.train(tiny(tmp_path, data="nowhere"), overwrite=True)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_second_process_is_refused(tmp_path):
+    config = tiny(tmp_path)
+    with train.lock(config.folder, train.Workers()), pytest.raises(ValueError, match="another"):
+        train.train(config)
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_gradient_that_is_not_finite(on_nan, tmp_path, monkeypatch):
+    config = tiny(tmp_path, on_nan=on_nan)
+    real_loss, calls = train.F.cross_entropy, []
+
+    def sick_loss(logits, labels, **keywords):
+        calls.append(1)
+        loss = real_loss(logits, labels, **keywords)
+        return loss * math.nan if len(calls) == 9 else loss  # the 7th call is the validation's
+
+    monkeypatch.setattr(train.F, "cross_entropy", sick_loss)
+    if on_nan == "skip":
+        assert math.isfinite(train.train(config)["test/loss"])
+        return
+    with pytest.raises(ValueError, match=r"step 8.*learning rate.*last\.pth"):
+        train.train(config)
+    checkpoint = network.read(config.folder / "last.pth")
+    assert all(tensor.isfinite().all() for tensor in checkpoint["weights"].values())
+
+
+def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    real_save, calls = network.save, []
+
+    def save(path, checkpoint):
+        calls.append(path)
+        if len(calls) > 4 and Path(path).name == "last.pth":
+            raise OSError(f"{path}: cannot be written (No space left on device)")
+        real_save(path, checkpoint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "save", save)
+        with pytest.raises(OSError, match="No space"):
+            train.train(config)
+    assert network.read(config.folder / "last.pth")["step"] > 0
+
+
+def test_resume_keeps_the_saved_settings(tmp_path, capsys):
+    train.train(tiny(tmp_path))
+    train.train_command(resume=str(tmp_path / "run"), epochs="3")
+    assert train.read_config(tmp_path / "run" / "config.json") == tiny(tmp_path, epochs=3)
+    train.train_command(resume="true", out=str(tmp_path), name="run", model="lenet", dropout="0.2")
+    assert "resuming at step 18" in capsys.readouterr().out
+
+
+def run_script(*words, timeout=120, **more):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *words], capture_output=True,
+                          text=True, timeout=timeout, **more)
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["--epohcs=3"], "--epohcs"), (["--lr=abc"], "--lr=abc"), (["--resume=nowhere"], "nowhere"),
+    (["evaluate", "nothing.pth"], "nothing.pth"),
+])
+def test_bad_command_lines_exit_2_with_one_line(words, complaint, tmp_path):
+    done = run_script(*words, cwd=tmp_path)
+    assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run_script", lambda *words: None)
+    flags = {"data": "shapes", "limit": "32", "epochs": "1", "lr": "0.1,0.01",
+             "augment": "flip+crop,none"}
+    train.sweep(**flags)
+    folder = tmp_path / "runs" / "sweep-lenet-lr-augment"
+    table = list(csv.DictReader(open(folder / "sweep.csv")))
+    assert [row["augment"] for row in table] == ["flip+crop", "none"] * 2
+    before = os.path.getmtime(folder / "lr=0.1,augment=none" / "last.pth")
+    train.sweep(**flags)
+    assert os.path.getmtime(folder / "lr=0.1,augment=none" / "last.pth") == before
+
+
+TINY_LINE = ["--data=shapes", "--limit=96", "--batch_size=16", "--epochs=3", "--save_every=0",
+             "--dropout=0.2", "--seed=7"]
+
+
+@pytest.mark.slow
+def test_killed_anywhere(tmp_path):
+    """SIGKILL at random instants, resume, until the run ends: as if nothing had happened."""
+    line = [*TINY_LINE, f"--out={tmp_path}", "--resume"]
+    assert run_script(*line, "--name=whole").returncode == 0
+    dice, kills, wanted, rounds = random.Random(1), 0, int(os.environ.get("KILLS", 6)), 0
+    while kills < wanted:
+        name, rounds = f"cut{rounds}", rounds + 1
+        while True:
+            process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *line,
+                                        f"--name={name}"], stdout=subprocess.DEVNULL)
+            time.sleep(0.5)
+            try:  # most of a start goes to imports; aim at what comes after
+                assert process.wait(dice.uniform(1.0, 5.0)) == 0
+                break
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+        assert_same_run(tmp_path / "whole", tmp_path / name)
+        assert not list((tmp_path / name).glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_same_batches(tmp_path):
+    line = [*TINY_LINE[:-2], f"--out={tmp_path}", "--device=cpu"]
+    assert run_script(*line, "--name=one").returncode == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    done = subprocess.run([*torchrun, str(ROOT / "train.py"), *line, "--name=two"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, two = (train.read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4)
+    assert two["val/accuracy"] == pytest.approx(one["val/accuracy"], abs=0.011)
+    done = run_script(*[word.replace("epochs=3", "epochs=4") for word in line], "--name=two",
+                      "--resume")
+    assert done.returncode == 0, done.stderr
+    assert len(train.read_metrics(tmp_path / "two")["epoch"]) == 4
