@@ -561,7 +561,7 @@ class RunFolder:
 
 def column_width(name):
     """How wide a column of the epochs' table is on the screen."""
-    return max(len(name), 5 if name == "epoch" else 8) + 2
+    return max(len(name), 5 if name == "epoch" else 10) + 2
 
 
 def format_cell(value):
@@ -703,7 +703,7 @@ def train(config, resume=False, overwrite=False):
                             config.limit, config.skip_bad)
         checkpoint = newest_checkpoint(config.folder, device, say) if resume else None
         if not checkpoint:
-            say(f"{config.folder}: nothing to resume; starting" if resume else "starting")
+            say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
         description = describe(config, dataset)
         state = new_state(config, description, device)
         if checkpoint:

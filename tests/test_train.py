@@ -168,7 +168,7 @@ def test_epochs_may_grow_and_nothing_else_may_change(tmp_path):
                                ({"epochs": 1}, "may grow")):
         with pytest.raises(ValueError, match=complaint):
             train.train(tiny(tmp_path, **changes), resume=True)
-    with pytest.raises(FileExistsError, match="--resume.*--name.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"--resume.*--name.*--overwrite"):
         train.train(tiny(tmp_path))
 
 
@@ -252,8 +252,8 @@ def test_sweep(tmp_path, monkeypatch):
              "augment": "flip+crop,none"}
     train.sweep(**flags)
     folder = tmp_path / "runs" / "sweep-lenet-lr-augment"
-    table = list(csv.DictReader(open(folder / "sweep.csv")))
-    assert [row["augment"] for row in table] == ["flip+crop", "none"] * 2
+    lines = (folder / "sweep.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines] == ["augment", *["flip+crop", "none"] * 2]
     before = os.path.getmtime(folder / "lr=0.1,augment=none" / "last.pth")
     train.sweep(**flags)
     assert os.path.getmtime(folder / "lr=0.1,augment=none" / "last.pth") == before
@@ -267,16 +267,17 @@ TINY_LINE = ["--data=shapes", "--limit=96", "--batch_size=16", "--epochs=3", "--
 def test_killed_anywhere(tmp_path):
     """SIGKILL at random instants, resume, until the run ends: as if nothing had happened."""
     line = [*TINY_LINE, f"--out={tmp_path}", "--resume"]
+    started = time.monotonic()
     assert run_script(*line, "--name=whole").returncode == 0
+    whole_run = time.monotonic() - started
     dice, kills, wanted, rounds = random.Random(1), 0, int(os.environ.get("KILLS", 6)), 0
     while kills < wanted:
         name, rounds = f"cut{rounds}", rounds + 1
         while True:
             process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *line,
                                         f"--name={name}"], stdout=subprocess.DEVNULL)
-            time.sleep(0.5)
-            try:  # most of a start goes to imports; aim at what comes after
-                assert process.wait(dice.uniform(1.0, 5.0)) == 0
+            try:  # a start is mostly imports; aim at what comes after
+                assert process.wait(whole_run * dice.uniform(0.4, 1.1)) == 0
                 break
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
@@ -290,8 +291,8 @@ def test_killed_anywhere(tmp_path):
 def test_two_processes_train_on_the_same_batches(tmp_path):
     line = [*TINY_LINE[:-2], f"--out={tmp_path}", "--device=cpu"]
     assert run_script(*line, "--name=one").returncode == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, str(ROOT / "train.py"), *line, "--name=two"],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
