@@ -88,8 +88,8 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
     if limit is not None:
         if limit < 1:
             raise ValueError(f"limit={limit}: at least one image is needed")
-        train, test = (_subset(part, limit, seed) for part in (train, test))
-        held_out = held_out and _subset(held_out, limit, seed)
+        train, test = (subset(part, limit, seed) for part in (train, test))
+        held_out = held_out and subset(held_out, limit, seed)
     mean, std = pixel_statistics(train.images)
     return Dataset(data, tuple(classes), train, held_out, test, mean, std)
 
@@ -117,7 +117,8 @@ def split_off(split, count, seed):
             Split(split.images[held], split.labels[held]))
 
 
-def _subset(split, count, seed):
+def subset(split, count, seed):
+    """`count` images of `split` (all if it has no more), balanced by class, chosen by `seed`."""
     if count >= len(split.labels):
         return split
     return split_off(split, count, seed)[1]
@@ -520,6 +521,10 @@ def parse_value(name, text, kind):
             with contextlib.suppress(ValueError):
                 return parse_value(name, text, option)
         return parse_value(name, text, kinds[-1])
+    if typing.get_origin(kind) is typing.Literal:
+        if text not in typing.get_args(kind):
+            raise ValueError(f"--{name}={text}: must be one of {', '.join(typing.get_args(kind))}")
+        return text
     if typing.get_origin(kind) is tuple:
         parts = [] if text.lower() in ("", "none") else re.split("[,+]", text)
         return tuple(parse_value(name, part, typing.get_args(kind)[0]) for part in parts)

@@ -276,7 +276,7 @@ def build(name, classes=10, image_size=None, **options):
         if any(isinstance(size, int) and not 0 < size <= 4096 for size in sizes
                if not isinstance(size, bool)):
             raise ValueError(f"{option}={value}: must be from 1 to 4096")
-    image_size = image_size or image_size_of(name)
+    image_size = image_size_of(name) if image_size is None else image_size
     if not (1 <= image_size <= 1024 and 1 <= classes <= 100_000):
         raise ValueError(f"image_size={image_size}, classes={classes}: must be from 1 to 1024, "
                          f"and from 1 to 100000")

@@ -194,7 +194,8 @@ def parse_flags(flags):
     kinds = typing.get_type_hints(Config)
     model = flags.get("model", Config.model)
     kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
-    kinds.pop("options")
+    if "options" in flags:
+        raise ValueError("--options: give the network's options by their names, as --dropout=0.2")
     return {name: datasets.parse_value(name, text, kinds[name])
             if name in kinds and isinstance(text, str) else text for name, text in flags.items()}
 
@@ -948,8 +949,8 @@ def write_board(folder, network, dataset, logits, result):
 
     shutil.rmtree(folder.path / "test", ignore_errors=True)
     board = event_writer(folder.path / "test")
-    images = dataset.test.images[:100]
-    labels = [dataset.classes[label] for label in dataset.test.labels[:100].tolist()]
+    images, labels = datasets.subset(dataset.test, 100, seed=0)
+    names = [dataset.classes[label] for label in labels.tolist()]
     description = folder.description
     pixels = datasets.normalize(images, tuple(description["mean"]), tuple(description["std"]),
                             description["image_size"], next(network.parameters()).device)
@@ -958,18 +959,19 @@ def write_board(folder, network, dataset, logits, result):
         board.add_graph(network, pixels[:1])
     probabilities = logits.softmax(1)
     for number, name in enumerate(dataset.classes):
-        board.add_pr_curve(f"test/{name}", dataset.test.labels == number, probabilities[:, number])
+        board.add_pr_curve(f"test/{name}", dataset.test.labels == number, probabilities[:, number],
+                           result["epochs"])
     settings = {name: value if isinstance(value, (int, float, str, bool)) else str(value)
                 for name, value in result["settings"].items()}
     for event in hparams(settings, {"test/accuracy": result["test/accuracy"]}):
         board.file_writer.add_summary(event)
     board.add_scalar("test/accuracy", result["test/accuracy"], result["epochs"])
     board.add_scalar("test/loss", result["test/loss"], result["epochs"])
-    add_projector(board, network, images, pixels, labels)
+    add_projector(board, network, images, pixels, names)
     board.close()
 
 
-def add_projector(board, network, images, pixels, labels):
+def add_projector(board, network, images, pixels, names):
     """Points for TensorBoard's Projector, with sprites and class names: pixels, and features."""
     caught = []
     hook = networks.last_linear(network).register_forward_pre_hook(
@@ -980,8 +982,8 @@ def add_projector(board, network, images, pixels, labels):
     finally:
         hook.remove()
     sprites = images.float() / 255
-    board.add_embedding(caught[0].float().flatten(1), labels, sprites, tag="features")
-    board.add_embedding(sprites.flatten(1), labels, sprites, tag="pixels")
+    board.add_embedding(caught[0].float().flatten(1), names, sprites, tag="features")
+    board.add_embedding(sprites.flatten(1), names, sprites, tag="pixels")
 
 
 def print_result(result, path=None):

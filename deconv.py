@@ -1,0 +1,400 @@
+"""Running a network backwards to see what a unit answers to in an image.
+
+    python deconv.py reconstruct runs/resnet18 --layers=conv1,conv5_x --bn=both
+    python deconv.py gallery runs/convnet --layer=conv2 --units=16 --top=9
+    python deconv.py reconstruct --network=torchvision:resnet18 --layers=layer4 --image=cat.jpg
+
+The deconvnet of Zeiler & Fergus (2014, section 2.1) keeps one activation of a layer and sends it
+down to the pixels. A convolution applies its transposed filters without bias, a max-pool returns
+each value to where its maximum was (the "switches"), branches add up: a backward pass does just
+that. Only rectifiers do something else there, and they alone are replaced:
+
+rule         a rectifier passes on                   source
+deconvnet    the positive signal                     Zeiler & Fergus 2014
+guided       the same, where its input was positive  Springenberg et al. 2015
+gradient     the signal times its derivative         Simonyan et al. 2014
+
+Where max-pool windows overlap, the maximum of several gets the sum of their signals; unpooling
+that writes instead of adding keeps one of them and loses the others.
+"""
+
+import contextlib
+import importlib
+import math
+import sys
+import typing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import data as datasets
+import train
+import visualize
+
+RULES = {"deconvnet": lambda signal, positive: signal.clamp(min=0),
+         "guided": lambda signal, positive: signal.clamp(min=0) * positive,
+         "gradient": None}
+BATCH_NORMS = {"through": None, "skip": lambda signal, positive: signal}
+RECTIFIERS = {"relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu",
+              "silu", "hardswish", "mish", "softplus"}
+BOUNDED = {"clamp", "clip", "clamp_min", "hardtanh", "threshold"}  # rectifiers from 0 on
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # of its pixels
+
+
+# ---------------------------------------------------------------------------- the rule
+
+
+class _Replaced(torch.autograd.Function):
+    """A function with its own value going forward and another rule going back."""
+
+    @staticmethod
+    def forward(ctx, x, function, rule):
+        ctx.rule = rule
+        ctx.save_for_backward(x > 0)  # now, because `function` may work in place
+        value = function(x)
+        if value is x:
+            ctx.mark_dirty(x)
+        return value
+
+    @staticmethod
+    def backward(ctx, signal):
+        return ctx.rule(signal, *ctx.saved_tensors), None, None
+
+
+class BackwardRule(TorchFunctionMode):
+    """While open, rectifiers and batch norms that are called get another backward pass.
+
+    Leaky and smooth `RECTIFIERS` and clamping at 0 follow `rule` too, whatever their slope. Batch
+    norms scale the signal by γ/σ (`bn` "through") or pass it on ("skip"). Modules, functions,
+    methods and in-place calls are all seen; values and network stay as they are.
+    """
+
+    def __init__(self, rule="deconvnet", bn="through"):
+        super().__init__()
+        for name, value, allowed in (("rule", rule, RULES), ("bn", bn, BATCH_NORMS)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value}: must be one of {', '.join(allowed)}")
+        self.rectify, self.normalize = RULES[rule], BATCH_NORMS[bn]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        rule = self._rule_for(function, args, kwargs)
+        if rule is None:
+            return function(*args, **kwargs)
+        x, *others = args or (kwargs.pop("input"),)
+        return _Replaced.apply(x, lambda x: function(x, *others, **kwargs), rule)
+
+    def _rule_for(self, function, args, kwargs):
+        name = getattr(function, "__name__", "").split(".")[0].strip("_")  # relu_, relu.default
+        if name == "batch_norm":
+            return self.normalize
+        if name in BOUNDED:
+            named = [kwargs[key] for key in ("min", "min_val", "threshold") if key in kwargs]
+            low = [*args[1:2], *named, None][0]
+            return self.rectify if isinstance(low, (int, float)) and low == 0 else None
+        return self.rectify if name in RECTIFIERS else None
+
+
+# ---------------------------------------------------------------------------- down to the pixels
+
+
+class Descent(typing.NamedTuple):
+    """A signal's way down from a layer to N images.
+
+    `signal` N×3×H×W is what arrives, `activations` are the layer's, `places` N is where in C·H·W
+    the one activation kept is (None: all were), `norms` {module: N} are the signals' L2 norms at
+    the outputs of the modules below, last of all at the "image".
+    """
+
+    signal: Tensor
+    activations: Tensor
+    places: Tensor | None
+    norms: dict[str, Tensor]
+
+
+def project(network, layer, images, unit="strongest", rule="deconvnet", bn="through"):
+    """Send one activation of `layer` back to the pixels of normalised `images`: N×3×H×W.
+
+    Of each image the strongest activation of all is kept, or that of feature map or neuron number
+    `unit`, with its value, and all others are zero; "all" keeps all; a tensor of N has the places
+    in C·H·W. `rule` and `bn`: see `BackwardRule`. ValueError for a layer or unit there is not.
+    """
+    return descend(network, layer, images, unit, rule, bn).signal
+
+
+def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="through"):
+    """What `project` does, as a `Descent`.
+
+    A layer that is called several times counts with its first call. The network runs in
+    evaluation mode and is afterwards as it was, also after an exception.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise ValueError("a scripted network hides its rectifiers: give the module it was made of")
+    images = images.detach().clone().requires_grad_()
+    with (_watched(network) as norms, torch.enable_grad(), BackwardRule(rule, bn),
+          visualize.capture(network, [layer], stop=True) as outputs):
+        network(images.clone())  # a clone, as a network may work in place from the start
+    found = outputs.get(layer)
+    if not isinstance(found, Tensor) or found.ndim not in (2, 4) or not found.requires_grad:
+        raise ValueError(f"layer={layer}: makes no tensor N×C×H×W or N×C of the images")
+    start = found.detach().flatten(1)
+    places = unit if isinstance(unit, Tensor) else strongest(found.detach(), unit)
+    if places is not None:
+        start = start * torch.nn.functional.one_hot(places, start.shape[1])
+    signal, = torch.autograd.grad(found, images, start.view(found.shape))
+    norms["image"] = signal.flatten(1).norm(dim=1)
+    return Descent(signal, found.detach(), places, norms)
+
+
+def strongest(activations, unit="strongest"):
+    """N indices into C·H·W: where in N×C×H×W or N×C the largest is (of `unit`); "all": None."""
+    maps = activations.flatten(2) if activations.ndim == 4 else activations[:, :, None]
+    if unit in ("strongest", "all"):
+        return maps.flatten(1).argmax(1) if unit == "strongest" else None
+    if isinstance(unit, str) or not 0 <= unit < maps.shape[1]:
+        raise ValueError(f"unit={unit}: must be strongest, all, or from 0 to {maps.shape[1] - 1}")
+    return unit * maps.shape[2] + maps[:, unit].argmax(1)
+
+
+@contextlib.contextmanager
+def _watched(network):
+    """Evaluation mode, and a dictionary {module: N}, which a backward pass fills with its norms."""
+    norms = {}
+
+    def watch(name, output):
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda signal: norms.update({
+                f"{name} ({len(norms)})" if name in norms else name: signal.flatten(1).norm(dim=1)
+            }))
+
+    with contextlib.ExitStack() as stack:
+        for name, module in network.named_modules():
+            stack.callback(setattr, module, "training", module.training)
+            stack.enter_context(module.register_forward_hook(
+                lambda _module, _inputs, output, name=name: watch(name, output)))
+        network.eval()
+        yield norms
+
+
+def top_reconstructions(network, layer, images, checkpoint, units, top, rule="deconvnet",
+                        bn="through"):
+    """The patches of uint8 `images` that excite `units` of `layer` most, and what comes back.
+
+    One pass over the images finds them; each signal starts at that activation alone. Returns
+    patches and reconstructions, both units×top×3×h×w, 0…1, cut at the receptive fields (grey
+    where the activation is 0), and the activations, units×top.
+    """
+    values, numbers, (rows, columns) = visualize.top_activations(network, layer, images,
+                                                                 checkpoint, units, top)
+    fields = visualize.receptive_fields(network, layer, checkpoint["image_size"])
+    height, width = fields.shape[1:3]
+    places = ((torch.tensor(units)[:, None] * height + rows) * width + columns).flatten()
+    boxes, images = fields.flatten(0, 2)[places], images[numbers.flatten()]
+    device, signals = next(network.parameters()).device, []
+    count = max(1, 2**18 // checkpoint["image_size"]**2)
+    for chunk in datasets.progress(torch.arange(len(places)).split(count), f"back from {layer}"):
+        batch = visualize.inputs(images[chunk], checkpoint, device)
+        signals.append(project(network, layer, batch, places[chunk].to(device), rule, bn))
+    pictures = visualize.pictures(images, checkpoint)
+    pictures[values.flatten() == 0] = 0.5
+    return (*(visualize.cut_patches(whole, boxes).unflatten(0, values.shape)
+              for whole in (pictures, as_pictures(torch.cat(signals).cpu()))), values)
+
+
+# ---------------------------------------------------------------------------- drawing
+
+
+def as_pictures(signals):
+    """Signals N×3×H×W as floats 0…1: grey is 0, and 99 % of a signal's other values fit in."""
+    scales = [signal[signal != 0].abs().quantile(0.99) if signal.any() else 1
+              for signal in signals]
+    panels = [0.5 + 0.5 * signal / scale for signal, scale in zip(signals, scales)]
+    return torch.stack(panels).clamp(0, 1)
+
+
+def window(signal):
+    """The square (top, left, side) around what is not 0 in a 3×S×S signal; if large, all of it."""
+    size, places = signal.shape[-1], signal.abs().amax(0).nonzero()
+    side = (places.amax(0) - places.amin(0)).max().item() + 3 if len(places) else size
+    if side > size / 2:
+        return 0, 0, size
+    return *(places.amin(0) - 1).clamp(0, size - side).tolist(), side
+
+
+def draw_reconstructions(picture, descents, title, classes=()):
+    """A figure with a row a layer: the image, what the unit saw of it, what comes back.
+
+    `picture` is 3×S×S, 0…1, `descents` {layer: {"through" or "skip": Descent}}; with both of them
+    the norms on the way down are plotted beside. `classes` name the logits.
+    """
+    from matplotlib.patches import Rectangle
+
+    both = len(next(iter(descents.values()))) > 1
+    ratios = [1, 1, 1, 1, 2.2] if both else [1, 1, 1]
+    title += "\ngrey is 0; each panel has its own scale, into which 99 % of the values fit"
+    figure = visualize.new_figure(2.5 * sum(ratios), 2.75 * len(descents) + 0.6, title)
+    grid = figure.add_gridspec(len(descents), len(ratios), width_ratios=ratios)
+    for row, (layer, ways) in enumerate(descents.items()):
+        first = next(iter(ways.values()))
+        top, left, side = window(first.signal[0])
+        panels = {f"{layer}, {_unit_text(first, classes)}": picture,
+                  f"its {side}×{side} pixels": picture}
+        panels |= {f"back, batch norm {bn}" if both else "what comes back":
+                   as_pictures(way.signal)[0].cpu() for bn, way in ways.items()}
+        for column, (text, panel) in enumerate(panels.items()):
+            axes = figure.add_subplot(grid[row, column])
+            cut = panel[:, top:top + side, left:left + side] if column else panel
+            axes.imshow(cut.permute(1, 2, 0), interpolation="nearest")
+            axes.set_title(text, fontsize=9)
+            axes.set_axis_off()
+            if column == 0:
+                axes.add_patch(Rectangle((left - 0.5, top - 0.5), side, side, fill=False,
+                                         color=visualize.COLORS[1], linewidth=1.5))
+        if both:
+            _draw_norms(figure, grid[row, -1], {bn: way.norms for bn, way in ways.items()})
+    return figure
+
+
+def _unit_text(descent, classes):
+    if descent.places is None:
+        return "all units"
+    place, activations = descent.places[0].item(), descent.activations[0]
+    unit = place // activations[0].numel()
+    named = f" ({classes[unit]})" if activations.shape == (len(classes),) else ""
+    return f"unit {unit}{named}: {activations.flatten()[place]:.3g}"
+
+
+def _draw_norms(figure, place, norms):
+    """Plot {label: {module: N norms}} of the first image, from a layer down to the image."""
+    axes = visualize.plot(figure, (place,), "the signal's L2 norm on its way down", "", "")
+    for (label, values), color, marker in zip(norms.items(), visualize.COLORS, visualize.MARKERS):
+        # Two levels deep; deeper, in residual branches, there is only a part of the signal.
+        names = [name for name in values if name.count(".") < 2 and not any(
+                 other.startswith(f"{name}.") for other in values if other.count(".") == 1)]
+        axes.semilogy([values[name][0].item() or math.nan for name in names], color=color,
+                      marker=marker, markersize=4, label=f"batch norm {label}")
+    stages = [name.split(".")[0] for name in names]
+    ticks = {stage: stages.index(stage) for stage in stages}
+    axes.set_xticks([*ticks.values()], [*ticks], rotation=30, ha="right")
+    axes.tick_params(which="both", labelsize=8)
+    axes.legend(fontsize=8)
+
+
+def draw_gallery(patches, back, values, units, title):
+    """A figure: for each unit its patches as a block, and beside it their reconstructions.
+
+    `patches` and `back` are units×top×3×h×w, 0…1, `values` units×top.
+    """
+    from torchvision.utils import make_grid
+
+    columns, rows = min(4, len(units)), math.ceil(len(units) / 4)
+    title += "\nactivations, strongest patches, what comes back of each (0 is grey, own scale)"
+    figure = visualize.new_figure(max(3.4 * columns, 7), 1.95 * rows + 0.6, title)
+    for number, unit in enumerate(units):
+        left, right = (make_grid(tiles[number], math.ceil(len(tiles[number]) ** 0.5), padding=1,
+                                 pad_value=1) for tiles in (patches, back))
+        block = torch.cat([left, torch.ones(3, left.shape[1], left.shape[2] // 24), right], 2)
+        axes = figure.add_subplot(rows, columns, number + 1)
+        axes.imshow(block.permute(1, 2, 0), interpolation="nearest")
+        high, low = values[number, [0, -1]]
+        axes.set_title(f"unit {unit}: {high:.2g} … {low:.2g}", fontsize=9)
+        axes.set_axis_off()
+    return figure
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+def open_network(ckpt=None, source=None, weights=None, image_size=None, device="auto"):
+    """The network and checkpoint at `ckpt`, or a network from elsewhere and what stands in for it.
+
+    `source` is `torchvision:NAME`, with weights in torch's local cache, or a function without
+    arguments, `package.module:function`; `weights` is a file with a state dict. Images get side
+    `image_size`, or 224, and ImageNet's statistics. Nothing is downloaded.
+    """
+    if (ckpt is None) == (source is None) or (ckpt and (weights or image_size)):
+        raise ValueError("give either a checkpoint or --network=torchvision:NAME (or "
+                         "package.module:function), the latter with --weights and --image_size")
+    if ckpt is not None:
+        return train.open_checkpoint(ckpt, device)
+    place, _, name = source.partition(":")
+    try:
+        if place == "torchvision":
+            place, weights = "torchvision.models", weights or _cached_weights(name)
+        sys.path.append("")  # the current folder
+        network = getattr(importlib.import_module(place), name)()
+        if weights:
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        network.eval().to(train.choose_device(device))
+    except Exception as error:  # anybody's code and files: whatever they raise
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"network={source}, weights={weights}: {told:.300}") from error
+    return network, {"model": source, "classes": [], "image_size": image_size or 224, **IMAGENET}
+
+
+def _cached_weights(name):
+    """The file with the newest weights of torchvision's network `name` in torch's local cache."""
+    from torchvision import models
+
+    cache = Path(torch.hub.get_dir(), "checkpoints")
+    for version in reversed(models.get_model_weights(name)):
+        if (cache / Path(version.url).name).exists():
+            return cache / Path(version.url).name
+    raise FileNotFoundError(f"put {version.url} into {cache}, or give --weights=FILE")
+
+
+def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
+                image: str | None = None, index: int = 0, unit: int | str = "strongest",
+                rule: str = "deconvnet", bn: str = "through", network: str | None = None,
+                weights: str | None = None, image_size: int | None = None, data: str | None = None,
+                root: str | None = None, out: str | None = None, format: str = "png",
+                device: str = "auto"):
+    """Draw what comes back from a unit of each of LAYERS: the strongest, one by number, or all.
+
+    Of a picture file or test image. Rules: deconvnet, guided, gradient. Batch norms scale the
+    signal (through), are left out (skip), or both, with the signal's norms on its way down.
+    """
+    visualize.figure_path(ckpt, "", out, format)
+    model, checkpoint = open_network(ckpt, network, weights, image_size, device)
+    if network and not image:
+        raise ValueError("a network from elsewhere comes without images: give --image=FILE")
+    picture, name = visualize.load_image(checkpoint, image, index, data, root)
+    images = visualize.inputs(picture, checkpoint, next(model.parameters()).device)
+    ways = ("through", "skip") if bn == "both" else (bn,)
+    descents = {layer: {way: descend(model, layer, images, unit, rule, way) for way in ways}
+                for layer in datasets.progress(layers or ("",), "going back")}
+    title = f"{network or visualize.title_of(checkpoint)}: {name}, {rule}, bn {bn}"
+    seen = visualize.pictures(picture, checkpoint)[0]
+    figure = draw_reconstructions(seen, descents, title, checkpoint["classes"])
+    return visualize.save_figure(figure, ckpt, f"reconstruct-{'-'.join(layers)}", out, format)
+
+
+def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...] = (16,),
+            top: int = 9, rule: str = "deconvnet", bn: str = "through", network: str | None = None,
+            weights: str | None = None, image_size: int | None = None, data: str | None = None,
+            root: str | None = None, out: str | None = None, format: str = "png",
+            device: str = "auto"):
+    """Draw, for each of LAYER's units, its TOP strongest test-image patches and what comes back.
+
+    `--units=16` are 16 units spread evenly over all of them; `--units=3,17` are those two.
+    """
+    visualize.figure_path(ckpt, "", out, format)
+    model, checkpoint = open_network(ckpt, network, weights, image_size, device)
+    if top < 1:
+        raise ValueError(f"top={top}: must be at least 1")
+    if network and not data:
+        raise ValueError("a network from elsewhere comes without images: give --data")
+    images = (datasets.load(data, root or "data", checkpoint["image_size"], val=0) if network
+              else train.open_dataset(checkpoint, data, root)).test.images
+    (_, maps), = visualize.layer_batches(model, layer, images[:1], checkpoint)
+    units = visualize.choose_units(units, maps.shape[1])
+    found = top_reconstructions(model, layer, images, checkpoint, units, top, rule, bn)
+    title = f"{network or visualize.title_of(checkpoint)}: {layer}, {rule}, bn {bn}"
+    figure = draw_gallery(*found, units, title)
+    return visualize.save_figure(figure, ckpt, f"gallery-{layer}", out, format)
+
+
+if __name__ == "__main__":
+    datasets.command_line({"reconstruct": reconstruct, "gallery": gallery})

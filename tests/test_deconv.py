@@ -1,0 +1,296 @@
+"""The deconvnet against answers worked out by hand or by other means."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data as datasets
+import deconv
+import network
+
+
+def images(count=2, size=8):
+    """Random normalised images."""
+    return torch.randn(count, 3, size, size)
+
+
+def stack(*layers):
+    """A network of `layers` called 0, 1, …, with statistics that batch norms can show."""
+    built = nn.Sequential(*layers).eval()
+    for module in built.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(-1, 2)
+            module.bias.data.normal_()
+    return built
+
+
+def unit_signal(activations, unit):
+    """All of `activations` set to zero but the largest of feature map `unit` of each image."""
+    start = torch.zeros_like(activations)
+    for number, maps in enumerate(activations[:, unit].detach()):
+        place = (number, unit, *divmod(maps.argmax().item(), maps.shape[1]))
+        start[place] = maps.max()
+    return start
+
+
+def test_one_convolution_by_hand():
+    layer = nn.Conv2d(1, 1, 2, bias=True)
+    layer.weight.data = torch.tensor([[[[1.0, 2.0], [-3.0, 4.0]]]])
+    layer.bias.data = torch.tensor([5.0])
+    image = torch.zeros(1, 1, 4, 4)
+    image[0, 0, 2, 1] = 1  # seen with weight 4 at (1, 0), the largest: 4 + 5 = 9
+    expected = torch.zeros(4, 4)
+    expected[1:3, 0:2] = 9 * layer.weight.data[0, 0]
+    signal = deconv.project(stack(layer, nn.ReLU()), "1", image)
+    assert torch.equal(signal[0, 0], expected)
+
+
+def test_plain_stack_is_the_chain_of_unpooling_rectifying_and_transposed_convolution():
+    first, second = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 7, 3, stride=1)
+    built, x = stack(first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU()), images(2, 12)
+    a = F.relu(first(x))
+    pooled, switches = F.max_pool2d(a, 2, return_indices=True)
+    signal = unit_signal(F.relu(second(pooled)), 4)
+    signal = F.conv_transpose2d(F.relu(signal), second.weight)
+    signal = F.relu(F.max_unpool2d(signal, switches, 2, output_size=a.shape[2:]))
+    signal = F.conv_transpose2d(signal, first.weight, padding=1)
+    torch.testing.assert_close(deconv.project(built, "4", x, unit=4), signal)
+    assert not torch.allclose(deconv.project(built, "4", x, unit=4, rule="gradient"), signal)
+    assert not torch.allclose(deconv.project(built, "4", x, unit=4, rule="guided"), signal)
+
+
+def test_guided_is_deconvnet_masked_by_what_was_positive():
+    first, second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 7, 3)
+    x = images()
+    before = first(x)
+    signal = unit_signal(second(F.relu(before)), 2)
+    signal = F.relu(F.conv_transpose2d(signal, second.weight)) * (before > 0)
+    signal = F.conv_transpose2d(signal, first.weight)
+    built = stack(first, nn.ReLU(inplace=True), second)
+    torch.testing.assert_close(deconv.project(built, "2", x, 2, "guided"), signal)
+
+
+def test_gradient_is_the_activation_times_its_gradient():
+    built, x = network.build("resnet20").eval(), images(2, 32).requires_grad_()
+    logits = built(x)
+    expected, = torch.autograd.grad(logits[:, 3].square().sum() / 2, x)
+    torch.testing.assert_close(deconv.project(built, "fc", x, 3, "gradient"), expected)
+
+
+def test_strongest_unit_and_all_units():
+    built, x = stack(nn.Conv2d(3, 5, 3)), images()
+    maps = built(x)
+    unit = maps[1].flatten(1).amax(1).argmax().item()
+    alone = F.conv_transpose2d(unit_signal(maps[1:], unit), built[0].weight)
+    torch.testing.assert_close(deconv.project(built, "0", x)[1:], alone)
+    torch.testing.assert_close(deconv.project(built, "0", x, "all"),
+                               F.conv_transpose2d(maps, built[0].weight))
+
+
+@pytest.mark.parametrize("between, linear", [(nn.Identity(), True), (nn.ReLU(), False)])
+def test_linear_in_the_start_where_no_rectifier_stands_between(between, linear):
+    built = stack(nn.Conv2d(3, 4, 3), between, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3))
+    x = images()
+    parts = sum(deconv.project(built, "4", x, unit) for unit in range(3))
+    assert torch.allclose(deconv.project(built, "4", x, "all"), parts, atol=1e-6) == linear
+
+
+class Residual(nn.Module):
+    """relu(conv(x) + x), with the rectifier called as asked for."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.conv, self.call = nn.Conv2d(3, 3, 3, padding=1), call
+
+    def forward(self, x):
+        """N×3×H×W to the same."""
+        return self.call(self.conv(x) + x)
+
+
+def test_residual_branches_add_up():
+    built, x = Residual(F.relu), images()
+    start = built(x)
+    expected = start + F.conv_transpose2d(start, built.conv.weight, padding=1)
+    torch.testing.assert_close(deconv.project(nn.Sequential(built), "0", x, "all"), expected)
+
+
+def test_batch_norm_through_and_skip():
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    built, x = stack(conv, norm, nn.ReLU()), images()
+    start = built(x)
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None]
+    for bn, signal in (("through", start * scale), ("skip", start)):
+        torch.testing.assert_close(deconv.project(built, "2", x, "all", bn=bn),
+                                   F.conv_transpose2d(signal, conv.weight))
+
+
+def relu_of_a_view(x):
+    """The rectifier in place on both halves of the channels, which are views."""
+    x[:, :2].relu_()
+    x[:, 2:].clamp_(min=0)
+    return x
+
+
+SAME = {
+    "module": nn.ReLU(), "in place": nn.ReLU(inplace=True), "function": F.relu,
+    "torch.relu": torch.relu, "method": lambda x: x.relu(), "torch.relu_": torch.relu_,
+    "method in place": lambda x: x.relu_(), "F.relu in place": lambda x: F.relu(x, True),
+    "keyword": lambda x: torch.relu(input=x), "clamp": lambda x: x.clamp(min=0),
+    "clamp_min": lambda x: torch.clamp_min(x, 0), "threshold": lambda x: F.threshold(x, 0, 0),
+    "view": relu_of_a_view, "operator": torch.ops.aten.relu.default,
+    "leaky": lambda x: F.leaky_relu(x, 0.0, True),
+}
+
+
+class Called(nn.Module):
+    """Three convolutions, each followed by the same rectifier object."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 5, 3)
+        self.call = call
+
+    def forward(self, x):
+        """N×3×H×W to N×5×H-6×W-6."""
+        return self.c(self.call(self.b(self.call(self.a(x)))))
+
+
+@pytest.mark.parametrize("rule", ["deconvnet", "guided"])
+def test_rectifiers_however_they_are_called(rule):
+    reference, x = Called(nn.ReLU()), images()
+    expected = deconv.project(reference, "c", x, rule=rule)
+    values = reference(x)
+    for name, call in SAME.items():
+        built = Called(call)
+        built.load_state_dict(reference.state_dict())
+        descent = deconv.descend(built, "c", x, rule=rule)
+        assert torch.equal(descent.activations, values), name
+        assert torch.equal(descent.signal, expected), name
+
+
+def test_a_network_that_begins_in_place_leaves_the_images_alone():
+    built, x = stack(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3)), images()
+    before = x.clone()
+    signal = deconv.project(built, "1", x, "all")
+    start = F.conv2d(F.relu(before), built[1].weight, built[1].bias)
+    torch.testing.assert_close(signal, F.relu(F.conv_transpose2d(start, built[1].weight)))
+    assert torch.equal(x, before)
+
+
+def test_a_clamp_that_rectifies_nothing_keeps_its_derivative():
+    built, x = stack(nn.Conv2d(3, 4, 3), nn.Hardtanh(), nn.Conv2d(4, 4, 1)), images()
+    torch.testing.assert_close(deconv.project(built, "2", x),
+                               deconv.project(built, "2", x, rule="gradient"))
+
+
+def test_values_and_modes_are_untouched_and_a_layer_before_one_in_place_is_seen():
+    built = network.build("resnet20").train()
+    built.conv1.eval()
+    modes = [module.training for module in built.modules()]
+    before = {name: tensor.clone() for name, tensor in built.state_dict().items()}
+    x = images(2, 32)
+    descent = deconv.descend(built, "conv2_x.0.residual.1", x)
+    assert modes == [module.training for module in built.modules()]
+    assert all(torch.equal(before[name], tensor) for name, tensor in built.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None
+               for parameter in built.parameters())
+    with torch.no_grad():
+        inner = built.eval().conv2_x[0].residual
+        assert torch.equal(descent.activations, inner[1](inner[0](built.conv1(x))))
+    assert descent.activations.min() < 0  # as it was before the activation behind it
+
+
+def test_nothing_remains_after_an_exception():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("broken")
+
+    built = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Broken()).train()
+    with pytest.raises(RuntimeError, match="broken"):
+        deconv.project(built, "2", images())
+    for module in built.modules():
+        assert module.training
+        assert not module._forward_hooks
+    x = torch.tensor([-1.0, 1.0], requires_grad=True)
+    gradient, = torch.autograd.grad(torch.relu(x), x, torch.tensor([-2.0, -2.0]))
+    assert gradient.tolist() == [0, -2]  # the rule is gone: -2 would not pass it
+
+
+def test_norms_on_the_way_down():
+    first, second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+    built, x = stack(first, nn.ReLU(inplace=True), second), images()
+    norms = deconv.descend(built, "2", x, "all").norms
+    at_relu = F.conv_transpose2d(second(F.relu(first(x))), second.weight)
+    assert list(norms) == ["2", "1", "0", "image"]
+    torch.testing.assert_close(norms["1"], at_relu.flatten(1).norm(dim=1))
+    torch.testing.assert_close(norms["0"], F.relu(at_relu).flatten(1).norm(dim=1))
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"layer": "conv9"}, "conv1"), ({"unit": 64}, "63"), ({"unit": "best"}, "strongest"),
+    ({"rule": "guess"}, "guided"), ({"bn": "both"}, "skip")])
+def test_a_wrong_setting_is_named_with_what_is_allowed(changes, word):
+    settings = {"network": network.build("convnet"), "layer": "conv2", "images": images(1, 32)}
+    with pytest.raises(ValueError, match=word):
+        deconv.project(**{**settings, **changes})
+
+
+def test_gallery_starts_where_the_unit_was_strongest():
+    built = stack(nn.Conv2d(3, 4, 3), nn.ReLU())
+    pixels = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
+    checkpoint = {"image_size": 8, "mean": [0.5] * 3, "std": [0.25] * 3}
+    patches, back, values = deconv.top_reconstructions(built, "1", pixels, checkpoint, [2, 3], 4)
+    assert patches.shape == back.shape == (2, 4, 3, 3, 3)
+    filters = deconv.as_pictures(built[0].weight.detach()[[2, 3]])  # what one activation sends
+    torch.testing.assert_close(back, filters[:, None].expand_as(back))
+    x = patches.flatten(0, 1) / 0.25 - 2
+    torch.testing.assert_close(built(x).view(2, 4, 4)[[0, 1], :, [2, 3]], values)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder with a module of networks, a picture, a data set, and no cached weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "def tiny():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())\n")
+    for name in ("train/a/1.png", "test/a/1.png", "test/a/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / name)
+    return tmp_path
+
+
+def test_commands_write_their_figures(elsewhere, capsys):
+    common = {"network": "nets:tiny", "image_size": 16, "device": "cpu"}
+    deconv.reconstruct(layers=("0", "2"), image="test/a/1.png", bn="both", **common)
+    deconv.gallery(layer="2", units=(2,), top=2, data=".", root="cache", out="g.svg", **common)
+    figures = capsys.readouterr().out.split()
+    assert figures == ["figures/reconstruct-0-2.png", "g.svg"]
+    assert all((elsewhere / figure).stat().st_size > 10_000 for figure in figures)
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--network=torchvision:resnet18", "resnet18-"), ("--network=torchvision:nope", "nope"),
+    ("--network=nets:none", "none"), ("--network=nowhere:f", "nowhere"), ("", "checkpoint"),
+    ("--network=nets:tiny", "--image"), ("nets.py", "nets.py"),
+    ("--network=nets:tiny --weights=nets.py", "weights=nets.py"),
+    ("--network=nets:tiny --image=nets.py", "nets.py"),
+    ("--network=nets:tiny --image=test/a/1.png --layers=9", "layer=9"),
+    ("--network=nets:tiny --image=test/a/1.png --format=gif", "svg")])
+def test_mistakes_are_one_line_and_exit_2(elsewhere, capsys, flags, word):
+    with pytest.raises(SystemExit) as stopped:
+        datasets.command_line({"reconstruct": deconv.reconstruct},
+                              argv=["reconstruct", "--device=cpu", *flags.split()])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert word in message and message.count("\n") == 1

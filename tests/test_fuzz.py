@@ -1,0 +1,180 @@
+"""Files and command lines that nobody meant: each is understood, or refused in one line.
+
+FUZZ sets how many of each kind are tried.
+"""
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import os
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import network
+import train
+
+COUNT = int(os.environ.get("FUZZ", 150))
+STRANGE = [None, 0, -1, 10**18, -1.5, float("nan"), float("inf"), True, "", "x", "1" * 5000, [], {},
+           [None], {"a": 1}, [[]], "../../etc", "\0", b"bytes", (1, 2), torch.zeros(2)]
+REFUSALS = (ValueError, OSError)
+
+
+def mutated(content, dice):
+    """`content` with a few bytes changed, cut out or repeated."""
+    content = bytearray(content)
+    for _ in range(dice.randint(1, 6)):
+        place, size = dice.randrange(len(content) + 1), dice.randint(1, 40)
+        kind = dice.randrange(4)
+        if kind == 0:
+            content[place:place + 1] = bytes([dice.randrange(256)])
+        elif kind == 1:
+            del content[place:place + size]
+        elif kind == 2:
+            content[place:place] = content[place:place + size]
+        else:
+            content[place:place + size] = dice.randbytes(size)
+    return bytes(content)
+
+
+def strange(value, dice):
+    """A deep copy of a nested dictionary in which a few entries are replaced or gone."""
+    value = copy.deepcopy(value)
+    for _ in range(dice.randint(1, 3)):
+        place = value
+        while True:
+            key = dice.choice(list(place))
+            inner = place[key]
+            if isinstance(inner, dict) and inner and dice.random() < 0.7:
+                place = inner
+                continue
+            if dice.random() < 0.2:
+                del place[key]
+            else:
+                place[key] = dice.choice(STRANGE)
+            break
+        if not value:
+            break
+    return value
+
+
+def small_checkpoint():
+    config = train.Config.create("lenet")
+    built = network.build("lenet")
+    return {"model": "lenet", "options": {"dropout": 0.1}, "classes": list("abcdefghij"),
+            "image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "weights": built.state_dict(),
+            "settings": train.dataclasses.asdict(config), "epoch": 1, "step": 2,
+            "training": {"totals": torch.zeros(3), "logged": torch.zeros(3), "seconds": 1.0,
+                         "epoch_seconds": 0.0, "best_accuracy": 0.5, "best_epoch": 1,
+                         "optimizer": train.make_optimizer(config, built).state_dict()}}
+
+
+def signed(content):
+    """`content` with a checksum that is right, as somebody who means harm would write it."""
+    content = bytearray(content)
+    content[-2:] = (32).to_bytes(2, "little")
+    return bytes(content + hashlib.sha256(content).digest())
+
+
+def test_fuzz_checkpoint_bytes(tmp_path):
+    buffer, dice, opened = io.BytesIO(), random.Random(1), 0
+    torch.save(small_checkpoint(), buffer)
+    # What describes the network lies in the first kilobytes and the archive's directory.
+    content = buffer.getvalue()
+    for number in range(COUNT):
+        head = dice.randrange(2) and 6_000
+        changed = (mutated(content[:head], dice) + content[head:] if head
+                   else content[:-4_000] + mutated(content[-4_000:], dice))
+        (tmp_path / "a.pth").write_bytes(signed(changed) if number % 8 else changed)
+        try:
+            train.open_checkpoint(tmp_path / "a.pth", "cpu")
+            opened += 1
+        except REFUSALS as error:
+            assert "a.pth" in str(error)
+    assert opened < COUNT
+
+
+def test_fuzz_checkpoint_contents(tmp_path):
+    dice, whole = random.Random(2), small_checkpoint()
+    for _ in range(COUNT):
+        network.save(tmp_path / "a.pth", strange(whole, dice))
+        try:
+            loaded, checkpoint = train.open_checkpoint(tmp_path / "a.pth", "cpu")
+            train.predict(loaded, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), checkpoint)
+        except REFUSALS as error:
+            assert "a.pth" in str(error), error
+
+
+def test_fuzz_resumed_training_state():
+    dice, whole = random.Random(3), small_checkpoint()
+    description = {name: whole[name] for name in ("classes", "image_size")}
+    for _ in range(COUNT // 3):
+        state = train.new_state(train.Config.create("lenet"), description, torch.device("cpu"))
+        with contextlib.suppress(*REFUSALS):
+            train.restore(state, {**whole, "training": strange(whole["training"], dice)})
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp"])
+def test_fuzz_images(kind, tmp_path):
+    dice, buffer = random.Random(kind), io.BytesIO()
+    pixels = bytes(dice.randrange(256) for _ in range(24 * 24 * 3))
+    Image.frombytes("RGB", (24, 24), pixels).save(buffer, kind)
+    for _ in range(COUNT):
+        (tmp_path / "a.img").write_bytes(mutated(buffer.getvalue(), dice))
+        try:
+            image = data.read_image(tmp_path / "a.img", 16)
+            assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
+        except OSError as error:
+            assert "a.img" in str(error)
+
+
+def test_fuzz_settings(tmp_path):
+    dice = random.Random(4)
+    settings = train.dataclasses.asdict(train.Config.create("resnet18", width=32))
+    text, path = json.dumps(settings).encode(), tmp_path / "config.json"
+    for number in range(COUNT):
+        if number % 2:
+            path.write_bytes(mutated(text, dice))
+        else:
+            path.write_text(json.dumps(strange(settings, dice), default=str))
+        try:
+            train.read_config(path)
+        except REFUSALS as error:
+            assert "config.json" in str(error)
+
+
+def test_fuzz_metrics(tmp_path):
+    dice, path = random.Random(5), tmp_path / "metrics.csv"
+    rows = [",".join(train.COLUMNS)] + [f"{n},{n * 7},1.5,0.5,,,0.1,2.0,99" for n in range(1, 9)]
+    for _ in range(COUNT):
+        path.write_bytes(mutated("\n".join(rows).encode(), dice))
+        with contextlib.suppress(*REFUSALS):
+            assert set(train.read_metrics(tmp_path)) == set(train.COLUMNS)
+
+
+WORDS = ["train", "evaluate", "sweep", "--model=resnet18", "--model", "lenet", "--lr=0.1",
+         "--lr", "--lr=1,2", "--epochs=-3", "--epochs=1e9", "--resume", "--resume=", "--=3", "-", "--",
+         "-x", "---lr=3", "--augment=", "--augment=flip,,crop", "--options={}", "--channels=1,2",
+         "--dropout=nan", "--seed=99999999999999999999", "--name=../x", "--name=/etc", "'", "\n",
+         "--device=gpu", "--batch_size=1_0", "--nolr", "--config", "__class__", "--width=64", "é",
+         "--image_size=32", "--limit=0", "--val=-1", "--help"]
+
+
+def test_fuzz_command_lines(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", lambda *_, **__: {"epochs": 1})
+    commands = {"train": train.train_command, "evaluate": train.evaluate}
+    dice = random.Random(6)
+    for _ in range(COUNT):
+        line = dice.sample(WORDS, dice.randint(1, 5))
+        try:
+            data.command_line(commands, default="train", argv=line)
+        except SystemExit as leave:
+            assert leave.code in (0, 2), line
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err and printed.err.count("\n") <= 1, line
