@@ -20,12 +20,16 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import tomllib
 import typing
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -709,14 +713,12 @@ def train(config, resume=False, overwrite=False):
         state = new_state(config, description, device)
         if checkpoint:
             restore(state, checkpoint)
-        batches = datasets.Batches(dataset.train, dataset.mean, dataset.std, config.batch_size,
-                               config.augment, config.seed, description["image_size"], device,
-                               workers.rank, workers.world)
+        batches = batches_of(config, dataset, device, workers)
         folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
         announce(state, config, dataset, device, workers, say)
         try:
             folder.open(state, anew=checkpoint is None)
-            with catch_signals() as stop, live_progress(config, len(batches), say) as progress:
+            with catch_signals() as stop, live_progress(config, len(batches)) as progress:
                 while state.epoch < config.epochs:
                     train_epoch(state, batches, config, workers, folder, progress, stop)
                     end_epoch(state, dataset, batches, folder)
@@ -794,6 +796,14 @@ def describe(config, dataset):
             "settings": dataclasses.asdict(config)}
 
 
+def batches_of(config, dataset, device, workers):
+    """This process's training batches of a run."""
+    return datasets.Batches(dataset.train, dataset.mean, dataset.std, config.batch_size,
+                            config.augment, config.seed,
+                            config.image_size or networks.image_size_of(config.model), device,
+                            workers.rank, workers.world)
+
+
 def new_state(config, description, device):
     """A network with fresh weights and its optimizer, at step 0."""
     network = networks.build(config.model, len(description["classes"]), description["image_size"],
@@ -858,7 +868,7 @@ def end_epoch(state, dataset, batches, folder):
 
 
 @contextlib.contextmanager
-def live_progress(config, steps, say):
+def live_progress(config, steps):
     """A function of (state, place in the epoch) that keeps a bar up to date on a terminal."""
     if not sys.stdout.isatty() or int(os.environ.get("RANK", 0)):
         yield lambda _state, _place: None
@@ -1149,6 +1159,265 @@ def write_sweep(folder, choices, results):
     print(folder / "sweep.csv", folder / "sweep.md", sep="\n")
 
 
+def read_experiments(what="all"):
+    """The entries of experiments.toml that `what` means: an id, a report's name, or `all`."""
+    book = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text(encoding="utf-8"))
+    entries = [entry for entry in book["experiment"]
+               if what in ("all", entry["id"], entry["report"])]
+    if not entries:
+        raise ValueError(f"{what}: no such experiment; there are all, "
+                         f"{', '.join([*book['reports'], *(e['id'] for e in book['experiment'])])}")
+    return entries
+
+
+def reproduce(what: str = "all", data: str | None = None, root: str | None = None,
+              limit: int | None = None, epochs: int | None = None, seeds: int = 1,
+              out: str = "runs/reproduce", results: str | None = None):
+    """Run the experiments of the lab reports: WHAT is an id such as 4.11, a report, or all.
+
+    Finished runs are skipped and stopped ones resumed. `--data`, `--root`, `--limit` and
+    `--epochs` take the place of what the entries say; `--seeds` repeats every run. Ends in a
+    table of reported and measured accuracies; `--results=FILE` keeps them in a CSV file.
+    """
+    given = {name: value for name, value in
+             (("data", data), ("root", root), ("limit", limit), ("epochs", epochs))
+             if value is not None}
+    lines = {(entry["id"], name): line for entry in read_experiments()
+             for name, line in entry.get("runs", {}).items()}
+    rows = []
+    for entry in read_experiments(what):
+        print(f"\n{entry['id']}  {entry['shows']}", flush=True)
+        for name in entry.get("runs", {}):
+            done = [run_experiment(entry["id"], name, lines[entry["id"], name],
+                                   {**given, "seed": seed}, out) for seed in range(seeds)]
+            rows += compare(entry, name, done)
+        for line in entry.get("figures", ()):
+            for run in re.findall(r"\{(\S+)/(\S+)\}", line):  # of other entries: made if missing
+                run_experiment(*run, lines[run], {**given, "seed": 0}, out)
+            draw_experiment(entry["id"], line, given, out)
+    print_comparison(rows)
+    if results:
+        keep_results(Path(results), rows)
+
+
+def run_folder_of(experiment, name, out, seed=0):
+    """The folder of a run of an experiment; the first seed's has no number."""
+    return Path(out) / f"{experiment}-{name}{f'-seed{seed}' if seed else ''}"
+
+
+def run_experiment(experiment, name, line, given, out):
+    """The result of one run of an experiment, made now or before."""
+    folder = run_folder_of(experiment, name, out, given["seed"])
+    flags = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:])
+    values = {**parse_flags(flags), **given, "out": str(folder.parent), "name": folder.name}
+    if "limit" in flags and "limit" in given:
+        values["limit"] = min(int(flags["limit"]), given["limit"])
+    if "limit" in given or given.get("data") == "shapes":  # holds out a tenth
+        values["val"] = 0 if flags.get("val") == "0" else None
+    config = Config.create(**values)
+    return finished_result(config) or train(config, resume=True)
+
+
+def draw_experiment(experiment, line, given, out):
+    """Run a command line of an experiment, with the folders of its runs put in."""
+    def folder(match):
+        owner, _, name = match.group(1).rpartition("/")
+        return str(run_folder_of(owner or experiment, name, out))
+
+    if "limit" in given:
+        line = re.sub(r"--steps=\d+", "--steps=2", line)
+    script, *words = shlex.split(re.sub(r"\{([^}]+)\}", folder, line))[1:]
+    if "{" not in line and script != "network.py":  # it reads no run: it needs the data's name
+        words += [f"--{name}={given[name]}" for name in ("data", "root") if name in given]
+        words += [f"--out={out}/{experiment}-{words[0]}"] * (script == "visualize.py")
+    run_script(script, *words)
+
+
+def compare(entry, name, done):
+    """Rows of a comparison: what was reported of a run, and what its seeds measured."""
+    reported = entry.get("reported", {}).get(name, {"test": None})
+    rows = []
+    for part, claim in reported.items():
+        measured = [100 * result[f"{part}/accuracy"] for result in done
+                    if result[f"{part}/accuracy"] is not None]
+        rows.append({
+            "id": entry["id"], "run": name, "accuracy": part, "reported": claim,
+            "measured": round(statistics.mean(measured), 2) if measured else None,
+            "std": round(statistics.stdev(measured), 2) if len(measured) > 1 else None,
+            "seeds": len(done), "epochs": done[0]["epochs"],
+            "seconds": round(statistics.mean(result["seconds"] for result in done), 1),
+            "device": done[0]["device"], "data": Path(done[0]["settings"]["data"]).name,
+            "commit": done[0]["commit"]})
+    return rows
+
+
+def print_comparison(rows):
+    """Print reported and measured accuracies side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("id", "run", "accuracy", "reported %", "measured %", "difference", "seconds")
+    for row in rows:
+        measured = "" if row["measured"] is None else f"{row['measured']:.2f}" + (
+            f" ± {row['std']:.2f}" if row["std"] is not None else "")
+        known = None not in (row["reported"], row["measured"])
+        table.add_row(row["id"], row["run"], row["accuracy"], str(row["reported"] or "–"), measured,
+                      f"{row['measured'] - row['reported']:+.2f}" if known else "–",
+                      f"{row['seconds']:.0f}")
+    Console().print(table)
+
+
+def keep_results(path, rows):
+    """Put `rows` into the CSV file of measured results, in place of older rows of the same runs."""
+    kept = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            kept = list(csv.DictReader(file))
+    new = {(row["id"], row["run"], row["accuracy"]) for row in rows}
+    kept = [row for row in kept if (row["id"], row["run"], row["accuracy"]) not in new]
+    order = [entry["id"] for entry in read_experiments()]
+    kept = sorted([*kept, *rows], key=lambda row: order.index(row["id"]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0] if rows else kept[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(kept)
+    networks.write_atomically(path, text.getvalue())
+
+
+def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
+              batch_size: int = 128, augment: tuple[str, ...] = ("flip", "crop"),
+              rounds: int = 5, seconds: float = 2.0, device: str = "auto",
+              precision: str = "auto"):
+    """Compare this package's training loop with what bounds it and with the usual pipeline.
+
+    In one process, in turn, ROUNDS times about SECONDS each: (a) the training loop as it is, with
+    augmentation, metrics, progress and logging; (b) the bare step on one resident batch; (c) the
+    usual pipeline, torchvision's data set class, PIL transforms and a DataLoader with two workers;
+    (d) a large matrix product. Prints median images/s, the ratios a/b and a/c, and the share of
+    (d)'s arithmetic rate. Network, optimizer, batch size, augmentation and images are the same.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    place = choose_device(device)
+    config = Config.create(model, data=data, root=root, batch_size=batch_size, augment=augment,
+                           epochs=1, val=0, precision=precision, device=device, save_every=1e6)
+    dataset = datasets.load(data, root, networks.image_size_of(model), val=0)
+    state = new_state(config, describe(config, dataset), place)
+    batches = batches_of(config, dataset, place, Workers())
+    images, labels = next(batches.epoch(0))
+    one_step = timed(lambda: train_step(state, images, labels, config, Workers(), 0.0, batch_size),
+                     place, 3)
+    steps = int(max(3, min(len(batches), seconds / one_step)))
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            "a: this package": lambda: package_steps(config, dataset, state, steps, place, folder),
+            "b: bare step": lambda: bare_steps(config, state, images, labels, steps, place),
+            "c: usual pipeline": lambda: usual_steps(config, dataset, state, steps, place),
+        }
+        rates = {name: [] for name in (*runs, "d")}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                rates[name].append(steps * batch_size / run())
+            rates["d"].append(matrix_rate(place, precision))
+    a, b, c, d = (statistics.median(values) for values in rates.values())
+    operations = 6 * networks.multiply_adds(state.network, images.shape[3])
+    table = Table("what", "images/s", "lowest to highest", "share of d",
+                  title=f"{model}, batch {batch_size}, {','.join(augment) or 'no augmentation'}, "
+                        f"{steps} steps × {rounds} rounds, {environment(state.network)['device']}")
+    for name, rate in zip(runs, (a, b, c)):
+        table.add_row(name, f"{rate:.0f}", f"{min(rates[name]):.0f} to {max(rates[name]):.0f}",
+                      f"{rate * operations / d:.1%}")
+    table.add_row("d: matrix product", f"{d / operations:.0f}", f"{d / 1e9:.0f} GFLOP/s", "100%")
+    Console().print(table)
+    print(f"a/b {a / b:.3f}   a/c {a / c:.2f}   (ratios of medians)")
+
+
+def timed(function, device, times=1):
+    """Mean seconds of a call, the device's work included."""
+    def finish_work():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    finish_work()
+    started = time.perf_counter()
+    for _ in range(times):
+        function()
+    finish_work()
+    return (time.perf_counter() - started) / times
+
+
+def package_steps(config, dataset, state, steps, device, folder):
+    """Seconds that `train_epoch` takes for `steps` steps, from the draw of the epoch's plan on."""
+    split = datasets.Split(dataset.train.images[:steps * config.batch_size],
+                           dataset.train.labels[:steps * config.batch_size])
+    batches = batches_of(config, dataclasses.replace(dataset, train=split), device, Workers())
+    state.epoch = state.step = 0
+    run = RunFolder(folder, config, describe(config, dataset))
+    run.open(state, anew=True)
+    try:
+        with live_progress(config, steps) as progress:
+            return timed(lambda: train_epoch(state, batches, config, Workers(), run, progress, []),
+                         device)
+    finally:
+        run.close()
+
+
+def bare_steps(config, state, images, labels, steps, device):
+    """Seconds for `steps` forward and backward passes and updates on one resident batch."""
+    def step():
+        with autocast(device, config.precision):
+            logits = state.network(images)
+        state.optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(logits.float(), labels).backward()
+        state.optimizer.step()
+
+    state.network.train()
+    return timed(step, device, steps) * steps
+
+
+def usual_steps(config, dataset, state, steps, device):
+    """Seconds for `steps` steps fed by PIL transforms and a DataLoader with two workers."""
+    from torchvision import datasets as sources
+    from torchvision import transforms
+
+    source = object.__new__(sources.CIFAR10)  # torchvision's own __getitem__, on these images
+    source.data = dataset.train.images[:steps * config.batch_size].permute(0, 2, 3, 1).numpy()
+    source.targets = dataset.train.labels.tolist()
+    source.target_transform = None
+    known = {"crop": transforms.RandomCrop(32, padding=4),
+             "flip": transforms.RandomHorizontalFlip()}
+    source.transform = transforms.Compose(
+        [*(known[name] for name in config.augment), transforms.ToTensor(),
+         transforms.Normalize(dataset.mean, dataset.std)])
+    loader = torch.utils.data.DataLoader(source, config.batch_size, shuffle=True, num_workers=2,
+                                         drop_last=True)
+    state.network.to(memory_format=torch.contiguous_format)
+    state.network.train()
+
+    def epoch():
+        for images, labels in loader:
+            with autocast(device, config.precision):
+                logits = state.network(images.to(device))
+            state.optimizer.zero_grad()
+            loss = F.cross_entropy(logits.float(), labels.to(device))
+            loss.backward()
+            state.optimizer.step()
+            loss.item()  # the tutorial's running loss
+
+    try:
+        return timed(epoch, device)
+    finally:
+        state.network.to(memory_format=torch.channels_last)
+
+
+def matrix_rate(device, precision, size=2048):
+    """Operations per second of a size×size matrix product in `precision`."""
+    with autocast(device, precision):
+        matrix = torch.randn(size, size, device=device)
+        return 2 * size**3 / timed(lambda: matrix @ matrix, device, 5)
+
+
 def run_script(script, *words):
     """Run a script of this package with this Python; ValueError when it fails."""
     path = Path(__file__).with_name(script)
@@ -1178,5 +1447,5 @@ def settings_help(words):
 train_command.help = sweep.help = settings_help
 
 if __name__ == "__main__":
-    datasets.command_line({"train": train_command, "evaluate": evaluate, "sweep": sweep},
-                          default="train")
+    datasets.command_line({"train": train_command, "evaluate": evaluate, "sweep": sweep,
+                           "reproduce": reproduce, "benchmark": benchmark}, default="train")

@@ -1,0 +1,294 @@
+"""Figures and what they show: answers worked out by hand, or found a second time by brute force."""
+
+import csv
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import network
+import train
+import visualize
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with an untrained LeNet that takes the built-in shapes."""
+    folder = tmp_path_factory.mktemp("runs") / "lenet"
+    folder.mkdir()
+    torch.manual_seed(0)
+    lenet = network.build("lenet")
+    config = train.Config.create(model="lenet", data="shapes", limit=60, name="lenet")
+    for step in range(4):  # one weight moves along a bent line
+        lenet.conv1[0].weight.data[0, 0, 0, 0] += 0.1 * step
+        lenet.conv1[0].weight.data[1, 0, 0, 0] += 0.1 * (step == 2)
+        network.save(folder / f"step-{step:09}.pth", {
+            "model": "lenet", "options": {}, "classes": list(data.SHAPES), "image_size": 32,
+            "mean": [0.5] * 3, "std": [0.25] * 3, "weights": lenet.state_dict(),
+            "settings": dataclasses.asdict(config), "epoch": 1, "step": step})
+    (folder / f"step-{3:09}.pth").rename(folder / "last.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return train.open_checkpoint(run, "cpu")
+
+
+# ---------------------------------------------------------------------------- fields and units
+
+
+def field_by_formula(layers, place, size):
+    """[first, last + 1) of the input that output `place` sees, through (kernel, stride, padding)
+    of each layer, first layer first."""
+    first = last = place
+    for kernel, stride, padding in reversed(layers):
+        first, last = first * stride - padding, last * stride - padding + kernel - 1
+    return max(first, 0), min(last, size - 1) + 1
+
+
+def test_receptive_fields_of_a_stack_follow_the_formula():
+    layers = [(5, 1, 2), (2, 2, 0), (3, 2, 1), (3, 1, 0)]
+    stack = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.MaxPool2d(2),
+                          nn.Conv2d(4, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+                          nn.AvgPool2d(3, 1))
+    fields = visualize.receptive_fields(stack, "5", 33)
+    assert fields.shape == (4, 6, 6, 4) and stack.training
+    for row in range(6):
+        for column in range(6):
+            (top, bottom), (left, right) = (field_by_formula(layers, place, 33)
+                                            for place in (row, column))
+            assert fields[:, row, column].tolist() == [[top, left, bottom, right]] * 4
+
+
+def test_receptive_field_of_a_residual_block_is_that_of_its_longest_branch():
+    # Two blocks of two 3×3 convolutions; the second block's first one has stride 2.
+    blocks = nn.Sequential(
+        network.BasicBlock(3, 3, 1, "relu", network.projection_shortcut),
+        network.BasicBlock(3, 5, 2, "relu", network.PaddedShortcut))
+    for layer, last in (("1", [(3, 2, 1), (3, 1, 1)]), ("1.shortcut", [(1, 2, 0)])):
+        fields = visualize.receptive_fields(blocks, layer, 18)
+        expected = [field_by_formula([(3, 1, 1)] * 2 + last, place, 18) for place in range(9)]
+        assert [tuple(box) for box in fields[0, 4, :, [1, 3]].tolist()] == expected
+        assert [tuple(box) for box in fields[0, :, 8, [0, 2]].tolist()] == expected
+    assert fields[3:].abs().sum() == 0  # the shortcut's zero channels look at nothing
+
+
+def test_patches_that_the_border_cuts_are_filled_with_grey():
+    images = torch.arange(16.0).view(1, 1, 4, 4).expand(2, 3, 4, 4) / 16
+    boxes = torch.tensor([[0, 0, 2, 3], [1, 1, 4, 4]])  # at the top left corner, and inside
+    cut = visualize.cut_patches(images, boxes)
+    assert cut.shape == (2, 3, 3, 3)
+    grey = visualize.GREY
+    assert cut[0, 0].tolist() == [[pytest.approx(grey)] * 3, [0, 1 / 16, 2 / 16],
+                                  [4 / 16, 5 / 16, 6 / 16]]
+    assert torch.equal(cut[1], images[1, :, 1:, 1:])
+
+
+def test_top_activations_are_those_of_brute_force(opened):
+    lenet, checkpoint = opened
+    images = data.draw_shapes(40, seed=3).images
+    with visualize.capture(lenet, ["conv2"]) as outputs, torch.no_grad():
+        lenet(visualize.inputs(images, checkpoint, "cpu"))
+    maps = outputs["conv2"][:, [3, 0]]
+    values, numbers, (rows, columns) = visualize.top_activations(lenet, "conv2", images,
+                                                                checkpoint, [3, 0], 5)
+    for unit in range(2):
+        peaks = maps[:, unit].amax((1, 2))
+        assert numbers[unit].tolist() == peaks.argsort(descending=True)[:5].tolist()
+        found = maps[numbers[unit], unit, rows[unit], columns[unit]]
+        assert torch.allclose(found, values[unit]) and torch.allclose(found, peaks[numbers[unit]])
+    with pytest.raises(ValueError, match=r"16.*0 to 15"):
+        visualize.top_activations(lenet, "conv2", images, checkpoint, [16], 5)
+
+
+def test_capture_copies_and_takes_its_hooks_off_after_an_exception():
+    stack = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(inplace=True))
+    with visualize.capture(stack, ["0"]) as outputs:
+        stack(torch.randn(1, 3, 4, 4))
+    assert outputs["0"].min() < 0  # as it was before the activation in place
+    with pytest.raises(RuntimeError), visualize.capture(stack, ["0", "1"]):
+        stack(torch.randn(1, 5, 4, 4))
+    assert not any(module._forward_hooks for module in stack.modules())
+
+
+# ---------------------------------------------------------------------------- predictions
+
+
+def test_confusion_matrix_by_hand():
+    matrix = visualize.confusion_matrix(torch.tensor([0, 0, 1, 2, 2, 2]),
+                                        torch.tensor([0, 1, 1, 0, 2, 2]), 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
+
+
+def test_precision_and_recall_by_hand():
+    scores = torch.tensor([0.9, 0.8, 0.8, 0.3, 0.1])
+    positive = torch.tensor([True, False, True, False, True])
+    precision, recall, average = visualize.precision_recall(scores, positive)
+    assert precision.tolist() == pytest.approx([1, 2 / 3, 1 / 2, 3 / 5])
+    assert recall.tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
+    assert average == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
+    for name, lr, seed in (("a", 0.1, 0), ("b", 0.1, 1), ("c", 0.2, 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(f'{{"lr": {lr}, "seed": {seed}, '
+                                                     f'"name": "{name}"}}')
+        with open(tmp_path / name / "metrics.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(train.COLUMNS)
+            writer.writerows([epoch, epoch, 1, 0.5, "", "", 0.1, 1, 1] for epoch in (1, 2))
+    groups = visualize.group_runs([tmp_path / name for name in "abc"])
+    assert {label: len(members) for label, members in groups.items()} == {
+        "a and 1 more seed": 2, "c": 1}
+    visualize.draw_curves(groups)
+
+
+# ---------------------------------------------------------------------------- landscapes
+
+
+def test_a_direction_has_the_norm_of_each_filter_and_leaves_biases_alone():
+    lenet = network.build("convnet")
+    direction = visualize.filter_normalized_direction(lenet, data.generator(0))
+    for name, weight in lenet.named_parameters():
+        if weight.ndim == 1:
+            assert direction[name].abs().sum() == 0
+        else:
+            assert torch.allclose(direction[name].flatten(1).norm(dim=1),
+                                  weight.flatten(1).norm(dim=1), rtol=1e-4)
+
+
+def test_the_landscapes_centre_is_the_networks_loss_and_weights_are_put_back(opened):
+    lenet, checkpoint = opened
+    before = [weight.clone() for weight in lenet.parameters()]
+    split = data.draw_shapes(50, seed=4)
+    direction = visualize.filter_normalized_direction(lenet, data.generator(1))
+    losses = [visualize.loss_at(lenet, [direction, direction], (x, -0.5), {"test": split},
+                                checkpoint)["test/loss"] for x in (0.5, 1.5)]
+    logits = lenet(visualize.inputs(split.images, checkpoint, "cpu"))
+    assert losses[0] == pytest.approx(nn.functional.cross_entropy(logits, split.labels).item())
+    assert losses[1] != pytest.approx(losses[0], abs=1e-3)
+    with pytest.raises(KeyError), visualize.moved(lenet, [direction], [1.0]):
+        raise KeyError
+    assert all(torch.equal(*pair) for pair in zip(before, lenet.parameters()))
+
+
+def test_principal_directions_of_a_path_in_a_plane():
+    layer = nn.Linear(3, 1)
+    nn.init.zeros_(layer.weight)
+    # Centred: x −3 −1 1 3 (variance 20), y 1 −1 −1 1 (variance 4), uncorrelated.
+    points = ((0, 2), (2, 0), (4, 0), (6, 2))
+    path = [{"weight": torch.tensor([[x, y, 0.0]])} for x, y in points]
+    directions, shares, trail = visualize.principal_directions(layer, path)
+    assert shares == pytest.approx([20 / 24, 4 / 24])
+    assert [abs(value) for value in directions[0]["weight"][0].tolist()] == pytest.approx([1, 0, 0])
+    assert trail.abs().tolist() == [pytest.approx(point) for point in points]
+    with pytest.raises(ValueError, match="at least 3"):
+        visualize.principal_directions(layer, path[:2])
+
+
+def test_an_interrupted_grid_goes_on_and_computes_nothing_twice(tmp_path):
+    seen = []
+
+    def evaluate(point):
+        seen.append(point)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return {"loss": sum(point)}
+
+    points = [(0.0, 1.0), (0.1, 1.0), (0.2, 1.0), (0.3, 1.0)]
+    with pytest.raises(KeyboardInterrupt):
+        visualize.evaluate_points(tmp_path / "grid.csv", points, evaluate, "")
+    rows = visualize.evaluate_points(tmp_path / "grid.csv", points, evaluate, "")
+    assert seen == [*points[:3], *points[2:]]
+    assert rows["0.3", "1"]["loss"] == pytest.approx(1.3)
+    visualize.evaluate_points(tmp_path / "grid.csv", points, None, "")
+
+
+def test_smoothness_along_the_gradient_of_a_quadratic():
+    curvature = torch.tensor([1.0, 3.0])
+
+    def loss_of(weights):
+        return (curvature * weights["x"] ** 2).sum() / 2
+
+    # At (1, 1) the gradient g is (1, 3); a step η moves by −ηg and changes it by −η(1, 9).
+    measures = visualize.along_gradient(loss_of, {"x": torch.ones(2)}, [0.1, 0.2])
+    assert measures["beta"] == pytest.approx(math.sqrt(82 / 10))
+    assert measures["change_low"] == pytest.approx(0.1 * math.sqrt(82))
+    assert measures["change_high"] == pytest.approx(0.2 * math.sqrt(82))
+    assert measures["loss_high"] == pytest.approx((0.9**2 + 3 * 0.7**2) / 2)
+    assert measures["loss_low"] == pytest.approx((0.8**2 + 3 * 0.4**2) / 2)
+
+
+def test_measuring_smoothness_leaves_running_statistics_alone():
+    layers = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+    before = {name: buffer.clone() for name, buffer in layers.named_buffers()}
+    loss_of = visualize.batch_loss(layers, torch.randn(6, 3, 4, 4), torch.tensor([0, 1] * 3))
+    visualize.along_gradient(loss_of, dict(layers.named_parameters()), [0.1])
+    assert all(torch.equal(before[name], buffer) for name, buffer in layers.named_buffers())
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("words, names", [
+    (["samples", "--data=shapes"], ["samples-shapes"]),
+    (["predictions", "RUN", "--count=2"], ["predictions-all"]),
+    (["confusion", "RUN"], ["confusion"]),
+    (["pr_curves", "RUN"], ["pr_curves"]),
+    (["filters", "RUN"], ["filters-conv1-rgb"]),
+    (["features", "RUN", "--layers=conv1,fc"], ["features-conv1", "features-fc"]),
+    (["patches", "RUN", "--layer=conv2", "--units=2", "--top=3"], ["patches-conv2"]),
+    (["landscape", "RUN", "--points=3", "--images=8"],
+     ["landscape-line", "landscape-contours-random", "landscape-surface-random"]),
+    (["landscape", "RUN", "--points=3", "--images=8", "--directions=pca"],
+     ["landscape-contours-pca", "landscape-surface-pca"]),
+    (["smoothness", "--models=lenet", "--data=shapes", "--steps=2", "--every=1", "--lrs=.1,.2",
+      "--batch_size=4"], ["smoothness"]),
+])
+def test_a_command_writes_its_figures_and_prints_their_paths(words, names, run, tmp_path, capsys):
+    words = [str(run) if word == "RUN" else word for word in words]
+    data.command_line(visualize.COMMANDS, argv=[*words, f"--out={tmp_path}"])
+    printed = capsys.readouterr().out.split()
+    for name in names:
+        assert str(tmp_path / f"{name}.png") in printed
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
+    visualize.projector(str(run), count=20, out=str(tmp_path))
+    config = (tmp_path / "projector_config.pbtxt").read_text()
+    [place] = tmp_path.glob("*/*/tensors.tsv")
+    assert str(place.relative_to(tmp_path)) in config and "single_image_dim: 32" in config
+    assert len(place.read_text().splitlines()) == 20
+    assert len(place.read_text().splitlines()[0].split("\t")) == 84  # what LeNet's last layer sees
+    labels = (place.parent / "metadata.tsv").read_text().splitlines()
+    assert labels[0] == "class\tpredicted\tverdict" and labels[1].split("\t")[0] in data.SHAPES
+    assert (place.parent / "sprite.png").exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["features", "RUN", "--layers=conv9"], "conv9.*conv1, conv2"),
+    (["filters", "RUN", "--channel=3"], "channel=3.*0 to 2"),
+    (["features", "RUN", "--index=99999"], "index=99999.*0 to"),
+    (["features", "RUN", "--image=RUN/last.pth"], "cannot be read as an image"),
+    (["confusion", "RUN", "--format=gif"], "gif.*png, svg, pdf"),
+    (["confusion", "RUN/config.json"], "config.json"),
+    (["patches", "RUN", "--layer=conv2", "--units=3,16"], "units=3,16.*0 to 15"),
+    (["landscape", "RUN", "--out=one.png"], "several figures"),
+    (["patches", "RUN", "--layer=conv2", "--top=0"], "top=0"),
+    (["predictions", "RUN", "--only=most"], "most.*all, wrong, right"),
+    (["curves", "RUN"], "no run with a finished epoch"),
+])
+def test_bad_input_is_one_line_and_exit_2(words, message, run, capsys):
+    with pytest.raises(SystemExit) as leave:
+        data.command_line(visualize.COMMANDS,
+                          argv=[word.replace("RUN", str(run)) for word in words])
+    lines = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith("error: ") and re.search(message, lines[0])

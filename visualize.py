@@ -1,0 +1,1149 @@
+"""Looking at data, at training, and inside networks: one figure a command.
+
+    python visualize.py samples --data=cifar10
+    python visualize.py curves runs/lenet runs/vgg16_1x1
+    python visualize.py predictions runs/lenet --only=wrong
+    python visualize.py patches runs/convnet --layer=conv2 --units=16 --top=9
+    python visualize.py landscape runs/resnet18 --images=500
+
+CKPT is a checkpoint or a run's folder. A figure goes to `figures/` beside the checkpoint unless
+`--out` names another file or folder. Computing and drawing are separate: what computes takes a
+network and tensors and returns tensors, what draws returns a matplotlib figure, and only the
+commands at the end of this file write.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import typing
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data as datasets
+import network as networks
+import train
+
+FORMATS = ("png", "svg", "pdf")
+Format = typing.Literal["png", "svg", "pdf"]
+# Okabe & Ito's colours, told apart by colour-blind readers; in grey print the markers do it.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
+GREY = 0.85  # what lies outside the image
+
+
+# ---------------------------------------------------------------------------- images and figures
+
+
+def load_image(checkpoint, image=None, index=0, data=None, root=None):
+    """One picture for the network of `checkpoint`: (1×3×S×S uint8, title).
+
+    It is the picture file `image`, resized to the network's images, or test image `index` of the
+    data the network was trained on (`data` and `root` name others).
+    """
+    if image is not None:
+        return datasets.read_image(image, checkpoint["image_size"])[None], Path(image).name
+    test = train.open_dataset(checkpoint, data, root).test
+    if not 0 <= index < len(test.labels):
+        raise ValueError(f"index={index}: must be from 0 to {len(test.labels) - 1}, the last test "
+                         f"image")
+    name = checkpoint["classes"][test.labels[index]]
+    return test.images[index:index + 1], f"test image {index}, class {name}"
+
+
+def pictures(images, checkpoint):
+    """uint8 images as the network saw them: floats 0…1, N×3×S×S with the network's side S."""
+    return datasets.resize(images.float() / 255, checkpoint["image_size"]).clamp(0, 1)
+
+
+def inputs(images, checkpoint, device):
+    """uint8 images as the network takes them, normalised and in its size, on `device`."""
+    return datasets.normalize(images, tuple(checkpoint["mean"]), tuple(checkpoint["std"]),
+                     checkpoint["image_size"], device)
+
+
+def image_grid(images, titles=None, columns=None, suptitle=None, scale="each", row_titles=None,
+               cell=None, cmap="viridis"):
+    """A figure with a grid of `images`: 3×H×W floats 0…1, or H×W maps drawn in colours.
+
+    Pixels are enlarged as squares. Every map has the whole range of colours to itself (`scale`
+    "each"), or all maps share one, shown by a colour bar ("shared"). `titles` has a text for
+    each image, `row_titles` for each row; `cell` is a picture's side in inches.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    images = [image.detach().float().cpu() for image in images]
+    maps = [image.flatten() for image in images if image.ndim == 2]
+    shared = Normalize(*_span(torch.cat(maps))) if maps and scale == "shared" else None
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    cell = cell or min(1.4, max(0.6, 7 / columns))
+    pitch_x, pitch_y = 1.06, 1.06 + (0.19 / cell if titles else 0)  # in cells
+
+    left, right = 0.9 if row_titles else 0.1, 0.7 if shared else 0.1  # from here on in inches
+    top = 0.15 + 0.2 * (1 + suptitle.count("\n")) if suptitle else 0.05
+    wide, high = columns * pitch_x * cell, rows * pitch_y * cell
+    content = left + wide + right
+    width = max(content, 0.2 + max(0.078 * len(line) for line in (suptitle or "").split("\n")))
+    height, left = top + high + 0.1, left + (width - content) / 2
+    figure = Figure((width, height))
+    axes = figure.add_axes((left / width, 0.1 / height, wide / width, high / height))
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        x, y = column * pitch_x, (row + 1) * pitch_y - 1
+        norm = None if image.ndim == 3 else shared or Normalize(*_span(image))
+        _draw_cell(axes, image, x, y, cmap, norm)
+        if titles:
+            axes.text(x + 0.5, y - 0.03, titles[number], ha="center", va="bottom", fontsize=8)
+        if row_titles and column == 0:
+            axes.text(-0.08, y + 0.5, row_titles[row], ha="right", va="center", fontsize=8)
+    axes.set(xlim=(0, columns * pitch_x), ylim=(rows * pitch_y, 0))
+    axes.axis("off")
+    if suptitle:
+        figure.suptitle(suptitle, y=1 - 0.1 / height, va="top", fontsize=10)
+    if shared:
+        place = figure.add_axes(((left + wide + 0.1) / width, 0.1 / height, 0.12 / width,
+                                 high / height))
+        figure.colorbar(ScalarMappable(shared, cmap), cax=place).ax.tick_params(labelsize=7)
+    return figure
+
+
+def _draw_cell(axes, image, x, y, cmap, norm):
+    """Draw one picture, or a map where there is a `norm`, in the unit square at (x, y)."""
+    edge_y, edge_x = (0.5 - size / max(image.shape[-2:]) / 2 for size in image.shape[-2:])
+    pixels = image if norm else image.permute(1, 2, 0).clamp(0, 1)
+    axes.imshow(pixels, cmap=cmap, norm=norm, interpolation="nearest",
+                extent=(x + edge_x, x + 1 - edge_x, y + 1 - edge_y, y + edge_y))
+
+
+def _span(values):
+    """Smallest and largest of `values`, never the same."""
+    low, high = values.min().item(), values.max().item()
+    return (low, high) if high > low else (low, low + 1)
+
+
+def figure_path(ckpt, name, out=None, format="png"):
+    """Where figure `name` of `ckpt` goes: its folder's `figures/`, or file or folder `out`."""
+    if format not in FORMATS:
+        raise ValueError(f"format={format}: must be one of {', '.join(FORMATS)}")
+    if out is not None and Path(out).suffix[1:] in FORMATS:
+        return Path(out)
+    if out is not None:
+        return Path(out) / f"{name}.{format}"
+    place = Path(ckpt or ".")
+    return (place if place.is_dir() else place.parent) / "figures" / f"{name}.{format}"
+
+
+def save_figure(figure, ckpt, name, out=None, format="png"):
+    """Write `figure` to its `figure_path`, print that path and return it."""
+    path = figure_path(ckpt, name, out, format)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=150, facecolor="white")
+    networks.write_atomically(path, content.getvalue())
+    print(path)
+    return path
+
+
+# ---------------------------------------------------------------------------- inside a network
+
+
+class _Reached(Exception):
+    """All layers asked for have been computed."""
+
+
+@contextlib.contextmanager
+def capture(network, layers, stop=False):
+    """While open, each forward pass leaves the outputs of `layers` in the dictionary it yields.
+
+    They are copies, so that an activation in place behind a layer does not change them. A layer
+    that is called several times leaves its last output. `stop` ends the block, quietly, as soon
+    as all the layers have been reached. The hooks come off whatever happens.
+    """
+    outputs, handles = {}, []
+
+    def keep(layer, output):
+        outputs[layer] = output.clone()
+        if stop and len(outputs) == len(layers):
+            raise _Reached
+
+    try:
+        for layer in layers:
+            handles.append(networks.find_layer(network, layer).register_forward_hook(
+                lambda _module, _inputs, output, layer=layer: keep(layer, output)))
+        with contextlib.suppress(_Reached):
+            yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def feature_maps(network, layer, images):
+    """What `layer` makes of normalised images: N×C×H×W, where a vector's H and W are 1.
+
+    Nothing behind the layer is computed.
+    """
+    with capture(network, [layer], stop=True) as outputs:
+        network(images)
+    if layer not in outputs:
+        raise ValueError(f"layer={layer}: is not used when the network runs")
+    maps = outputs[layer]
+    if maps.ndim not in (2, 4):
+        raise ValueError(f"layer={layer}: gives {'×'.join(map(str, maps.shape))}, neither feature "
+                         f"maps N×C×H×W nor vectors N×C")
+    return maps if maps.ndim == 4 else maps[:, :, None, None]
+
+
+def layer_batches(network, layer, images, checkpoint):
+    """Yield (number of the first image, N×C×H×W output of `layer`), through all uint8 `images`."""
+    device = next(network.parameters()).device
+    count = max(1, (2**19 if device.type == "cpu" else 2**22) // checkpoint["image_size"]**2)
+    starts = range(0, len(images), count)
+    for start in datasets.progress(starts, f"{layer} of {len(images)} images"):
+        batch = inputs(images[start:start + count], checkpoint, device)
+        yield start, feature_maps(network, layer, batch)
+
+
+def top_activations(network, layer, images, checkpoint, units, top):
+    """The `top` uint8 images that excite each of the `units` (channel numbers) of `layer` most.
+
+    An image counts by its strongest position. One pass over the images keeps only the best.
+    Returns values units×top, falling, image numbers units×top, and (rows, columns), each
+    units×top, in the feature map.
+    """
+    units, top = torch.as_tensor(units), min(top, len(images))
+    best = torch.full((len(units), top), -torch.inf)
+    found = torch.zeros(2, len(units), top, dtype=torch.long)  # image and place
+    for start, maps in layer_batches(network, layer, images, checkpoint):
+        if max(units) >= maps.shape[1]:
+            raise ValueError(f"unit {max(units)}: {layer} has units 0 to {maps.shape[1] - 1}")
+        peak, place = maps[:, units.to(maps.device)].flatten(2).max(2)
+        number = torch.arange(start, start + len(maps)).expand(len(units), -1)
+        best, order = torch.cat([best, peak.T.float().cpu()], 1).topk(top, 1)
+        found = torch.cat([found, torch.stack([number, place.T.cpu()])], 2)
+        found = found.gather(2, order.expand(2, -1, -1))
+        width = maps.shape[3]
+    return best, found[0], (found[1] // width, found[1] % width)
+
+
+def receptive_fields(network, layer, image_size):
+    """The exact receptive field of every unit of `layer`, C×H×W×4: top, left, bottom, right.
+
+    A box is half open, in pixels of the network's image_size×image_size input, and ends where
+    the image does. It is found, not derived: an input line of NaN turns exactly those units into
+    NaN that look at it, through any strides, padding, pooling and branches. The box of a unit
+    that looks at nothing is 0, 0, 0, 0.
+    """
+    device, training, boxes = next(network.parameters()).device, network.training, []
+    chunks = torch.arange(image_size).split(max(1, 2**18 // image_size**2))
+    passes = list(itertools.product(chunks, (2, 3)))  # lines, and the axis across them
+    network.eval()
+    try:
+        # Without cuDNN, whose fast algorithms work tile by tile and spread a NaN over the tile.
+        with torch.backends.cudnn.flags(enabled=False):
+            for chunk, axis in datasets.progress(passes, "receptive fields"):
+                images = torch.zeros(len(chunk), 3, image_size, image_size, device=device)
+                images.transpose(1, axis)[torch.arange(len(chunk)), chunk] = torch.nan
+                seen = feature_maps(network, layer, images).isnan()
+                if not boxes:
+                    first = torch.full_like(seen[0], image_size, dtype=torch.int16)
+                    boxes = [first, first.clone(), first * 0, first * 0]
+                for line, units in zip(chunk.tolist(), seen):
+                    boxes[axis - 2].masked_fill_(units & (boxes[axis - 2] > line), line)
+                    boxes[axis].masked_fill_(units, line + 1)
+    finally:
+        network.train(training)
+    boxes = torch.stack(boxes, -1).long().cpu()
+    return boxes * (boxes[..., 2:3] > 0)
+
+
+def cut_patches(images, boxes):
+    """Cut box i out of image i of N×3×S×S floats: N×3×h×w for the largest box, h×w.
+
+    A box that the image's border cut off is filled up there with grey, so that all patches have
+    the same scale and a unit sits at the same place in each.
+    """
+    height, width = (boxes[:, 2:] - boxes[:, :2]).amax(0).clamp(min=1).tolist()
+    patches = torch.full((len(images), images.shape[1], height, width), GREY)
+    for patch, image, (top, left, bottom, right) in zip(patches, images, boxes.tolist()):
+        y = height - (bottom - top) if top == 0 else 0
+        x = width - (right - left) if left == 0 else 0
+        patch[:, y:y + bottom - top, x:x + right - left] = image[:, top:bottom, left:right]
+    return patches
+
+
+def top_patches(network, layer, images, checkpoint, units, top):
+    """The image patches that excite `units` of `layer` most, cut at their receptive fields.
+
+    Returns the patches, unit by unit, (units·top)×3×h×w, and the activations, units×top.
+    """
+    values, numbers, (rows, columns) = top_activations(network, layer, images, checkpoint, units,
+                                                       top)
+    fields = receptive_fields(network, layer, checkpoint["image_size"])
+    boxes = fields[torch.as_tensor(units)[:, None], rows, columns].flatten(0, 1)
+    return cut_patches(pictures(images[numbers.flatten()], checkpoint), boxes), values
+
+
+def choose_units(units, channels):
+    """Channel numbers from the flag `units`: one number is how many, evenly spread over all
+    `channels`; several are the units themselves."""
+    if len(units) == 1:
+        count = min(units[0], channels)
+        if count < 1:
+            raise ValueError(f"units={units[0]}: must be at least 1")
+        return [number * channels // count for number in range(count)]
+    wrong = [unit for unit in units if not 0 <= unit < channels]
+    if wrong or not units:
+        raise ValueError(f"units={','.join(map(str, units))}: must be from 0 to {channels - 1}")
+    return list(units)
+
+
+# ---------------------------------------------------------------------------- what was predicted
+
+
+def predict(network, images, checkpoint):
+    """Logits N×classes of uint8 images, with a progress bar."""
+    chunks = datasets.progress(images.split(1024), f"predicting {len(images)} images")
+    return torch.cat([train.predict(network, chunk, checkpoint) for chunk in chunks])
+
+
+def confusion_matrix(labels, predictions, classes):
+    """How many images of class i were taken for class j, at row i and column j."""
+    return torch.bincount(labels * classes + predictions, minlength=classes**2).view(classes, -1)
+
+
+def precision_recall(scores, positive):
+    """(precision, recall, average precision) for every threshold, from the highest score down.
+
+    `scores` N, `positive` N bool. Average precision is the sum of precision × rise in recall.
+    """
+    order = scores.argsort(descending=True)
+    hits = positive[order].double().cumsum(0)
+    # Images with the same score are accepted together: only the last of them is a threshold.
+    last = torch.ones_like(order, dtype=torch.bool)
+    last[:-1] = scores[order][1:] != scores[order][:-1]
+    precision = (hits / torch.arange(1, len(order) + 1))[last]
+    recall = (hits / hits[-1].clamp(min=1))[last]
+    rise = recall.diff(prepend=recall.new_zeros(1))
+    return precision, recall, (precision * rise).sum().item()
+
+
+def plot(figure, place, title, xlabel, ylabel):
+    """New axes in `figure` at the subplot `place`, without needless lines."""
+    axes = figure.add_subplot(*place)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    return axes
+
+
+def log_scale(axes):
+    """Make the vertical axis logarithmic, labelled with plain numbers."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.tick_params(axis="y", which="both", labelsize=8)
+
+
+def new_figure(width, height, title):
+    """An empty figure, in inches, that lays itself out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.07)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10):
+    """Each picture beside the probabilities of its `bars` likeliest classes, with the logits."""
+    rows = math.ceil(len(images) / columns)
+    bars = min(bars, len(classes))
+    figure = new_figure(4.2 * columns, rows * (0.6 + 0.17 * bars) + 0.5, title)
+    grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1, 1.1] * columns)
+    for number, (image, label, scores) in enumerate(zip(images, labels.tolist(), logits)):
+        row, column = divmod(number, columns)
+        predicted = scores.argmax().item()
+        picture = figure.add_subplot(grid[row, 2 * column])
+        picture.imshow(image.permute(1, 2, 0), interpolation="nearest")
+        picture.axis("off")
+        verdict = "right" if predicted == label else f"taken for {classes[predicted]}"
+        picture.set_title(f"{classes[label]}\n{verdict}", fontsize=9, loc="left",
+                          color="black" if predicted == label else COLORS[1])
+        axes = figure.add_subplot(grid[row, 2 * column + 1])
+        shown = scores.topk(bars).indices.sort().values.tolist()
+        shares = scores.softmax(0)[shown].tolist()
+        colors = [COLORS[0] if index == label else COLORS[1] if index == predicted else "#BBBBBB"
+                  for index in shown]
+        axes.barh(range(bars), shares, color=colors, height=0.75)
+        for place, (index, share) in enumerate(zip(shown, shares)):
+            axes.text(share + 0.02, place, f"{share:.0%}  {scores[index]:+.1f}", va="center",
+                      fontsize=6.5, color="black" if share >= 0.005 else "#777777")
+        axes.set_yticks(range(bars), [classes[index] for index in shown], fontsize=7.5)
+        axes.set(xlim=(0, 1.45), xticks=(), ylim=(bars - 0.4, -0.6))
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    return figure
+
+
+def draw_confusion(matrix, classes, title):
+    """The confusion matrix, as shares of each true class, beside every class's accuracy."""
+    count = len(classes)
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    side = max(5.0, 0.52 * min(count, 25))
+    figure = new_figure(side + 3.4, side + 0.5, title)
+    grid = figure.add_gridspec(1, 2, width_ratios=(side, 2))
+    axes = figure.add_subplot(grid[0])
+    axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    size = 8 if count <= 25 else 4
+    axes.set_xticks(range(count), classes, rotation=45 if count <= 25 else 90, fontsize=size,
+                    ha="right" if count <= 25 else "center")
+    axes.set_yticks(range(count), classes, fontsize=size)
+    axes.set_xlabel("predicted class", fontsize=9)
+    axes.set_ylabel("true class (its images are 100 %)", fontsize=9)
+    for row, column in itertools.product(range(count), repeat=2) if count <= 25 else ():
+        share = shares[row, column].item()
+        axes.text(column, row, f"{share * 100:.0f}" if share >= 0.005 else "·", ha="center",
+                  va="center", fontsize=8, color="black" if share > 0.5 else "white")
+    accuracy = shares.diagonal().tolist()
+    bars = figure.add_subplot(grid[1], sharey=axes)
+    bars.barh(range(count), accuracy, color=COLORS[0])
+    for place, share in enumerate(accuracy):
+        bars.text(share + 0.02, place, f"{share:.1%}", va="center", fontsize=size)
+    bars.set(xlim=(0, 1.3), xticks=(0, 1), xticklabels=("0", "100 %"))
+    bars.set_title("accuracy of a class", fontsize=9)
+    bars.tick_params(labelleft=False, left=False, labelsize=8)
+    bars.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+def draw_pr_curves(curves, classes, title):
+    """One plot a class: its (precision, recall, average precision) before those of all others."""
+    columns = min(5, len(classes)) if len(classes) <= 25 else 10
+    rows = math.ceil(len(classes) / columns)
+    figure = new_figure(1.9 * columns + 0.4, 1.9 * rows + 0.5, title)
+    for number, name in enumerate(classes):
+        axes = plot(figure, (rows, columns, number + 1),
+                    f"{name} · {curves[number][2]:.3f}", "", "")
+        for precision, recall, _ in curves if len(classes) <= 25 else ():
+            axes.plot(recall, precision, color="#CCCCCC", linewidth=0.6)
+        precision, recall, _ = curves[number]
+        axes.plot(recall, precision, color=COLORS[0], linewidth=1.8)
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.04), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    figure.supxlabel("recall", fontsize=9)
+    figure.supylabel("precision", fontsize=9)
+    return figure
+
+
+# ---------------------------------------------------------------------------- how it was trained
+
+
+def group_runs(runs):
+    """{label: [metrics of each run]}: runs whose settings differ only in seed and name are one."""
+    groups = {}
+    for run in runs:
+        metrics = train.read_metrics(run)
+        with contextlib.suppress(OSError, ValueError):
+            settings = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+            metrics["settings"] = settings
+        same = {name: value for name, value in metrics.get("settings", {"run": str(run)}).items()
+                if name not in ("seed", "name", "out", "device", "root")}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append((Path(run).name, metrics))
+    labelled = {}
+    for members in groups.values():
+        label = members[0][0]
+        if len(members) > 1:
+            label += f" and {len(members) - 1} more seed{'s' if len(members) > 2 else ''}"
+        while label in labelled:  # runs of the same name in different folders
+            label += "′"
+        labelled[label] = [metrics for _, metrics in members]
+    return labelled
+
+
+def draw_curves(groups, x="epoch"):
+    """Loss and accuracy of groups of runs (see `group_runs`) against column `x` of their metrics.
+
+    Training is dashed, validation solid; several seeds are their mean in a band from the lowest
+    to the highest.
+    """
+    figure = new_figure(10, 4.2, "training (dashed) and validation (solid)")
+    labels = {"epoch": "epoch", "step": "step", "seconds": "time / s"}
+    panels = [plot(figure, (1, 2, 1), "loss", labels[x], "cross-entropy"),
+              plot(figure, (1, 2, 2), "accuracy", labels[x], "share of images")]
+    for number, (label, members) in enumerate(groups.items()):
+        length = min(len(metrics[x]) for metrics in members)
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        columns = {name: torch.tensor([metrics[name][:length] for metrics in members])
+                   for name in train.COLUMNS}
+        at = columns[x].cumsum(1) if x == "seconds" else columns[x]
+        for axes, kind in zip(panels, ("loss", "accuracy")):
+            for part, style in (("train", "--"), ("val", "-")):
+                values = columns[f"{part}/{kind}"]
+                if values.isnan().all():
+                    continue
+                solid = part == "val" or columns[f"val/{kind}"].isnan().all()
+                axes.plot(at.mean(0), values.mean(0), style, color=color, linewidth=1.5,
+                          marker=marker, markevery=max(1, length // 8), markersize=4,
+                          label=label if solid else None)
+                if len(members) > 1:
+                    axes.fill_between(at.mean(0), values.amin(0), values.amax(0), color=color,
+                                      alpha=0.2, linewidth=0)
+    for axes in panels:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[1].legend(fontsize=8, frameon=False)
+    return figure
+
+
+# ---------------------------------------------------------------------------- loss landscape
+
+
+def filter_normalized_direction(network, random):
+    """A random direction in weight space, {parameter name: tensor}, each filter of which has the
+    norm of the network's own filter (Li et al. 2018, section 4).
+
+    A linear layer's filters are its rows. Biases and batch norm's parameters do not move.
+    """
+    direction = {}
+    for name, weight in network.named_parameters():
+        if weight.ndim <= 1:
+            direction[name] = torch.zeros_like(weight)
+            continue
+        noise = torch.randn(weight.shape, generator=random).to(weight.device)
+        norms = [tensor.detach().flatten(1).norm(dim=1) for tensor in (weight, noise)]
+        ratio = norms[0] / norms[1].clamp(min=1e-12)
+        direction[name] = noise * ratio.view(-1, *[1] * (weight.ndim - 1))
+    return direction
+
+
+def principal_directions(network, path):
+    """The two directions along which the weights of `path`, state dictionaries, vary most.
+
+    Returns (two orthonormal directions, the share of the variance along each, the path's
+    coordinates relative to the network, n×2), after Li et al. (2018), section 7.2. Biases and
+    batch norm stay as they are, as in `filter_normalized_direction`.
+    """
+    moving = {name: weight.detach() for name, weight in network.named_parameters()
+              if weight.ndim > 1}
+    if len(path) < 3:
+        raise ValueError(f"directions=pca: needs at least 3 checkpoints, there are {len(path)} "
+                         f"(train with --keep=0 keeps all)")
+    steps = torch.stack([torch.cat([(weights[name] - weight.cpu()).flatten().float()
+                                    for name, weight in moving.items()]) for weights in path])
+    centred = steps - steps.mean(0)
+    variance, vectors = torch.linalg.eigh((centred @ centred.T).double())
+    if variance[-2] <= 1e-9 * variance[-1]:
+        raise ValueError("directions=pca: the weights of the checkpoints lie in one line")
+    axes = vectors[:, [-1, -2]].T.float() @ centred
+    axes /= axes.norm(dim=1, keepdim=True)
+    directions = []
+    for axis in axes:
+        parts = axis.split([weight.numel() for weight in moving.values()])
+        moved = {name: part.view(weight.shape).to(weight.device)
+                 for (name, weight), part in zip(moving.items(), parts)}
+        directions.append({name: moved.get(name, torch.zeros_like(weight))
+                           for name, weight in network.named_parameters()})
+    return directions, (variance[[-1, -2]] / variance.sum()).tolist(), steps @ axes.T
+
+
+@contextlib.contextmanager
+def moved(network, directions, amounts):
+    """While open, the network's weights are moved along `directions` by `amounts`."""
+    before = [weight.detach().clone() for weight in network.parameters()]
+    try:
+        with torch.no_grad():
+            for direction, amount in zip(directions, amounts):
+                for name, weight in network.named_parameters():
+                    weight.add_(direction[name], alpha=amount)
+        yield network
+    finally:
+        with torch.no_grad():
+            for weight, old in zip(network.parameters(), before):
+                weight.copy_(old)
+
+
+def loss_at(network, directions, amounts, parts, checkpoint):
+    """{"train/loss": …, "train/accuracy": …, "test/loss": …} of `parts` ({"train": split, …})
+    where the weights are moved along `directions` by `amounts`; batch norm uses its stored
+    statistics."""
+    exact = {**checkpoint, "settings": {**checkpoint["settings"], "precision": "fp32"}}
+    values = {}
+    with moved(network, directions, amounts):
+        for name, split in parts.items():
+            logits = train.predict(network, split.images, exact)
+            result = train.score(logits, split.labels, logits.shape[1])
+            values |= {f"{name}/loss": result["loss"], f"{name}/accuracy": result["accuracy"]}
+    return values
+
+
+def read_table(path):
+    """The rows of the CSV file `path` as dictionaries of text; [] when there is none."""
+    if not path.exists():
+        return []
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+def write_table(path, rows):
+    """Write `rows`, dictionaries with the same names, to the CSV file `path`, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    networks.write_atomically(path, text.getvalue())
+
+
+def evaluate_points(path, points, evaluate, description):
+    """`evaluate(point)`, a dictionary, at each (x, y) of `points`; {(x, y) as text: row}.
+
+    Rows are kept in the CSV file `path` as they come, and not computed when they are there.
+    """
+    keys = [tuple(f"{value:.6g}" for value in point) for point in points]
+    rows = {(row["x"], row["y"]): row for row in read_table(path)}
+    missing = {key: point for key, point in zip(keys, points) if key not in rows}
+    for key, point in datasets.progress(missing.items(), description, len(missing)):
+        rows[key] = {"x": key[0], "y": key[1], **evaluate(point)}
+        write_table(path, [*rows.values()])
+    return {key: {name: float(value) for name, value in rows[key].items()} for key in keys}
+
+
+def fingerprint(network, *settings):
+    """Eight letters and digits that stand for the network's weights and `settings`."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=4)
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def grid_values(rows, xs, ys, column):
+    """`column` of `evaluate_points`' rows on the grid, len(ys)×len(xs)."""
+    values = torch.tensor([[rows[f"{x:.6g}", f"{y:.6g}"][column] for x in xs] for y in ys])
+    finite = values[values.isfinite()]
+    return values.nan_to_num(finite.max().item(), posinf=finite.max().item())
+
+
+def draw_landscape_line(rows, title):
+    """Loss and accuracy along one direction, from `evaluate_points`' rows."""
+    figure = new_figure(9, 3.8, title)
+    for place, kind in enumerate(("loss", "accuracy"), 1):
+        axes = plot(figure, (1, 2, place), kind, "distance along the direction, in filter norms",
+                    {"loss": "cross-entropy", "accuracy": "share of images"}[kind])
+        for (name, style), color in zip({"train": "--", "test": "-"}.items(), COLORS):
+            line = sorted((row["x"], row[f"{name}/{kind}"]) for row in rows)
+            axes.plot(*zip(*line), style, color=color, linewidth=1.8,
+                      label=PART_NAMES[name])
+        if kind == "loss":
+            log_scale(axes)
+            axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
+    """Loss over two directions, one plot for each of `parts` ({"train": len(ys)×len(xs), …}).
+
+    Both share one logarithmic scale. `path` is a list of points (x, y), drawn as a line.
+    """
+    from matplotlib.colors import LogNorm
+
+    figure = new_figure(5.2 * len(parts) + 0.8, 5.1, title)
+    low, high = _span(torch.stack([*parts.values()]).clamp(min=1e-4))
+    levels = torch.logspace(math.log10(low), math.log10(high), 17).tolist()
+    levels[0], levels[-1] = low * 0.999, high * 1.001
+    for place, (name, values) in enumerate(parts.items(), 1):
+        axes = plot(figure, (1, len(parts), place), f"{PART_NAMES[name]} loss", *labels)
+        shown = values.clamp(low, high)
+        filled = axes.contourf(xs, ys, shown, levels, cmap="viridis", norm=LogNorm(low, high))
+        lines = axes.contour(xs, ys, shown, levels[1:-1], colors="white", linewidths=0.5)
+        axes.clabel(lines, lines.levels[::2], fmt="%.2g", fontsize=7)
+        if path is None:
+            axes.plot(0, 0, "+", color="white", markersize=11, markeredgewidth=2)
+            axes.set_aspect("equal")
+            continue
+        axes.plot(*zip(*path), "-o", color=COLORS[1], markersize=4, linewidth=1.5,
+                  markeredgecolor="white", markeredgewidth=0.6)
+        for text, point in (("start", path[0]), ("end", path[-1])):
+            axes.annotate(text, point, (6, 6), textcoords="offset points", fontsize=9,
+                          color="white", fontweight="bold")
+    bar = figure.colorbar(filled, ax=figure.axes, shrink=0.8, format="%.3g",
+                          ticks=levels[::4])
+    bar.set_label("cross-entropy (logarithmic)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.minorticks_off()
+    return figure
+
+
+def draw_landscape_surface(xs, ys, parts, title, labels):
+    """The same loss as a surface over two directions; height is the loss's logarithm."""
+    figure = new_figure(5.4 * len(parts), 5.0, title)
+    logs = {name: values.clamp(min=1e-4).log10() for name, values in parts.items()}
+    low, high = _span(torch.stack([*logs.values()]))
+    x, y = torch.meshgrid(torch.as_tensor(xs), torch.as_tensor(ys), indexing="xy")
+    for place, (name, values) in enumerate(logs.items(), 1):
+        axes = figure.add_subplot(1, len(parts), place, projection="3d")
+        axes.plot_surface(x.numpy(), y.numpy(), values.numpy(), cmap="viridis", vmin=low,
+                          vmax=high, rcount=len(ys), ccount=len(xs), edgecolor="black",
+                          linewidth=0.15)
+        axes.set_zlim(low, high)
+        axes.zaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
+        axes.set_title(f"{PART_NAMES[name]} loss (logarithmic height)", fontsize=10)
+        axes.set_xlabel(labels[0], fontsize=8)
+        axes.set_ylabel(labels[1], fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.view_init(35, -60)
+    return figure
+
+
+# ---------------------------------------------------------------------------- smoothness
+
+
+def along_gradient(loss_of, weights, sizes):
+    """How smooth the loss is ahead, along its gradient (Santurkar et al. 2018, figure 4).
+
+    `loss_of` maps a dictionary of tensors such as `weights` to a scalar. For every step size η
+    of `sizes` the weights are moved by −η·gradient; returns the lowest and highest `loss` there,
+    the lowest and highest l2 `change` of the gradient (its predictiveness), and `beta`, the
+    effective β-smoothness: the largest change of the gradient per distance moved.
+    """
+    def loss_and_gradient(point):
+        point = {name: weight.detach().requires_grad_() for name, weight in point.items()}
+        loss = loss_of(point)
+        return loss.item(), torch.autograd.grad(loss, [*point.values()])
+
+    def norm(tensors):
+        return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt()
+
+    _, gradient = loss_and_gradient(weights)
+    length, losses, changes, betas = norm(gradient).item(), [], [], []
+    for size in sizes:
+        loss, ahead = loss_and_gradient({name: weight - size * slope for (name, weight), slope
+                                         in zip(weights.items(), gradient)})
+        losses.append(loss)
+        changes.append(norm([a - b for a, b in zip(ahead, gradient)]).item())
+        betas.append(changes[-1] / max(size * length, 1e-30))
+    return {"loss_low": min(losses), "loss_high": max(losses), "change_low": min(changes),
+            "change_high": max(changes), "beta": max(betas)}
+
+
+def batch_loss(network, images, labels):
+    """The loss on one mini-batch as a function of the weights, in the network's present mode.
+
+    Batch norm's running statistics are copied for each call, so that they stay as they are.
+    """
+    def loss_of(weights):
+        copies = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        logits = torch.func.functional_call(network, {**weights, **copies}, (images,))
+        return F.cross_entropy(logits, labels)
+    return loss_of
+
+
+def smoothness_run(model, lr, dataset, device, steps, batch_size, seed, every=0):
+    """Train `model` for `steps` with SGD (momentum 0.9, constant `lr`): a row for each step.
+
+    With `every`, each so many steps the row has `along_gradient`'s measures too, for eight step
+    sizes from half to four times `lr`, on the very mini-batch of the step.
+    """
+    torch.manual_seed(seed)
+    size = networks.image_size_of(model)
+    network = networks.build(model, len(dataset.classes), size).to(device).train()
+    batches = datasets.Batches(dataset.train, dataset.mean, dataset.std, batch_size,
+                               ("flip", "crop"), seed, size, device)
+    optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9)
+    sizes = [lr / 2 * 8 ** (number / 7) for number in range(8)]
+    stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
+    rows = []
+    for step in datasets.progress(range(steps), f"{model}, learning rate {lr:g}"):
+        images, labels = next(stream)
+        measures = dict.fromkeys(("loss_low", "loss_high", "change_low", "change_high", "beta"))
+        if every and step % every == 0:
+            measures = along_gradient(batch_loss(network, images, labels),
+                                      dict(network.named_parameters()), sizes)
+        loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rows.append({"model": model, "lr": lr, "step": step, "loss": loss.item(), **measures})
+    return rows
+
+
+def draw_smoothness(rows, models, title):
+    """Four plots over the steps, all `models` in each: the band of losses over separate runs,
+    and the three measures along the gradient. `rows` are `smoothness_run`'s."""
+    figure = new_figure(11, 7.5, title)
+    names = ("loss over separate runs, one for each learning rate",
+             "variation of the loss along the gradient",
+             "gradient predictiveness: change of the gradient",
+             "effective β-smoothness along the gradient")
+    units = ("training loss", "loss ahead", "l2 distance", "largest change / distance moved")
+    panels = [plot(figure, (2, 2, place), name, "step", unit)
+              for place, (name, unit) in enumerate(zip(names, units), 1)]
+    for number, model in enumerate(models):
+        mine = [row for row in rows if row["model"] == model]
+        runs = {lr: [row["loss"] for row in mine if row["lr"] == lr]
+                for lr in sorted({row["lr"] for row in mine})}
+        losses = torch.tensor([*runs.values()]).nan_to_num(torch.inf)
+        ahead = [row for row in mine if row["beta"] is not None]
+        at = [row["step"] for row in ahead]
+        bands = [(range(losses.shape[1]), losses.amin(0), losses.amax(0))]
+        bands += [(at, *([row[f"{kind}_{end}"] for row in ahead] for end in ("low", "high")))
+                  for kind in ("loss", "change")]
+        style = {"color": COLORS[number % len(COLORS)], "label": model}
+        for axes, (x, low, high) in zip(panels, bands):
+            axes.fill_between(x, low, high, alpha=0.45, linewidth=0.8,
+                              hatch=("", "////", "....")[number % 3], **style)
+        panels[3].plot(at, [row["beta"] for row in ahead], ("-", "--", ":")[number % 3], **style)
+    for axes in panels:
+        log_scale(axes)
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+def title_of(checkpoint):
+    """The network and how long it was trained, as figures name it."""
+    name = checkpoint["settings"].get("name") or checkpoint["model"]
+    return f"{name}, epoch {checkpoint['epoch']}"
+
+
+def open_test(ckpt, device, data, root, out, format):
+    """(network, checkpoint, test split), after `out` and `format` have been checked."""
+    figure_path(ckpt, "", out, format)
+    network, checkpoint = train.open_checkpoint(ckpt, device)
+    return network, checkpoint, train.open_dataset(checkpoint, data, root).test
+
+
+def need_one(**counts):
+    """ValueError naming the first of `counts` that is not above 0."""
+    for name, value in counts.items():
+        if value <= 0:
+            raise ValueError(f"{name}={value}: must be above 0")
+
+
+def need_folder(out):
+    """Commands that draw several figures cannot write them all into one file."""
+    if out is not None and Path(out).suffix[1:] in FORMATS:
+        raise ValueError(f"out={out}: this command draws several figures; name a folder")
+
+
+def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: int = 0,
+            out: str | None = None, format: Format = "png"):
+    """Draw COUNT random training images with their classes, and the data set's figures."""
+    need_one(count=count)
+    figure_path(None, "", out, format)
+    dataset = datasets.load(data, root, val=0)
+    images, labels = dataset.train
+    chosen = torch.randperm(len(labels), generator=datasets.generator(seed, "samples"))[:count]
+    statistics = {"pixel mean": dataset.mean, "pixel std": dataset.std,
+                  "mean of the per-image stds": datasets.mean_of_image_stds(images)}
+    facts = " · ".join(f"{name} {' '.join(f'{value:.4f}' for value in values)}"
+                       for name, values in statistics.items())
+    title = (f"{Path(data).name}: {len(labels)} training and {len(dataset.test.labels)} test "
+             f"images of {len(dataset.classes)} classes\n{facts}")
+    figure = image_grid(images[chosen].float() / 255,
+                        [dataset.classes[label] for label in labels[chosen]],
+                        min(count, 5), title)
+    return save_figure(figure, None, f"samples-{Path(data).name}", out, format)
+
+
+def curves(*runs: str, x: typing.Literal["epoch", "step", "seconds"] = "epoch",
+           out: str | None = None, format: Format = "png"):
+    """Draw the loss and accuracy of RUN [RUN…], training beside validation, in one figure.
+
+    Runs that differ only in their seed become one line, the mean, in a band from lowest to
+    highest. `--x=seconds` compares by time instead of epochs.
+    """
+    runs = [run for word in runs for run in word.split(",")]
+    if not runs:
+        raise ValueError("curves: name one run folder or more")
+    return save_figure(draw_curves(group_runs(runs), x), runs[0], "curves", out, format)
+
+
+def predictions(ckpt: str, only: typing.Literal["all", "wrong", "right"] = "all", count: int = 8,
+                seed: int = 0, out: str | None = None, format: Format = "png",
+                data: str | None = None, root: str | None = None, device: str = "auto"):
+    """Draw COUNT random test images with true and predicted class, probabilities and logits."""
+    need_one(count=count)
+    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
+    order = torch.randperm(len(test.labels), generator=datasets.generator(seed, "predictions"))
+    if only == "all":
+        order = order[:count]
+    logits = predict(network, test.images[order], checkpoint)
+    right = logits.argmax(1) == test.labels[order]
+    kept = {"all": torch.ones_like(right), "wrong": ~right, "right": right}[only].nonzero()[:count]
+    if not len(kept):
+        raise ValueError(f"only={only}: there is no such test image")
+    chosen, logits = order[kept[:, 0]], logits[kept[:, 0]]
+    figure = draw_predictions(
+        pictures(test.images[chosen], checkpoint), test.labels[chosen], logits,
+        checkpoint["classes"], f"{title_of(checkpoint)}: probabilities and logits\n"
+                               f"blue: the true class, orange: what it was taken for")
+    return save_figure(figure, ckpt, f"predictions-{only}", out, format)
+
+
+def confusion(ckpt: str, out: str | None = None, format: Format = "png", data: str | None = None,
+              root: str | None = None, device: str = "auto"):
+    """Draw the confusion matrix over the test images, and the accuracy of each class."""
+    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
+    predicted = predict(network, test.images, checkpoint).argmax(1)
+    matrix = confusion_matrix(test.labels, predicted, len(checkpoint["classes"]))
+    accuracy = matrix.diagonal().sum() / matrix.sum()
+    figure = draw_confusion(matrix, checkpoint["classes"],
+                            f"{title_of(checkpoint)}: {accuracy:.2%} of {len(test.labels)} test "
+                            f"images right; per cent of each true class")
+    return save_figure(figure, ckpt, "confusion", out, format)
+
+
+def pr_curves(ckpt: str, out: str | None = None, format: Format = "png", data: str | None = None,
+              root: str | None = None, device: str = "auto"):
+    """Draw every class's precision against recall over the test images."""
+    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
+    shares = predict(network, test.images, checkpoint).softmax(1)
+    lines = [precision_recall(shares[:, number], test.labels == number)
+             for number in range(len(checkpoint["classes"]))]
+    mean = sum(line[2] for line in lines) / len(lines)
+    figure = draw_pr_curves(lines, checkpoint["classes"],
+                            f"{title_of(checkpoint)}: average precision of each class (mean "
+                            f"{mean:.3f}), other classes in grey")
+    return save_figure(figure, ckpt, "pr_curves", out, format)
+
+
+def filters(ckpt: str, layer: str = "conv1", channel: str = "rgb", out: str | None = None,
+            format: Format = "png"):
+    """Draw the filters of LAYER's first convolution: `--channel=rgb`, or the number of an input
+    channel."""
+    figure_path(ckpt, "", out, format)
+    network, checkpoint = train.open_checkpoint(ckpt, "cpu")
+    found = [module for module in networks.find_layer(network, layer).modules()
+             if isinstance(module, nn.Conv2d)]
+    if not found:
+        raise ValueError(f"layer={layer}: has no convolution")
+    weights = found[0].weight.detach()
+    allowed = [*map(str, range(weights.shape[1])), *["rgb"] * (weights.shape[1] == 3)]
+    if channel not in allowed:
+        raise ValueError(f"channel={channel}: must be from 0 to {weights.shape[1] - 1}, or rgb "
+                         f"for a layer that sees the image's three channels")
+    title = f"{title_of(checkpoint)}: {layer}, {len(weights)} filters"
+    if channel == "rgb":
+        images = 0.5 + weights / (2 * weights.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12))
+        title += "\nin RGB, each on its own scale, grey is 0"
+    else:
+        images = weights[:, int(channel)]
+        title += f"\ninput channel {channel}, all on one scale"
+    figure = image_grid(images, suptitle=title, scale="shared")
+    return save_figure(figure, ckpt, f"filters-{layer}-{channel}", out, format)
+
+
+def features(ckpt: str, layers: tuple[str, ...] = ("conv1",), image: str | None = None,
+             index: int = 0, maps: int = 64, out: str | None = None, format: Format = "png",
+             data: str | None = None, root: str | None = None, device: str = "auto"):
+    """Draw the first MAPS feature maps of each of LAYERS for one picture, one figure a layer."""
+    need_one(maps=maps, layers=len(layers))
+    figure_path(ckpt, "", out, format)
+    if len(layers) > 1:
+        need_folder(out)
+    network, checkpoint = train.open_checkpoint(ckpt, device)
+    for layer in layers:
+        networks.find_layer(network, layer)
+    picture, name = load_image(checkpoint, image, index, data, root)
+    device = next(network.parameters()).device
+    for layer in layers:
+        shown = feature_maps(network, layer, inputs(picture, checkpoint, device))[0].cpu()
+        count, side = min(maps, len(shown)), "×".join(map(str, shown.shape[1:]))
+        scale, said = ("each", "each on its own scale") if shown[0].numel() > 1 else (
+            "shared", "all on one scale")
+        title = (f"{title_of(checkpoint)}: {layer} of {name}\n"
+                 f"{count} of {len(shown)} maps, {side}, {said}")
+        figure = image_grid([*pictures(picture, checkpoint), *shown[:count]],
+                            ["image", *map(str, range(count))], suptitle=title, scale=scale)
+        save_figure(figure, ckpt, f"features-{layer}", out, format)
+
+
+def patches(ckpt: str, layer: str, units: tuple[int, ...] = (16,), top: int = 9,
+            out: str | None = None, format: Format = "png", data: str | None = None,
+            root: str | None = None, device: str = "auto"):
+    """Draw the TOP test-image patches that excite each of LAYER's units most, cut exactly at
+    their receptive fields. `--units=16` are 16 units of all; `--units=3,17` are those two."""
+    need_one(top=top)
+    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
+    device = next(network.parameters()).device
+    channels = feature_maps(network, layer, inputs(test.images[:1], checkpoint, device)).shape[1]
+    units = choose_units(units, channels)
+    cut, values = top_patches(network, layer, test.images, checkpoint, units, top)
+    columns = values.shape[1]
+    figure = image_grid(
+        cut, columns=columns, cell=0.62, row_titles=[
+            f"unit {unit}\n{peaks[0]:.2f} … {peaks[-1]:.2f}" for unit, peaks in zip(units, values)],
+        suptitle=f"{title_of(checkpoint)}: {layer}, the {columns} patches of {len(test.labels)} "
+                 f"test images\nthat excite a unit most")
+    return save_figure(figure, ckpt, f"patches-{layer}", out, format)
+
+
+def landscape(ckpt: str, directions: typing.Literal["random", "pca"] = "random",
+              images: int = 1000, points: int = 21, span: float = 1.0, seed: int = 0,
+              out: str | None = None, format: Format = "png", data: str | None = None,
+              root: str | None = None, device: str = "auto"):
+    """Draw the loss around the weights (Li et al. 2018), on IMAGES training and test images each.
+
+    `random`: along two filter-normalised directions, from −SPAN to SPAN: a line, contours and a
+    surface. `pca`: over the plane of the run's own checkpoints, with the path of training.
+    Values are kept in a CSV file as they come: the same command goes on where it was stopped,
+    and draws at once when all are there.
+    """
+    need_folder(out)
+    path = figure_path(ckpt, "landscape", out, format)
+    need_one(images=images, span=span)
+    if points < 3:
+        raise ValueError(f"points={points}: must be at least 3")
+    network, checkpoint = train.open_checkpoint(ckpt, device)
+    plane = random_plane(network, seed, span, points) if directions == "random" else path_plane(
+        network, ckpt, points)
+    axes, xs, ys, labels, trail = plane
+    dataset = train.open_dataset(checkpoint, data, root)
+    parts = {"train": some_images(dataset.train, images, seed),
+             "test": some_images(dataset.test, images, seed)}
+    key = fingerprint(network, directions, seed, images, dataset.name, trail)
+    table = path.with_name(f"landscape-{directions}-{key}.csv")
+
+    def evaluate(point):
+        return loss_at(network, axes, point, parts, checkpoint)
+
+    title = (f"{title_of(checkpoint)}: loss on {len(parts['train'].labels)} training and "
+             f"{len(parts['test'].labels)} test images")
+    if directions == "random":
+        line = [(x, 0.0) for x in spaced(-span, span, 2 * points - 1)]
+        rows = evaluate_points(table, line, evaluate, "loss on a line")
+        save_figure(draw_landscape_line(rows.values(), title), ckpt, "landscape-line", out, format)
+    rows = evaluate_points(table, [*itertools.product(xs, ys)], evaluate, "loss on a grid")
+    grids = {name: grid_values(rows, xs, ys, f"{name}/loss") for name in parts}
+    save_figure(draw_landscape_contours(xs, ys, grids, title, labels, trail), ckpt,
+                f"landscape-contours-{directions}", out, format)
+    save_figure(draw_landscape_surface(xs, ys, grids, title, labels), ckpt,
+                f"landscape-surface-{directions}", out, format)
+    print(table)
+
+
+def random_plane(network, seed, span, points):
+    """Two directions, the points along each, names for both, and no path."""
+    axes = [filter_normalized_direction(network, datasets.generator(seed, "landscape", number))
+            for number in (0, 1)]
+    along = spaced(-span, span, points)
+    return axes, along, along, ("first random direction", "second random direction"), None
+
+
+def path_plane(network, ckpt, points):
+    """The plane in which the checkpoints of the run of `ckpt` lie best, as `random_plane`'s, with
+    their path; it reaches a quarter beyond the path."""
+    folder = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
+    files = [*folder.glob("step-*.pth"), *folder.glob("last.pth")]
+    found = [networks.read(file) for file in datasets.progress(files, "reading checkpoints")]
+    by_step = {checkpoint["step"]: checkpoint["weights"] for checkpoint in found}
+    axes, shares, trail = principal_directions(network, [by_step[step] for step in sorted(by_step)])
+    edges = [(low - (high - low) / 4, high + (high - low) / 4)
+             for low, high in (_span(trail[:, 0]), _span(trail[:, 1]))]
+    labels = [f"principal direction {number} ({share:.1%} of the variance)"
+              for number, share in enumerate(shares, 1)]
+    return axes, *(spaced(*ends, points) for ends in edges), labels, trail.tolist()
+
+
+def spaced(low, high, count):
+    """`count` numbers from `low` to `high`; if they are symmetric and odd, 0 is exactly there."""
+    return [(low * (count - 1 - place) + high * place) / (count - 1) for place in range(count)]
+
+
+def some_images(split, count, seed):
+    """`count` images of a split, chosen by `seed`."""
+    chosen = torch.randperm(len(split.labels), generator=datasets.generator(seed, "some"))[:count]
+    return datasets.Split(split.images[chosen], split.labels[chosen])
+
+
+def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cifar10",
+               root: str = "data", steps: int = 500, every: int = 10, batch_size: int = 128,
+               lrs: tuple[float, ...] = (1e-3, 2e-3, 1e-4, 5e-4), seed: int = 0,
+               out: str | None = None, format: Format = "png", device: str = "auto"):
+    """Compare how smooth MODELS' losses are while they train: two measures, not one.
+
+    The band between the highest and lowest training loss of separate runs at LRS, step by step;
+    and Santurkar et al.'s (2018) three measures along the gradient of a step, taken each EVERY
+    steps of the run at the first of LRS. Finished runs are kept in a CSV file beside the figure.
+    """
+    path = figure_path(None, "smoothness", out, format)
+    need_one(steps=steps, every=every, batch_size=batch_size, models=len(models), lrs=len(lrs),
+             lr=min(lrs, default=0))
+    for model in models:
+        networks.options_of(model)
+    settings = (data, steps, every, batch_size, lrs[0], seed)
+    table = path.with_name(f"smoothness-{fingerprint(nn.Module(), settings)}.csv")
+    rows = [{name: value if name == "model" else float(value) if value else None
+             for name, value in row.items()} for row in read_table(table)]
+    done = {(row["model"], row["lr"]) for row in rows}
+    missing = [run for run in itertools.product(models, lrs) if run not in done]
+    dataset, place = missing and datasets.load(data, root, val=0), train.choose_device(device)
+    for model, lr in missing:
+        rows += smoothness_run(model, lr, dataset, place, steps, batch_size, seed,
+                               every if lr == lrs[0] else 0)
+        write_table(table, rows)
+    shown = [row for row in rows if row["lr"] in lrs]
+    title = (f"{Path(data).name}, batches of {batch_size}; bands: learning rates "
+             f"{', '.join(f'{lr:g}' for lr in sorted(lrs))}; along the gradient: at {lrs[0]:g}, "
+             f"steps of {lrs[0] / 2:g} to {4 * lrs[0]:g}")
+    save_figure(draw_smoothness(shown, models, title), None, "smoothness", out, format)
+    print(table)
+
+
+def projector(ckpt: str, layer: str | None = None, count: int = 1000, out: str | None = None,
+              data: str | None = None, root: str | None = None, device: str = "auto"):
+    """Write LAYER's view of COUNT test images for TensorBoard's Projector, with sprites, true and
+    predicted classes. Without `--layer`, what the last linear layer sees; feature maps count by
+    their means. It goes to `projector/LAYER` in the run's folder, or to OUT."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    need_one(count=count)
+    network, checkpoint = train.open_checkpoint(ckpt, device)
+    layer = layer or penultimate(network)
+    networks.find_layer(network, layer)
+    test = some_images(train.open_dataset(checkpoint, data, root).test, count, 0)
+    classes = checkpoint["classes"]
+    vectors = torch.cat([maps.mean((2, 3)).float().cpu() for _, maps
+                         in layer_batches(network, layer, test.images, checkpoint)])
+    predicted = predict(network, test.images, checkpoint).argmax(1)
+    labels = [[classes[label], classes[guess], "right" if label == guess else "wrong"]
+              for label, guess in zip(test.labels.tolist(), predicted.tolist())]
+    sprites = datasets.resize(test.images.float() / 255, min(test.images.shape[3], 64))
+    place = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
+    place = Path(out) if out else place / "projector" / layer
+    quiet = contextlib.redirect_stdout(io.StringIO())  # it announces what it writes anew
+    with quiet, SummaryWriter(str(place)) as board:
+        board.add_embedding(vectors, labels, sprites.clamp(0, 1), tag=layer,
+                            metadata_header=["class", "predicted", "verdict"])
+    print(place)
+    print(f"tensorboard --logdir {place}   (then: Projector)")
+
+
+def penultimate(network):
+    """The name of the module whose output the last linear layer takes."""
+    leaves = [(name, module) for name, module in network.named_modules()
+              if not next(module.children(), None)]
+    place = [module for _, module in leaves].index(networks.last_linear(network))
+    return leaves[place - 1][0]
+
+
+COMMANDS = {command.__name__: command for command in (
+    samples, curves, predictions, confusion, pr_curves, filters, features, patches, landscape,
+    smoothness, projector)}
+
+if __name__ == "__main__":
+    datasets.command_line(COMMANDS)
