@@ -41,8 +41,6 @@ ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu
 
 def activation_layer(name):
     """The activation called `name` as a new module; in place where that is safe."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation={name}: must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name](inplace=True) if name != "gelu" else nn.GELU()
 
 
@@ -130,8 +128,6 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
     `A` are 2×2 max- and average-pooling, after which comes `dropout` and a new stage `conv<n>`.
     `hidden` are the widths of the linear layers before the last.
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}: must be at least 0 and less than 1")
     stages, channels = [[]], 3
     for word in layers.split():
         if word in "MA":
@@ -262,34 +258,51 @@ def options_of(name):
             if option in hints and option not in getattr(constructor, "keywords", {})}
 
 
+def check_options(name, options):
+    """ValueError when network `name` has no such option, or not with such a value."""
+    known = options_of(name)
+    widths = "from 1 to 4096"
+
+    def is_width(value):
+        return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 4096
+
+    rules = {
+        "activation": (lambda value: value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
+        "dropout": (lambda value: isinstance(value, (int, float)) and 0 <= value < 1,
+                    "at least 0 and less than 1"),
+        "batch_norm": (lambda value: isinstance(value, bool), "true or false"),
+        "width": (lambda value: value is None or is_width(value), widths),
+    }
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}; its options: {', '.join(known)}")
+        fits, allowed = rules.get(option, (
+            lambda value: isinstance(value, (tuple, list)) and len(value) < 100
+            and all(map(is_width, value)), f"a list of numbers {widths}"))
+        try:
+            wrong = not fits(value)
+        except TypeError:
+            wrong = True
+        if wrong:
+            raise ValueError(f"{option}={value}: must be {allowed}")
+
+
 def build(name, classes=10, image_size=None, **options):
     """Network `name` with fresh weights. Every network maps N×3×S×S images to N×classes logits.
 
     Raises ValueError for an unknown network, an option it does not have, a value out of range,
     or images too small for it.
     """
-    known = options_of(name)
-    for option, value in options.items():
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}; its options: {', '.join(known)}")
-        sizes = value if isinstance(value, (tuple, list)) else [value]
-        if any(isinstance(size, int) and not 0 < size <= 4096 for size in sizes
-               if not isinstance(size, bool)):
-            raise ValueError(f"{option}={value}: must be from 1 to 4096")
+    check_options(name, options)
     image_size = image_size_of(name) if image_size is None else image_size
     if not (1 <= image_size <= 1024 and 1 <= classes <= 100_000):
         raise ValueError(f"image_size={image_size}, classes={classes}: must be from 1 to 1024, "
                          f"and from 1 to 100000")
     try:
-        with torch.device("meta"):
-            check = NETWORKS[name](classes=classes, image_size=image_size, **options)
-            check.eval()(torch.zeros(1, 3, image_size, image_size))
-    except (RuntimeError, TypeError) as error:
+        return NETWORKS[name](classes=classes, image_size=image_size, **options)
+    except RuntimeError as error:
         raise ValueError(f"{name} cannot take {image_size}×{image_size} images with {options}: "
                          f"{str(error).splitlines()[0]}") from error
-    if torch.get_default_device().type == "meta":
-        return check.train()
-    return NETWORKS[name](classes=classes, image_size=image_size, **options)
 
 
 def find_layer(network, layer):

@@ -129,8 +129,7 @@ class Config:
             raise ValueError(f"name={self.name}: must be a name inside {self.out}; see --out")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: needs a momentum above 0")
-        with torch.device("meta"):
-            networks.build(self.model, 10, self.image_size, **self.options)
+        networks.check_options(self.model, self.options)
 
     @classmethod
     def create(cls, model="lenet", **values):
@@ -900,8 +899,9 @@ def finish(state, dataset, folder, workers):
     if workers.rank:
         return None
     kept = folder.path / ("best.pth" if dataset.val else "last.pth")
-    network, _ = networks.load(kept, next(state.network.parameters()).device)
-    network = network.to(memory_format=torch.channels_last)
+    network = state.network
+    network.load_state_dict(networks.read(kept)["weights"])
+    network.eval()
     logits = predict(network, dataset.test.images, folder.description)
     test = score(logits, dataset.test.labels, len(dataset.classes))
     train_row = read_metrics(folder.path)
