@@ -224,9 +224,7 @@ def _folder(folder, root, image_size, skip_bad):
     kept as they are when all have one size, and enlarged batch by batch on the device.
     """
     files, classes = _list_folder(folder)
-    facts = ((path, label, os.stat(path)) for part in files.values() for path, label in part)
-    listing = [(str(path), label, fact.st_size, fact.st_mtime_ns) for path, label, fact in facts]
-    key = repr((str(folder.resolve()), image_size, skip_bad, listing))
+    key = repr((str(folder.resolve()), image_size, skip_bad, files))
     cache = root / f"folder-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
     if cache.exists():
         with contextlib.suppress(Exception):  # a damaged cache is made again
@@ -247,7 +245,7 @@ def _folder(folder, root, image_size, skip_bad):
 
 
 def _list_folder(folder):
-    """{"train": [(path, label), …], "test": […]} and the class names, both sorted by name."""
+    """{"train": [(path, label, bytes, time changed), …], "test": […]} and the class names."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"data={str(folder)!r}: no such data set or folder (cifar10, cifar100, shapes, or a "
@@ -266,11 +264,11 @@ def _list_folder(folder):
     for part, label in itertools.product(files, range(len(classes["train"]))):
         place = folder / part / classes["train"][label]
         with os.scandir(place) as entries:
-            names = sorted(entry.name for entry in entries
-                           if entry.name.lower().endswith(IMAGE_SUFFIXES))
-        if not names:
+            found = sorted((entry.path, label, entry.stat().st_size, entry.stat().st_mtime_ns)
+                           for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
+        if not found:
             raise ValueError(f"{place}: no images ({', '.join(IMAGE_SUFFIXES)}) in this class")
-        files[part] += [(place / name, label) for name in names]
+        files[part] += found
     return files, classes["train"]
 
 
@@ -297,7 +295,7 @@ def _decode(files, image_size, skip_bad):
                 raise
             for bad in (image for image in images if isinstance(image, OSError)):
                 print(f"left out: {bad}", file=sys.stderr)
-            decoded[part] = [(image, label) for image, (_, label) in zip(images, items)
+            decoded[part] = [(image, item[1]) for image, item in zip(images, items)
                              if not isinstance(image, OSError)]
     sizes = {tuple(image.shape) for items in decoded.values() for image, _ in items}
     if len(sizes) > 1 and not image_size:
@@ -445,9 +443,11 @@ class Batches:
 
     def _store(self, images):
         """The images with reflected margins, followed by their mirror images if any flip is on."""
-        inside = torch.arange(-self.margin, self.size + self.margin, device=self.device).abs()
-        inside = (self.size - 1) - (self.size - 1 - inside).abs()
-        pixels = images.permute(0, 2, 3, 1).index_select(1, inside).index_select(2, inside)
+        pixels, margin = images.permute(0, 2, 3, 1), self.margin
+        for dim in (1, 2):
+            before = pixels.narrow(dim, 1, margin).flip(dim)
+            after = pixels.narrow(dim, self.size - 1 - margin, margin).flip(dim)
+            pixels = torch.cat([before, pixels, after], dim)
         if "flip" in self.augment or "alternating_flip" in self.augment:
             pixels = torch.cat([pixels, pixels.flip(2)])
         return pixels.contiguous()

@@ -1,5 +1,6 @@
 """Data: what comes out of each source, and what becomes of it in a batch."""
 
+import pickle
 import struct
 import time
 
@@ -257,3 +258,18 @@ def test_flags_become_values_of_their_types(capsys):
     with pytest.raises(SystemExit) as leave:
         data.command_line({"command": command}, argv=["command", "--count=5", "--help"])
     assert leave.value.code == 0 and len(got) == 1 and "--count" in capsys.readouterr().out
+
+
+def test_cifar10_from_its_own_files(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = torch.arange(3072).remainder(256).byte().view(1, -1).numpy()
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [3]}))
+    names = ["plane", "car", "bird", "cat"]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    dataset = data.load("cifar10", tmp_path, val=0)
+    assert dataset.classes == tuple(names) and len(dataset.train.labels) == 5
+    assert torch.equal(dataset.test.images[0].flatten(), torch.from_numpy(pixels[0]))
+    assert dataset.test.labels.tolist() == [3]
