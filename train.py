@@ -331,7 +331,8 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
                            label_smoothing=config.label_smoothing)
     state.optimizer.zero_grad(set_to_none=True)
     (loss / batch_size).backward()
-    gradients = [parameter.grad for parameter in state.network.parameters()]
+    gradients = [parameter.grad for group in state.optimizer.param_groups
+                 for parameter in group["params"]]
     sums = torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(),
                         torch.full_like(loss, len(labels))]).to(state.totals.dtype)
     if workers.world > 1:
