@@ -368,7 +368,8 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     title = f"{network or visualize.title_of(checkpoint)}: {name}, {rule}, bn {bn}"
     seen = visualize.pictures(picture, checkpoint)[0]
     figure = draw_reconstructions(seen, descents, title, checkpoint["classes"])
-    return visualize.save_figure(figure, ckpt, f"reconstruct-{'-'.join(layers)}", out, format)
+    name = "-".join(["reconstruct", *layers, *(["bn", bn] if bn != "through" else [])])
+    return visualize.save_figure(figure, ckpt, name, out, format)
 
 
 def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...] = (16,),

@@ -1285,6 +1285,33 @@ def keep_results(path, rows):
     networks.write_atomically(path, text.getvalue())
 
 
+def results_table(path: str = "results.csv", readme: str = "README.md"):
+    """Write the table of measured results from PATH into README, between its two markers."""
+    text = Path(readme).read_text(encoding="utf-8")
+    start, end = "<!-- results -->\n", "<!-- end of results -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"{readme}: needs the lines {start.strip()} and {end} once each")
+    before, after = text.split(start)[0], text.split(end)[1]
+    networks.write_atomically(readme, before + start + comparison_markdown(path) + end + after)
+
+
+def comparison_markdown(path):
+    """All runs of experiments.toml with what results.csv says of them, as a Markdown table."""
+    with open(path, newline="", encoding="utf-8") as file:
+        measured = {(row["id"], row["run"], row["accuracy"]): row for row in csv.DictReader(file)}
+    lines = ["| id | run | accuracy of | reported % | measured % | images | note |",
+             "|---|---|---|---|---|---|---|"]
+    for entry in read_experiments():
+        for name in entry.get("runs", {}):
+            for part, claim in entry.get("reported", {}).get(name, {"test": None}).items():
+                row = measured.get((entry["id"], name, part))
+                figure = "not measured" if row is None else row["measured"] + (
+                    f" ± {row['std']}" if row["std"] else "")
+                lines.append(f"| {entry['id']} | {name} | {part} | {claim or '–'} | {figure} | "
+                             f"{row['data'] if row else ''} | {entry.get('note', '')} |")
+    return "\n".join(lines) + "\n"
+
+
 def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
               batch_size: int = 128, augment: tuple[str, ...] = ("flip", "crop"),
               rounds: int = 5, seconds: float = 2.0, device: str = "auto",
@@ -1449,4 +1476,5 @@ train_command.help = sweep.help = settings_help
 
 if __name__ == "__main__":
     datasets.command_line({"train": train_command, "evaluate": evaluate, "sweep": sweep,
-                           "reproduce": reproduce, "benchmark": benchmark}, default="train")
+                           "reproduce": reproduce, "results_table": results_table,
+                           "benchmark": benchmark}, default="train")
