@@ -1109,7 +1109,7 @@ def sweep(**flags):
     grid = []
     for values in itertools.product(*axes.values()):
         choice = dict(zip(axes, values))
-        label = ",".join(f"{axis}={value}" for axis, value in choice.items()).replace("/", "_")
+        label = "_".join(f"{axis}={value}" for axis, value in choice.items()).replace("/", "_")
         grid.append((choice, Config.create(**parse_flags(
             {**fixed, **choice, "name": f"{name}/{label}"}))))
     results = {}

@@ -254,9 +254,9 @@ def test_sweep(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "sweep-lenet-lr-augment"
     lines = (folder / "sweep.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in lines] == ["augment", *["flip+crop", "none"] * 2]
-    before = os.path.getmtime(folder / "lr=0.1,augment=none" / "last.pth")
+    before = os.path.getmtime(folder / "lr=0.1_augment=none" / "last.pth")
     train.sweep(**flags)
-    assert os.path.getmtime(folder / "lr=0.1,augment=none" / "last.pth") == before
+    assert os.path.getmtime(folder / "lr=0.1_augment=none" / "last.pth") == before
 
 
 TINY_LINE = ["--data=shapes", "--limit=96", "--batch_size=16", "--epochs=3", "--save_every=0",
