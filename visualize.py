@@ -5,6 +5,7 @@
     python visualize.py predictions runs/lenet --only=wrong
     python visualize.py patches runs/convnet --layer=conv2 --units=16 --top=9
     python visualize.py landscape runs/resnet18 --images=500
+    python visualize.py report runs/convnet
 
 CKPT is a checkpoint or a run's folder. A figure goes to `figures/` beside the checkpoint unless
 `--out` names another file or folder. Computing and drawing are separate: what computes takes a
@@ -12,13 +13,19 @@ network and tensors and returns tensors, what draws returns a matplotlib figure,
 commands at the end of this file write.
 """
 
+import base64
 import contextlib
 import csv
+import dataclasses
 import hashlib
+import html
 import io
 import itertools
 import json
 import math
+import re
+import shlex
+import tomllib
 import typing
 from pathlib import Path
 
@@ -31,6 +38,7 @@ import network as networks
 import train
 
 FORMATS = ("png", "svg", "pdf")
+DPI = 150  # of figures as PNG
 Format = typing.Literal["png", "svg", "pdf"]
 # Okabe & Ito's colours, told apart by colour-blind readers; in grey print the markers do it.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -139,8 +147,12 @@ def figure_path(ckpt, name, out=None, format="png"):
         return Path(out)
     if out is not None:
         return Path(out) / f"{name}.{format}"
-    place = Path(ckpt or ".")
-    return (place if place.is_dir() else place.parent) / "figures" / f"{name}.{format}"
+    return folder_of(ckpt or ".") / "figures" / f"{name}.{format}"
+
+
+def folder_of(ckpt):
+    """The folder of a checkpoint, which may be that folder itself."""
+    return Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
 
 
 def save_figure(figure, ckpt, name, out=None, format="png"):
@@ -148,7 +160,7 @@ def save_figure(figure, ckpt, name, out=None, format="png"):
     path = figure_path(ckpt, name, out, format)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:], dpi=150, facecolor="white")
+    figure.savefig(content, format=path.suffix[1:], dpi=DPI, facecolor="white")
     networks.write_atomically(path, content.getvalue())
     print(path)
     return path
@@ -167,11 +179,15 @@ def capture(network, layers, stop=False):
 
     They are copies, so that an activation in place behind a layer does not change them. A layer
     that is called several times leaves its last output. `stop` ends the block, quietly, as soon
-    as all the layers have been reached. The hooks come off whatever happens.
+    as all the layers have been reached. The hooks come off whatever happens. ValueError for a
+    layer that returns something else than a tensor.
     """
     outputs, handles = {}, []
 
     def keep(layer, output):
+        if not isinstance(output, torch.Tensor):
+            raise ValueError(f"layer={layer}: returns a {type(output).__name__}, not a tensor; "
+                             f"name a layer inside it")
         outputs[layer] = output.clone()
         if stop and len(outputs) == len(layers):
             raise _Reached
@@ -456,11 +472,10 @@ def group_runs(runs):
     """{label: [metrics of each run]}: runs whose settings differ only in seed and name are one."""
     groups = {}
     for run in runs:
-        metrics = train.read_metrics(run)
+        metrics, settings = train.read_metrics(run), {"run": str(run)}
         with contextlib.suppress(OSError, ValueError):
             settings = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-            metrics["settings"] = settings
-        same = {name: value for name, value in metrics.get("settings", {"run": str(run)}).items()
+        same = {name: value for name, value in settings.items()
                 if name not in ("seed", "name", "out", "device", "root")}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append((Path(run).name, metrics))
     labelled = {}
@@ -503,7 +518,7 @@ def draw_curves(groups, x="epoch"):
                     axes.fill_between(at.mean(0), values.amin(0), values.amax(0), color=color,
                                       alpha=0.2, linewidth=0)
     for axes in panels:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     panels[1].legend(fontsize=8, frameon=False)
     return figure
 
@@ -810,6 +825,360 @@ def draw_smoothness(rows, models, title):
     return figure
 
 
+# ---------------------------------------------------------------------------- lab reports
+
+STYLE = """
+body { margin: 0; padding: 3rem 1.25rem 4rem; background: #fff; color: #1a1a1a;
+  font: 1.0625rem/1.55 Charter, "Bitstream Charter", "Iowan Old Style", Georgia, serif; }
+main > * { max-width: 40rem; margin: 0 auto 1rem; }
+main > figure, main > div { max-width: 62rem; margin-block: 1.5rem 2rem; overflow-x: auto; }
+h1 { font-size: 2rem; line-height: 1.2; font-weight: normal; }
+h2 { font-size: 1.25rem; line-height: 1.3; margin-top: 2.75rem; }
+h1 + p { margin-bottom: 2rem; padding: .9rem 0; border: solid #999; border-width: 1px 0; }
+pre { padding-left: 1rem; border-left: 2px solid #bbb; white-space: pre-wrap;
+  overflow-wrap: anywhere; font: .8rem/1.5 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
+table { border-collapse: collapse; border-bottom: 1.5px solid; margin: auto; font-size: .875rem;
+  min-width: min(40rem, 100%); line-height: 1.35; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem 0 .25rem .9rem; border-top: 1px solid #e2e2e2; text-align: left;
+  vertical-align: baseline; white-space: nowrap; }
+th { border-top: 1.5px solid; border-bottom: 1px solid; }
+th:first-child, td:first-child { padding-left: 0; }
+td:last-child { min-width: 7rem; white-space: normal; }
+.number { text-align: right; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto .5rem; }
+caption, figcaption { font-size: .875rem; line-height: 1.4; color: #444; text-align: left; }
+caption { padding-bottom: .5rem; }
+figcaption { max-width: 40rem; margin: auto; }
+@page { size: A4; margin: 20mm 22mm; }
+@media print {
+  body { padding: 0; font-size: 10.5pt; }
+  main > *, main > figure, main > div, figcaption { max-width: none; overflow: visible; }
+  table { width: 100%; font-size: 8.5pt; }
+  figure, tr, pre, h1 + p, div:not(:has(tr:nth-child(16))) { break-inside: avoid; }
+  h1, h2, caption { break-after: avoid; }
+  img { max-height: 105mm; width: auto; }
+}
+"""
+
+
+def as_html(title, blocks):
+    """A report as one page that needs no other file.
+
+    `blocks` are (kind, content, caption): a heading, a text or a command; a table, its rows with
+    the head first; or a figure, the path of a PNG file.
+    """
+    parts, escape = [], html.escape
+    for kind, content, caption in blocks:
+        if kind == "figure":
+            png, caption = content.read_bytes(), escape(caption)
+            width = int.from_bytes(png[16:20], "big") * 96 // DPI  # as large as it was drawn
+            parts.append(f'<figure><img width="{width}" alt="{caption}" src="data:image/png;base64,'
+                         f'{base64.b64encode(png).decode()}">\n'
+                         f'<figcaption>{caption}</figcaption></figure>')
+        elif kind == "table":
+            marks = [' class="number"' * number for number in numeric_columns(content)]
+            head, *rows = ["<tr>" + "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell
+                                            in zip(marks, row)) + "</tr>\n"
+                           for tag, row in zip(["th"] + ["td"] * len(content), content)]
+            parts.append(f"<div><table><caption>{escape(caption)}</caption>\n<thead>{head}"
+                         f"</thead><tbody>{''.join(rows)}</tbody></table></div>")
+        else:
+            tag = {"heading": "h2", "text": "p", "command": "pre"}[kind]
+            parts.append(f"<{tag}>{escape(content)}</{tag}>")
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
+    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<meta name="viewport" '
+            f'content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
+            f'<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n')
+
+
+def as_markdown(title, blocks):
+    """The same report as Markdown, to lie beside the folder `figures`."""
+    def plain(text):
+        return re.sub(r"[\\`*|\[\]]|\b_|_\b", r"\\\g<0>", html.escape(text, quote=False))
+
+    parts = [f"# {plain(title)}"]
+    for kind, content, caption in blocks:
+        if kind == "table":
+            rule = ["---:" if number else "---" for number in numeric_columns(content)]
+            head, *rows = ([plain(cell) for cell in row] for row in content)
+            parts += [plain(caption), "\n".join(f"| {' | '.join(row)} |"
+                                                for row in (head, rule, *rows))]
+        elif kind == "figure":
+            parts += [f"![{plain(caption)}](<figures/{content.name}>)", plain(caption)]
+        elif kind == "command":
+            parts.append(f"```sh\n{content}\n```")
+        else:
+            parts.append("## " * (kind == "heading") + plain(content))
+    return "\n\n".join(parts) + "\n"
+
+
+def numeric_columns(rows):
+    """Whether what each column of a table holds, except the first, is mostly numbers."""
+    number = re.compile(r"[+−]?[\d.,×%\s]+(± [\d.]+)?")
+    columns = [[bool(number.fullmatch(cell)) for cell in column if cell not in ("", "–")]
+               for column in zip(*rows[1:])]
+    return [place > 0 and 2 * sum(found) > len(found) for place, found in enumerate(columns)]
+
+
+def portable(words):
+    """The command line of `words`, in which absolute paths are their last names."""
+    words = [re.fullmatch("(--[^=]+=)?(.*)", word, re.DOTALL).groups("") for word in words]
+    return shlex.join(flag + (Path(value).name if Path(value).is_absolute() else value)
+                      for flag, value in words)
+
+
+def thousands(number):
+    """A whole number, its thousands apart."""
+    return f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def duration(seconds):
+    """Seconds in the unit that suits them."""
+    return (f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.0f} min"
+            if seconds >= 120 else f"{seconds:.1f} s")
+
+
+def finished(run):
+    """The result of the run in the folder `run`; None if it is not there or not complete."""
+    if not (run / "config.json").exists():
+        return None
+    config, place = train.read_config(run / "config.json"), run.resolve()
+    return train.finished_result(dataclasses.replace(config, out=str(place.parent),
+                                                     name=place.name))
+
+
+def report_of_run(run, figures, **given):
+    """(title, blocks) of the report of a run. `given` are --data, --root and --device."""
+    result = finished(run)
+    if not result:
+        raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
+                         f"with one that was stopped)")
+    network, checkpoint = train.open_checkpoint(run, given["device"])
+    checkpoint["settings"] |= {name: given[name] for name in ("data", "root") if given[name]}
+    dataset = train.open_dataset(checkpoint)
+    logits = predict(network, dataset.test.images, checkpoint)
+    right, count = (logits.argmax(1) == dataset.test.labels).sum().item(), len(logits)
+    config, name = train.Config.from_json(result["settings"]), Path(dataset.name).name
+    options = "".join(f"{option} {value}, " for option, value in config.options.items())
+    best = "" if result["val/accuracy"] is None else (
+        f", the best of them on the validation images ({result['val/accuracy']:.2%})")
+    hardware = {"device": result["device"], "time": duration(result["seconds"]),
+                **result["versions"], "commit": result["commit"] or "unknown"}
+    return f"{config.model} on {name}", [
+        ("text", f"{config.model} ({options}{thousands(result['parameters'])} parameters) was "
+         f"trained on {thousands(len(dataset.train.labels))} images of {name}: {result['epochs']} "
+         f"epoch{'s' * (result['epochs'] > 1)}, {hardware['time']} on {result['device']}. It "
+         f"classifies {thousands(right)} of {thousands(count)} test images correctly, "
+         f"{right / count:.2%}. Its weights are those of epoch {checkpoint['epoch']}{best}."),
+        *setup_blocks(config, name, dataset, network, checkpoint),
+        ("heading", "Training"),
+        ("figure", save_figure(draw_curves(group_runs([run])), None, "report-curves", figures),
+         "Loss and accuracy after each epoch. Training images are counted as the network learns "
+         "from them: augmented, and with dropout where there is any."),
+        *prediction_blocks(dataset.test, checkpoint, logits, figures),
+        *inside_blocks(run, network, dataset.test, checkpoint, logits, figures, given),
+        ("heading", "Hardware, versions, and how to make it again"),
+        ("table", [("what", "value"), *hardware.items()], "Where the network was trained."),
+        ("text", "The first command trains the network, the second makes this report. Folders "
+                 "from elsewhere have only their last names here."),
+        ("command", portable(shlex.split(result["command"])) + "\n" + portable(
+            ["python", "visualize.py", "report", str(config.folder)]))]
+
+
+def setup_blocks(config, name, dataset, network, checkpoint):
+    """Images, settings and structure of a run."""
+    sizes = ", ".join(f"{thousands(len(split.labels))} {PART_NAMES[part]}" for part in PART_NAMES
+                      if (split := getattr(dataset, part)))
+    mean, std = (" ".join(f"{value:.4f}" for value in checkpoint[kind]) for kind in ("mean", "std"))
+    meanings = {entry.name: entry.metadata["help"] for entry in dataclasses.fields(config)}
+    values = {key: ",".join(map(str, value)) or "none" if isinstance(value, (list, tuple))
+              else str(value).lower()
+              for key, value in {**dataclasses.asdict(config), **config.all_settings()}.items()
+              if key == "epochs" or key not in (*train.MAY_CHANGE, "options")}
+    side = checkpoint["image_size"]
+    rows = networks.stages(network, side)
+    rows.append(("total", (), *(sum(row[place] for row in rows) for place in (2, 3))))
+    return [
+        ("heading", "Images and settings"),
+        ("text", f"{name}: {sizes} images of {len(dataset.classes)} classes. The network takes "
+                 f"them at {side}×{side} pixels, less the mean {mean} and divided by the standard "
+                 f"deviation {std} of the training images' pixels."),
+        ("table", [("setting", "value", "meaning"), *(
+            (key, value, meanings.get(key, f"option of {config.model}"))
+            for key, value in {**values, "data": name, "image_size": str(side)}.items())],
+         "The settings that bear on the outcome."),
+        ("heading", "Structure"),
+        ("table", [("stage", "output", "parameters", "multiply-adds"), *(
+            (stage, "×".join(map(str, shape)), thousands(parameters), thousands(operations))
+            for stage, shape, parameters, operations in rows)],
+         "The stages of the network; multiply-adds are those of one image.")]
+
+
+def prediction_blocks(test, checkpoint, logits, figures):
+    """Accuracy of each class, confusion matrix, and predictions that are right and wrong."""
+    classes, right = checkpoint["classes"], logits.argmax(1) == test.labels
+    matrix = confusion_matrix(test.labels, logits.argmax(1), len(classes))
+    rows = [("class", "test images", "right", "accuracy", "most often taken for")]
+    for name, line, hits, wrong in zip(classes, matrix, matrix.diagonal(),
+                                       matrix - matrix.diagonal().diag()):
+        rows.append((name, f"{line.sum()}", f"{hits}", f"{hits / line.sum().clamp(min=1):.1%}",
+                     f"{classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "–"))
+    blocks = [("heading", "Predictions"),
+              ("table", rows, "Accuracy of each class on the test images."),
+              ("figure", save_figure(draw_confusion(matrix, classes, ""), None, "report-confusion",
+                                     figures),
+               "Which classes, in rows, are taken for which, in columns.")]
+    order = torch.randperm(len(right), generator=datasets.generator(0, "predictions"))
+    for name, kept in (("right", right), ("wrong", ~right)):
+        if kept.any():
+            some = order[kept[order]][:4]
+            figure = draw_predictions(pictures(test.images[some], checkpoint), test.labels[some],
+                                      logits[some], classes, "")
+            blocks.append(("figure", save_figure(figure, None, f"report-{name}", figures),
+                           f"Predictions that are {name}, drawn at random: probability and logit "
+                           f"of each class. Blue is the true class, orange what it was taken for."))
+    return blocks
+
+
+def inside_blocks(run, network, test, checkpoint, logits, figures, given):
+    """Filters, feature maps and deconvnet reconstructions."""
+    index = (logits.argmax(1) == test.labels).int().argmax().item()  # the first that is right
+    image = f"test image {index} ({checkpoint['classes'][test.labels[index]]})"
+    sides = {name: shape[-1] for name, shape, *_ in networks.stages(
+        network, checkpoint["image_size"]) if len(shape) == 3 and any(
+            isinstance(module, nn.Conv2d) for module in network.get_submodule(name).modules())}
+    layers = [name for name, side in sides.items() if side > 1] or [*sides]
+    first, middle, last = layers[0], layers[len(layers) // 2], layers[-1]
+    layers = [*dict.fromkeys([first, middle, last])]
+    blocks = [("heading", "Inside the network")]
+
+    def add(name, caption, draw, *words, **options):
+        path = figures / f"report-{name}.png"
+        draw(*words, out=str(path), **options)
+        blocks.append(("figure", path, caption))
+
+    def deconv(*words, **options):
+        train.run_script("deconv.py", *words, *(f"--{name}={value}" for name, value
+                                                in options.items() if value is not None))
+
+    run = str(run)
+    add("filters", f"The filters of {first}, in the colours to which they answer.", filters, run,
+        first)
+    for layer in dict.fromkeys([first, last]):
+        add(f"features-{layer}", f"What {layer} makes of {image}.", features, run, (layer,),
+            index=index, maps=35, **given)
+    add("reconstruct", f"What in {image} excites the strongest unit of {', '.join(layers)}, found "
+        f"by a deconvnet (Zeiler & Fergus 2014).", deconv, "reconstruct", run, index=index,
+        layers=",".join(layers), **given)
+    add("gallery", f"Units of {last}: the test images' patches that excite them most, and what a "
+        f"deconvnet brings back of each.", deconv, "gallery", run, layer=last, units=3, **given)
+    return blocks
+
+
+def report_of_lab(what, runs, figures):
+    """(title, blocks) of a lab report: the experiments `what`, whose runs are in folder `runs`."""
+    try:
+        entries = train.read_experiments(what)
+    except ValueError as error:
+        raise ValueError(f"no folder {what}; {error}") from error
+    book = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text(encoding="utf-8"))
+    flags = {}
+    rows = [row for entry in entries for row in lab_rows(entry, runs, flags)]
+    claims = [row for row in rows if row["reported"] is not None]
+    known = [row for row in claims if row["measured"] is not None]
+    met = sum(row["measured"] >= row["reported"] for row in known)
+    images = " and ".join(sorted({row["images"] for row in rows if "images" in row}))
+    places = "; ".join(sorted({f"{row['device']}, commit {row['commit']}" for row in rows
+                               if "device" in row}))
+    return book["reports"].get(what, f"Experiments: {what}"), [
+        ("text", f"Of {len(claims)} reported accuracies, {len(known)} were measured again; {met} "
+                 f"of these were met or beaten. The reported ones are on the original CIFAR-10, "
+                 f"the measured ones on {images or 'nothing yet'}."),
+        ("heading", "Reported and measured"),
+        ("table", [("id", "run", "accuracy", "reported", "measured", "difference", "epochs",
+                    "time", "images", "note"), *map(lab_cells, rows)],
+         "Accuracies in per cent; of several seeds the mean ± standard deviation. Time is that of "
+         "one run."),
+        *(block for entry in entries for block in entry_blocks(entry, runs, figures)),
+        ("heading", "Hardware, and how to make it again"),
+        ("text", f"Measured on: {places or 'nothing yet'}."),
+        ("command", portable(["python", "train.py", "reproduce", what, *(
+            f"--{name}={value}" for name, value in flags.items())]) +
+         f"\npython visualize.py report {what}")]
+
+
+def lab_rows(entry, runs, flags):
+    """The rows of `train.compare` for an entry, with `images` or a `state`, and a `note`.
+
+    Settings that are not the entry's own are added to `flags`.
+    """
+    rows = []
+    for name, line in entry.get("runs", {}).items():
+        first = train.run_folder_of(entry["id"], name, runs)
+        found = [first, *sorted(first.parent.glob(f"{first.name}-seed*"))]
+        done = [result for result in map(finished, found) if result]
+        if not done:
+            claims = entry.get("reported", {}).get(name, {"test": None})
+            rows += [{"run": name, "accuracy": part, "reported": claim, "measured": None,
+                      "state": "not finished" if first.exists() else "not measured"}
+                     for part, claim in claims.items()]
+            continue
+        words = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:])
+        planned = train.Config.create(**train.parse_flags(words))
+        config = train.Config.from_json(done[0]["settings"])
+        flags |= {key: getattr(config, key) for key in ("data", "limit", "epochs")
+                  if getattr(config, key) != getattr(planned, key)}
+        flags |= {"seeds": len(done)} if len(done) > 1 else {}
+        images = Path(config.data).name + (f", limit {config.limit}" if config.limit else "")
+        of = f" of {planned.epochs}" if config.epochs != planned.epochs else ""
+        rows += [{**row, "images": images, "epochs": f"{row['epochs']}{of}"}
+                 for row in train.compare(entry, name, done)]
+    rows = rows or [{"accuracy": "figures", "reported": None, "measured": None}]
+    rows[0]["note"] = entry.get("note", "")
+    return [{**row, "id": entry["id"]} for row in rows]
+
+
+def lab_cells(row):
+    """A row of `lab_rows` as text."""
+    claim, value = row["reported"], row["measured"]
+    std = f" ± {row['std']:.2f}" if row.get("std") is not None else ""
+    return (row["id"], row.get("run", "–"), row.get("accuracy", "–"),
+            "–" if claim is None else f"{claim:.2f}",
+            row.get("state", "–") if value is None else f"{value:.2f}{std}",
+            "–" if None in (claim, value) else f"{value - claim:+.2f}".replace("-", "−"),
+            row.get("epochs", "–"), duration(row["seconds"]) if "seconds" in row else "–",
+            row.get("images", "–"), row.get("note", ""))
+
+
+def entry_blocks(entry, runs, figures):
+    """An experiment of a lab report: note, command lines, curves in one plot, other figures."""
+    def fill(text, show=str):
+        return re.sub(r"\{(?:([^{}/]+)/)?([^{}]+)\}", lambda match: show(str(train.run_folder_of(
+            match[1] or entry["id"], match[2], runs))), text)
+
+    lines, drawn = [*entry.get("runs", {}).values()], entry.get("figures", ())
+    names = [f"{{{name}}}" for name in entry.get("runs", {})]
+    names += re.findall(r"\{.+?\}", " ".join(line for line in drawn if " curves " in line))
+    folders = [folder for first in dict.fromkeys(Path(fill(name)) for name in names)
+               for folder in (first, *sorted(first.parent.glob(f"{first.name}-seed*")))
+               if train.read_rows(folder)]
+    blocks = [("heading", f"{entry['id']}  {entry['shows']}"),
+              *([("text", f"Note: {entry['note']}.")] if "note" in entry else []),
+              ("command", "\n".join(portable(shlex.split(fill(line, shlex.quote)))
+                                    for line in (*lines, *drawn)))]
+    if folders:
+        path = save_figure(draw_curves(group_runs(folders)), None, f"{entry['id']}-curves", figures)
+        blocks.append(("figure", path, f"{entry['id']}: loss and accuracy after each epoch."))
+    for line in drawn:
+        command, run = line.split()[2], re.search(r"\{.+?\}", line)
+        place = Path(fill(run[0]), "figures") if run else Path(runs, f"{entry['id']}-{command}")
+        for path in sorted(place.glob(f"{command}*.png")) if command != "curves" else ():
+            copy = figures / f"{entry['id']}-{path.name}"
+            networks.write_atomically(copy, path.read_bytes())
+            blocks.append(("figure", copy, f"{entry['id']}: {path.stem}, {place.parent.name}."))
+    return list({block[1]: block for block in blocks}.values())  # several lines, one figure
+
+
 # ---------------------------------------------------------------------------- commands
 
 
@@ -1047,7 +1416,7 @@ def random_plane(network, seed, span, points):
 def path_plane(network, ckpt, points):
     """The plane in which the checkpoints of the run of `ckpt` lie best, as `random_plane`'s, with
     their path; it reaches a quarter beyond the path."""
-    folder = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
+    folder = folder_of(ckpt)
     files = [*folder.glob("step-*.pth"), *folder.glob("last.pth")]
     found = [networks.read(file) for file in datasets.progress(files, "reading checkpoints")]
     by_step = {checkpoint["step"]: checkpoint["weights"] for checkpoint in found}
@@ -1123,8 +1492,7 @@ def projector(ckpt: str, layer: str | None = None, count: int = 1000, out: str |
     labels = [[classes[label], classes[guess], "right" if label == guess else "wrong"]
               for label, guess in zip(test.labels.tolist(), predicted.tolist())]
     sprites = datasets.resize(test.images.float() / 255, min(test.images.shape[3], 64))
-    place = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
-    place = Path(out) if out else place / "projector" / layer
+    place = Path(out) if out else folder_of(ckpt) / "projector" / layer
     quiet = contextlib.redirect_stdout(io.StringIO())  # it announces what it writes anew
     with quiet, SummaryWriter(str(place)) as board:
         board.add_embedding(vectors, labels, sprites.clamp(0, 1), tag=layer,
@@ -1141,9 +1509,32 @@ def penultimate(network):
     return leaves[place - 1][0]
 
 
+def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
+           data: str | None = None, root: str | None = None, device: str = "auto"):
+    """Write a lab report: report.html, one page that holds its figures, and report.md.
+
+    WHAT is the folder of a finished run; or a report or an id of experiments.toml, for a table of
+    what was reported beside what the runs in the folder RUNS measured, and their figures. It goes
+    to the run's folder, to RUNS/WHAT, or to OUT. `--data` and `--root` say where a run's images
+    are if they have moved.
+    """
+    folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
+    if Path(what).is_dir():
+        title, blocks = report_of_run(Path(what), folder / "figures", data=data, root=root,
+                                      device=device)
+    else:
+        title, blocks = report_of_lab(what, runs, folder / "figures")
+    counts = {"table": itertools.count(1), "figure": itertools.count(1)}
+    blocks = [(kind, content, f"{kind.capitalize()} {next(counts[kind])}. {caption[0]}"
+               if kind in counts else "") for kind, content, *caption in blocks]
+    for name, render in (("report.html", as_html), ("report.md", as_markdown)):
+        networks.write_atomically(folder / name, render(title, blocks))
+        print(folder / name)
+
+
 COMMANDS = {command.__name__: command for command in (
     samples, curves, predictions, confusion, pr_curves, filters, features, patches, landscape,
-    smoothness, projector)}
+    smoothness, projector, report)}
 
 if __name__ == "__main__":
     datasets.command_line(COMMANDS)

@@ -275,7 +275,7 @@ def test_commands_write_their_figures(elsewhere, capsys):
     deconv.reconstruct(layers=("0", "2"), image="test/a/1.png", bn="both", **common)
     deconv.gallery(layer="2", units=(2,), top=2, data=".", root="cache", out="g.svg", **common)
     figures = capsys.readouterr().out.split()
-    assert figures == ["figures/reconstruct-0-2.png", "g.svg"]
+    assert figures == ["figures/reconstruct-0-2-bn-both.png", "g.svg"]
     assert all((elsewhere / figure).stat().st_size > 10_000 for figure in figures)
 
 

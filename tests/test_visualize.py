@@ -2,14 +2,17 @@
 
 import csv
 import dataclasses
+import html.parser
 import math
 import re
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
 import data
+import deconv
 import network
 import train
 import visualize
@@ -32,6 +35,11 @@ def run(tmp_path_factory):
             "settings": dataclasses.asdict(config), "epoch": 1, "step": step})
     (folder / f"step-{3:09}.pth").rename(folder / "last.pth")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def coarse_figures(monkeypatch):
+    monkeypatch.setattr(visualize, "DPI", 30)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +122,8 @@ def test_capture_copies_and_takes_its_hooks_off_after_an_exception():
     with pytest.raises(RuntimeError), visualize.capture(stack, ["0", "1"]):
         stack(torch.randn(1, 5, 4, 4))
     assert not any(module._forward_hooks for module in stack.modules())
+    with pytest.raises(ValueError, match="layer=0: returns a tuple"):
+        visualize.feature_maps(nn.Sequential(nn.LSTM(4, 4)), "0", torch.randn(2, 4))
 
 
 # ---------------------------------------------------------------------------- predictions
@@ -251,7 +261,10 @@ def test_measuring_smoothness_leaves_running_statistics_alone():
     (["smoothness", "--models=lenet", "--data=shapes", "--steps=2", "--every=1", "--lrs=.1,.2",
       "--batch_size=4"], ["smoothness"]),
 ])
-def test_a_command_writes_its_figures_and_prints_their_paths(words, names, run, tmp_path, capsys):
+def test_a_command_writes_its_figures_and_prints_their_paths(words, names, run, tmp_path, capsys,
+                                                             monkeypatch):
+    draw = data.draw_shapes
+    monkeypatch.setattr(data, "draw_shapes", lambda count, seed: draw(count // 20, seed))
     words = [str(run) if word == "RUN" else word for word in words]
     data.command_line(visualize.COMMANDS, argv=[*words, f"--out={tmp_path}"])
     printed = capsys.readouterr().out.split()
@@ -284,6 +297,8 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
     (["patches", "RUN", "--layer=conv2", "--top=0"], "top=0"),
     (["predictions", "RUN", "--only=most"], "most.*all, wrong, right"),
     (["curves", "RUN"], "no run with a finished epoch"),
+    (["report", "RUN"], "no finished run"),
+    (["report", "nothing"], "no folder nothing.*cnn-trials.*4.11"),
 ])
 def test_bad_input_is_one_line_and_exit_2(words, message, run, capsys):
     with pytest.raises(SystemExit) as leave:
@@ -292,3 +307,70 @@ def test_bad_input_is_one_line_and_exit_2(words, message, run, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert leave.value.code == 2 and len(lines) == 1
     assert lines[0].startswith("error: ") and re.search(message, lines[0])
+
+
+# ---------------------------------------------------------------------------- reports
+
+
+class Page(html.parser.HTMLParser):
+    """What is in a page: its headings and what it refers to; fails where tags do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.headings, self.links = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset")]
+        self.open += [tag] if tag not in ("meta", "img") else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.headings += [text] if self.open and self.open[-1] == "h2" else []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run on a few shapes."""
+    out = tmp_path_factory.mktemp("trained")
+    train.train(train.Config.create(model="lenet", data="shapes", limit=40, epochs=1,
+                                    out=str(out), name="<b>"))
+    return out / "<b>"
+
+
+def read_report(folder):
+    """The page and the Markdown of a report, after what holds for every one."""
+    page, text = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
+    parsed = Page(page)
+    assert all(link.startswith("data:image/png;base64,") for link in parsed.links)
+    assert "http" not in page and "url(" not in page and "@import" not in page
+    figures = re.findall(r"!\[.*\]\(<(.*)>\)", text)
+    assert len(figures) == len(parsed.links) and all((folder / name).exists() for name in figures)
+    assert str(folder.parent) not in page + text
+    return parsed, page, text
+
+
+def test_the_report_of_a_run_has_every_section_and_needs_no_other_file(finished, tmp_path,
+                                                                       monkeypatch):
+    commands = {"reconstruct": deconv.reconstruct, "gallery": deconv.gallery}
+    monkeypatch.setattr(train, "run_script",
+                        lambda _script, *words: data.command_line(commands, argv=words))
+    visualize.report(str(finished), out=str(tmp_path / "report"))
+    parsed, page, text = read_report(tmp_path / "report")
+    assert parsed.headings == ["Images and settings", "Structure", "Training", "Predictions",
+                               "Inside the network", "Hardware, versions, and how to make it again"]
+    assert len(parsed.links) >= 7 and "python train.py --model=lenet --data=shapes" in text
+    assert "of 40 test images correctly" in page and str(finished.parent) not in page
+
+
+def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "4.1-base")
+    visualize.report("cnn-trials", runs=str(tmp_path))
+    parsed, page, text = read_report(tmp_path / "cnn-trials")
+    assert len(parsed.links) == 1 and parsed.headings[1].startswith("4.1 ")
+    assert re.search(r"\| 4.1 \| base \| test \| 64.86 \| [\d.]+ \| −", text)
+    assert "| 4.2 | conv2_25 | test | 68.07 | not measured |" in text
+    assert "reproduce cnn-trials --data=shapes --limit=40 --epochs=1" in page

@@ -1,0 +1,54 @@
+"""experiments.toml: every line can be run; results.csv and README's table say the same."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import deconv
+import network
+import train
+import visualize
+
+ROOT = Path(__file__).parent.parent
+ENTRIES = train.read_experiments()
+
+
+def test_ids_are_unique_and_selections_work():
+    ids = [entry["id"] for entry in ENTRIES]
+    assert len(set(ids)) == len(ids)
+    assert [entry["id"] for entry in train.read_experiments("4.11")] == ["4.11"]
+    assert len(train.read_experiments("cnn-trials")) == 11
+    with pytest.raises(ValueError, match=r"9\.9.*cnn-trials"):
+        train.read_experiments("9.9")
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["id"])
+def test_every_run_is_a_valid_line_and_every_claim_belongs_to_a_run(entry):
+    for line in entry.get("runs", {}).values():
+        start, script, *words = shlex.split(line)
+        assert (start, script) == ("python", "train.py")
+        train.Config.create(**train.parse_flags(
+            dict(word.removeprefix("--").split("=", 1) for word in words)))
+    assert set(entry.get("reported", {})) <= set(entry.get("runs", {}))
+    assert entry.get("runs") or entry.get("figures")
+
+
+def test_every_figure_is_a_known_command_on_known_runs():
+    known = {(entry["id"], name) for entry in ENTRIES for name in entry.get("runs", {})}
+    modules = {"visualize.py": visualize, "deconv.py": deconv, "train.py": train,
+               "network.py": network, "data.py": train.datasets}
+    for entry in ENTRIES:
+        for line in entry.get("figures", ()):
+            _, script, command, *_ = shlex.split(line)
+            assert command.startswith("--") or hasattr(modules[script], command), line
+            for run in re.findall(r"\{([^}]+)\}", line):
+                owner, _, name = run.rpartition("/")
+                assert (owner or entry["id"], name) in known, line
+
+
+def test_the_readme_shows_what_was_measured():
+    table = train.comparison_markdown(ROOT / "results.csv")
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.count("\n") > len(ENTRIES)
