@@ -16,10 +16,12 @@ conv5_x                       512×7×7             8 393 728
 fc                            10                      5 130    (in all 11 181 642)
 """
 
+import contextlib
 import hashlib
 import inspect
 import io
 import itertools
+import math
 import os
 import sys
 import typing
@@ -112,14 +114,6 @@ class PaddedShortcut(nn.Module):
 # ---------------------------------------------------------------------------- architectures
 
 
-def flat_size(features, image_size):
-    """Number of values that `features` makes of one 3×image_size×image_size image."""
-    with torch.no_grad():
-        values = features.eval()(torch.zeros(1, 3, image_size, image_size)).numel()
-    features.train()
-    return values
-
-
 def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
           activation: str = "relu", batch_norm: bool = False):
     """A network without branches, from a line of text: convolutions, then linear layers.
@@ -128,9 +122,10 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
     `A` are 2×2 max- and average-pooling, after which comes `dropout` and a new stage `conv<n>`.
     `hidden` are the widths of the linear layers before the last.
     """
-    stages, channels = [[]], 3
+    stages, channels, side, largest = [[]], 3, image_size, 0
     for word in layers.split():
         if word in "MA":
+            side //= 2
             stages[-1].append(nn.MaxPool2d(2) if word == "M" else nn.AvgPool2d(2))
             stages[-1] += [nn.Dropout(dropout)] if dropout else []
             stages.append([])
@@ -138,13 +133,18 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
         outputs, _, rest = word.partition("k")
         kernel, _, padding = rest.partition("p")
         stages[-1].append(nn.Conv2d(channels, int(outputs), int(kernel), padding=int(padding or 0)))
-        channels = int(outputs)
+        channels, side = int(outputs), side + 2 * int(padding or 0) - int(kernel) + 1
+        largest = max(largest, channels * side**2)
         stages[-1] += [nn.BatchNorm2d(channels)] if batch_norm else []
         stages[-1].append(activation_layer(activation))
     network = nn.Sequential(OrderedDict(
         (f"conv{number}", nn.Sequential(*stage)) for number, stage in enumerate(stages, 1) if stage
     ))
-    widths = [flat_size(network, image_size), *hidden]
+    widths = [channels * side**2, *hidden]
+    if side < 1:
+        raise ValueError("nothing is left of them")
+    if max(largest, math.prod(widths[:2])) > 2**28:
+        raise ValueError("more memory than is reasonable")
     linear = []
     for inputs, outputs in itertools.pairwise(widths):
         linear += [nn.Linear(inputs, outputs), activation_layer(activation)]
@@ -261,24 +261,23 @@ def options_of(name):
 def check_options(name, options):
     """ValueError when network `name` has no such option, or not with such a value."""
     known = options_of(name)
-    widths = "from 1 to 4096"
 
-    def is_width(value):
-        return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 4096
+    def is_width(value, most):
+        return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
     rules = {
         "activation": (lambda value: value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
         "dropout": (lambda value: isinstance(value, (int, float)) and 0 <= value < 1,
                     "at least 0 and less than 1"),
         "batch_norm": (lambda value: isinstance(value, bool), "true or false"),
-        "width": (lambda value: value is None or is_width(value), widths),
+        "width": (lambda value: value is None or is_width(value, 256), "from 1 to 256"),
     }
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}; its options: {', '.join(known)}")
         fits, allowed = rules.get(option, (
-            lambda value: isinstance(value, (tuple, list)) and len(value) < 100
-            and all(map(is_width, value)), f"a list of numbers {widths}"))
+            lambda value: isinstance(value, (tuple, list)) and len(value) < 20
+            and all(is_width(item, 2048) for item in value), "a list of numbers from 1 to 2048"))
         try:
             wrong = not fits(value)
         except TypeError:
@@ -300,7 +299,7 @@ def build(name, classes=10, image_size=None, **options):
                          f"and from 1 to 100000")
     try:
         return NETWORKS[name](classes=classes, image_size=image_size, **options)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{name} cannot take {image_size}×{image_size} images with {options}: "
                          f"{str(error).splitlines()[0]}") from error
 
@@ -371,32 +370,51 @@ REQUIRED = {"model": str, "options": dict, "classes": list, "image_size": int, "
             "std": list, "weights": dict, "settings": dict, "epoch": int, "step": int}
 
 
-def save(path, checkpoint):
+def save(path, checkpoint, older=None):
     """Write `checkpoint` (see `REQUIRED`) to `path`, all or nothing.
 
     A reader of `path` sees the old file or the new one, also after a crash or on a full disk.
+    The old file becomes the file `older`, if that is given.
     """
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     content = bytearray(buffer.getbuffer())
     content[-2:] = (32).to_bytes(2, "little")  # the end record's length of the comment
-    write_atomically(path, content + hashlib.sha256(content).digest())
+    write_atomically(path, content + hashlib.sha256(content).digest(), older)
 
 
-def write_atomically(path, content):
+def write_atomically(path, content, older=None):
     """Replace the file `path` by bytes or text `content`; OSError names the file and the cause."""
     path = Path(path)
-    partial_file = path.with_name(f"{path.name}.tmp")
+    partial_file = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial_file, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        if older and path.exists():
+            os.replace(path, older)
         os.replace(partial_file, path)
     except OSError as error:
-        partial_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial_file.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error.strerror}); "
                       f"the file before it, if any, is unchanged") from error
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A context whose OSErrors say that `path` cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def append(path, content):
+    """Add bytes `content` to the file `path`; OSError names the file and the cause."""
+    with writing(path), open(path, "ab") as file:
+        file.write(content)
 
 
 def read(path, device="cpu"):
@@ -405,6 +423,8 @@ def read(path, device="cpu"):
     Raises OSError for a missing, damaged or truncated file and ValueError for one that does not
     describe a network of this package.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError(f"{path}: not a file")
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -418,8 +438,8 @@ def read(path, device="cpu"):
                 raise ValueError("it is compressed")
         checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:  # the unpickler and the zip reader raise whatever they like
-        raise ValueError(f"{path}: not a checkpoint of this package "
-                         f"({str(error).splitlines()[0] if str(error) else error!r})") from error
+        raise ValueError(f"{path}: not a checkpoint of this package (it holds what is neither a "
+                         f"tensor nor plain data, or is put together wrongly)") from error
     wrong = [name for name, kind in REQUIRED.items()
              if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind)]
     if wrong:
@@ -430,25 +450,51 @@ def read(path, device="cpu"):
 def load(path, device="cpu"):
     """The network in the checkpoint at `path`, in evaluation mode, and the checkpoint.
 
-    Memory is bounded by the file: shapes are compared before anything is allocated. Raises what
-    `read` raises.
+    Raises what `read` raises.
     """
     checkpoint = read(path, device)
     try:
-        with torch.device("meta"):
-            network = build(checkpoint["model"], len(checkpoint["classes"]),
-                            checkpoint["image_size"], **checkpoint["options"])
-        weights = checkpoint["weights"]
-        for name, tensor in network.state_dict().items():
-            if not isinstance(weights.get(name), Tensor) or weights[name].shape != tensor.shape:
-                raise ValueError(f"weights of {name} are missing or not {tuple(tensor.shape)}")
-        network.load_state_dict(weights, assign=True)
+        check_description(checkpoint)
+        network = build(checkpoint["model"], len(checkpoint["classes"]), checkpoint["image_size"],
+                        **checkpoint["options"]).to(device)
+        load_weights(network, checkpoint)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: does not fit its own description ({error})") from error
-    for statistics in (checkpoint["mean"], checkpoint["std"]):
-        if len(statistics) != 3 or not all(isinstance(value, float) for value in statistics):
-            raise ValueError(f"{path}: its normalization is not three numbers a channel")
-    return network.requires_grad_(True).eval(), checkpoint
+    return network.eval(), checkpoint
+
+
+def load_weights(network, checkpoint):
+    """Copy the weights of `checkpoint` into `network`; ValueError when they do not fit."""
+    weights, own = checkpoint["weights"], network.state_dict()
+    for name in {**own, **weights}:
+        if name not in own or not made_like(weights.get(name), own[name]):
+            raise ValueError(f"weights of {name} are missing, too many, or of another kind")
+    network.load_state_dict(weights)
+
+
+def check_description(description):
+    """ValueError when class names or normalization cannot be those of a data set."""
+    if not all(isinstance(name, str) and name.isprintable() for name in description["classes"]):
+        raise ValueError("the names of the classes are not printable text")
+    mean, std = description["mean"], description["std"]
+    if not (len(mean) == len(std) == 3
+            and all(isinstance(value, float) and math.isfinite(value) for value in mean + std)
+            and min(std) > 0):
+        raise ValueError("its normalization is not three numbers each of mean and std")
+
+
+def made_like(value, pattern):
+    """Whether `value` is made as `pattern` is: dictionaries with the same keys, tensors of the
+    same shape and type that fill the memory they claim, all else of the same type."""
+    if isinstance(pattern, dict):
+        return (isinstance(value, dict) and value.keys() == pattern.keys()
+                and all(made_like(value[key], pattern[key]) for key in pattern))
+    if isinstance(pattern, Tensor):
+        return (isinstance(value, Tensor) and value.shape == pattern.shape
+                and value.dtype == pattern.dtype and value.layout == torch.strided
+                and not value.is_meta
+                and value.untyped_storage().nbytes() >= value.nbytes)
+    return type(value) is type(pattern)
 
 
 # ---------------------------------------------------------------------------- commands

@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import typing
@@ -45,6 +46,7 @@ import network as networks
 
 COLUMNS = ("epoch", "step", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr",
            "seconds", "images_per_second")
+SWEEP_COLUMNS = ("test/accuracy", "val/accuracy", "seconds")
 POINT_EVERY = 50  # steps between two points of TensorBoard's train/batch_loss curve
 OPTIMIZERS = ("sgd", "adam", "adamw", "adagrad", "rmsprop")
 SCHEDULES = ("constant", "step", "cosine", "linear", "onecycle")
@@ -270,9 +272,19 @@ class Workers:
         if self.world == 1:
             return
         flat = torch.cat([tensor.flatten().double() for tensor in tensors])
-        distributed.all_reduce(flat)
+        try:
+            distributed.all_reduce(flat)
+        except RuntimeError as error:
+            raise ConnectionError("another process of this run is gone; the same command with "
+                                  "--resume goes on from the last checkpoint") from error
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view_as(tensor))
+
+    def any(self, flag, like):
+        """Whether `flag` is true in any process, told by tensors on the device of `like`."""
+        votes = like.new_full((1,), bool(flag))
+        self.sum_([votes])
+        return bool(flag) if self.world == 1 else votes.item() > 0
 
 
 @contextlib.contextmanager
@@ -282,9 +294,14 @@ def join_workers(device):
     if world == 1:
         yield Workers()
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, _ = next(distributed.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # A restarted torchrun keeps its store, with the addresses of the processes before.
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
+                                   rank=rank, world_size=world)
     try:
-        yield Workers(distributed.get_rank(), world)
+        yield Workers(rank, world)
     finally:
         distributed.destroy_process_group()
 
@@ -325,6 +342,8 @@ def seed_step(seed, step, rank, device):
 def train_step(state, images, labels, config, workers, lr, batch_size):
     """One step of the optimizer; adds to `state.totals`. `images` are this process's share."""
     seed_step(config.seed, state.step, workers.rank, images.device)
+    buffers = [(buffer, buffer.clone()) for buffer in state.network.buffers()
+               if config.on_nan == "skip"]
     with autocast(images.device, config.precision):
         logits = state.network(images)
     loss = F.cross_entropy(logits.float(), labels, reduction="sum",
@@ -343,6 +362,8 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
     # Zero times a gradient that is not finite is NaN, which makes the sum NaN and stays in it.
     sums[0] += 0 * nn.utils.get_total_norm(gradients)
     if config.on_nan == "skip" and not sums[0].isfinite():
+        for buffer, before in buffers:
+            buffer.copy_(before)
         return
     for group in state.optimizer.param_groups:
         group["lr"] = lr
@@ -369,12 +390,14 @@ def train_epoch(state, batches, config, workers, folder, progress, stop):
         if place % point_every == 0:
             log_point(state, place, config, folder)
         progress(state, place)
-        if place < len(batches) and (
-                stop or time.monotonic() - saved_at > 60 * config.save_every):
+        if place == len(batches):
+            break
+        halt = (workers.world == 1 or place % check_every == 0) and workers.any(stop, state.totals)
+        if halt or time.monotonic() - saved_at > 60 * config.save_every:
             folder.save(state)
             saved_at = time.monotonic()
-        if place < len(batches) and stop:
-            raise Stopped(stop[0])
+        if halt:
+            raise Stopped(*stop)
 
 
 def check_finite(state, lr, folder):
@@ -382,8 +405,7 @@ def check_finite(state, lr, folder):
     if not math.isfinite(state.totals[0].item()):
         raise ValueError(
             f"the loss or a gradient is not finite at step {state.step} (learning rate {lr:g}); "
-            f"the last good checkpoint is {folder.path / 'last.pth'} "
-            f"(step {folder.saved_step}). Lower --lr, or go past such steps with --on_nan=skip")
+            f"{folder.last_good()}. Lower --lr, or go past such steps with --on_nan=skip")
 
 
 def log_point(state, place, config, folder):
@@ -433,7 +455,7 @@ def predict(network, images, checkpoint, tta="none"):
     """
     device = next(network.parameters()).device
     size = checkpoint["image_size"]
-    batch_size = max(16, (512 if device.type == "cpu" else 4096) * 32**2 // size**2)
+    batch_size = max(1, (512 if device.type == "cpu" else 4096) * 32**2 // size**2)
     precision = checkpoint["settings"].get("precision", "fp32")
     training, logits = network.training, []
     network.eval()
@@ -476,28 +498,42 @@ class RunFolder:
 
     def __init__(self, path, config, description, writes=True):
         self.path, self.config, self.description = Path(path), config, description
-        self.writes, self.saved_step, self.pending, self.board = writes, None, None, None
+        self.writes, self.saved_step, self.pending = writes, None, None
+        self.saver = ThreadPoolExecutor(1)
 
     def open(self, state, anew):
         """Make the files on disk agree with `state` (or empty the folder) and begin to write."""
+        self.saved_step = None if anew else state.step
         if not self.writes:
             return
         if anew:
             clear_folder(self.path)
+        for path in self.path.glob("*.tmp"):
+            path.unlink()
+        with contextlib.suppress(FileNotFoundError):  # else `state` is from last.pth
+            os.replace(self.older(), self.path / "last.pth")
         rows = [row for row in read_rows(self.path) if int(row["epoch"]) <= state.epoch]
         lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
         networks.write_atomically(self.path / "metrics.csv", "\n".join(lines) + "\n")
         networks.write_atomically(self.path / "config.json",
                                   json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
         trim_events(self.path, state.step)
-        self.saver = ThreadPoolExecutor(1)
-        self.board = event_writer(self.path)
+        self.events = self.path / f"events.out.tfevents.{time.time():.0f}.{state.step:09d}"
+        networks.append(self.events, event_bytes(file_version="brain.Event:2"))
 
     def close(self):
         """Wait for what is still being written."""
-        if self.board:
-            self.board.close()
-            self.saver.shutdown()
+        self.saver.shutdown()
+
+    def older(self):
+        """Where the checkpoint of the step saved last goes when another takes its place."""
+        return self.path / f"step-{self.saved_step or 0:09d}.pth"
+
+    def last_good(self):
+        """A few words on the last good checkpoint."""
+        self.wait()
+        return ("there is no checkpoint yet" if self.saved_step is None else
+                f"the last good checkpoint is {self.path / 'last.pth'} (step {self.saved_step})")
 
     def say(self, line):
         """Print a line."""
@@ -506,36 +542,34 @@ class RunFolder:
 
     def scalars(self, values, step):
         """Add a point to each TensorBoard curve in `values` (tag → value)."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         if self.writes:
-            for tag, value in values.items():
-                self.board.add_scalar(tag, value, step)
+            points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+            networks.append(self.events, event_bytes(step=step, summary=Summary(value=points)))
 
     def row(self, row):
         """Add an epoch's row to metrics.csv, to TensorBoard and to the screen."""
         if not self.writes:
             return
-        with open(self.path / "metrics.csv", "a", encoding="utf-8") as file:
-            file.write(",".join(format_cell(row[name]) for name in COLUMNS) + "\n")
+        line = ",".join(format_cell(row[name]) for name in COLUMNS) + "\n"
+        networks.append(self.path / "metrics.csv", line.encode())
         self.scalars({name: row[name] for name in COLUMNS[2:] if row[name] is not None},
                      row["step"])
         self.say("".join(f"{format_cell(row[name]):>{column_width(name)}}" for name in COLUMNS))
 
     def save(self, state, best=False):
         """Write `state` as last.pth in the background, and as best.pth too if it is the best."""
-        if not self.writes:
-            return
         weights = state.network.state_dict()
         if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise ValueError(f"the weights are not finite at step {state.step}; nothing was saved, "
-                             f"the last good checkpoint is of step {self.saved_step}")
-        self.board.flush()
+            raise ValueError(f"the weights are not finite at step {state.step}; {self.last_good()}")
         self.wait()
+        if not self.writes:
+            self.saved_step = state.step
+            return
         checkpoint = {**self.description, "epoch": state.epoch, "step": state.step,
                       "weights": weights}
-        training = {entry.name: getattr(state, entry.name) for entry in dataclasses.fields(state)
-                    if entry.name not in ("network", "optimizer", "epoch", "step")}
-        training["optimizer"] = state.optimizer.state_dict()
-        checkpoint, training = copy.deepcopy((checkpoint, training))
+        checkpoint, training = copy.deepcopy((checkpoint, training_state(state)))
         self.pending = self.saver.submit(self._write, checkpoint, training, best)
 
     def wait(self):
@@ -545,19 +579,14 @@ class RunFolder:
             self.saved_step = pending.result()
 
     def _write(self, checkpoint, training, best):
+        for path in (self.path / "metrics.csv", self.events):  # on the disk before the checkpoint
+            with open(path, "ab") as file:
+                os.fsync(file.fileno())
         if best:
             networks.save(self.path / "best.pth", checkpoint)
-        last, keep = self.path / "last.pth", self.config.keep
-        older = self.path / f"step-{self.saved_step or 0:09d}.pth"
-        if keep != 1 and self.saved_step is not None and self.saved_step != checkpoint["step"]:
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(last, older)
-        try:
-            networks.save(last, {**checkpoint, "training": training})
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.replace(older, last)
-            raise
+        keep, again = self.config.keep, self.saved_step == checkpoint["step"]
+        networks.save(self.path / "last.pth", {**checkpoint, "training": training},
+                      None if keep == 1 or again else self.older())
         if keep:
             for path in sorted(self.path.glob("step-*.pth"), reverse=True)[keep - 1:]:
                 path.unlink()
@@ -601,11 +630,18 @@ def read_metrics(run):
         raise ValueError(f"{Path(run) / 'metrics.csv'}: damaged ({error})") from error
 
 
-def event_writer(folder):
-    """A TensorBoard writer that writes to `folder`."""
-    from torch.utils.tensorboard import SummaryWriter
+def event_bytes(**event):
+    """A TensorBoard event as its file holds it.
 
-    return SummaryWriter(str(folder))
+    Written by hand because SummaryWriter's thread loses what the process has not lived to write,
+    and prints a traceback when the disk is full.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    content = io.BytesIO()
+    RecordWriter(content).write(Event(**{"wall_time": time.time(), **event}).SerializeToString())
+    return content.getvalue()
 
 
 def trim_events(folder, step):
@@ -613,22 +649,20 @@ def trim_events(folder, step):
 
     Those steps will be taken again: each shall be there once. A torn last record is dropped too.
     """
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    for path in sorted(Path(folder).glob("events.out.tfevents.*")):
+    for path in sorted(folder.glob("events.out.tfevents.*")):
         kept = []
         with contextlib.suppress(Exception):  # the loader raises at a torn record
-            for record in RawEventFileLoader(str(path)).Load():
-                if Event.FromString(record).step <= step:
-                    kept.append(record)
-        partial = path.with_name(f"trimmed-{path.name}.tmp")
-        with open(partial, "wb") as file:
-            writer = RecordWriter(file)
-            for record in kept:
-                writer.write(record)
-        os.replace(partial, path)
+            for event in LegacyEventFileLoader(str(path)).Load():
+                if event.HasField("summary") and event.step <= step:
+                    kept.append(event_bytes(wall_time=event.wall_time, step=event.step,
+                                            summary=event.summary))
+        if kept:
+            kept.insert(0, event_bytes(file_version="brain.Event:2"))
+            networks.write_atomically(path, b"".join(kept))
+        else:
+            path.unlink()
 
 
 def newest_checkpoint(folder, device, say=print):
@@ -711,25 +745,26 @@ def train(config, resume=False, overwrite=False):
             say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
         description = describe(config, dataset)
         state = new_state(config, description, device)
-        if checkpoint:
-            restore(state, checkpoint)
         batches = batches_of(config, dataset, device, workers)
+        if checkpoint:
+            restore(state, checkpoint, len(batches))
         folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
         announce(state, config, dataset, device, workers, say)
+        workers.any(False, state.totals)  # none writes before all have read
         try:
             folder.open(state, anew=checkpoint is None)
             with catch_signals() as stop, live_progress(config, len(batches)) as progress:
                 while state.epoch < config.epochs:
                     train_epoch(state, batches, config, workers, folder, progress, stop)
                     end_epoch(state, dataset, batches, folder)
-                    if stop:
-                        raise Stopped(stop[0])
+                    if workers.any(stop, state.totals):
+                        raise Stopped(*stop)
             folder.wait()
             return finish(state, dataset, folder, workers)
         except Stopped as stopped:
             folder.wait()
             say(f"stopped at step {state.step}; saved. The same command with --resume goes on")
-            sys.exit(128 + stopped.args[0])
+            sys.exit(128 + (*stopped.args, signal.SIGTERM)[0])
         finally:
             folder.close()
 
@@ -789,11 +824,13 @@ def clear_folder(folder):
 
 def describe(config, dataset):
     """What a checkpoint says of its network, besides weights and progress."""
-    return {"model": config.model, "options": dict(config.options),
-            "classes": list(dataset.classes),
-            "image_size": config.image_size or networks.image_size_of(config.model),
-            "mean": list(dataset.mean), "std": list(dataset.std),
-            "settings": dataclasses.asdict(config)}
+    description = {"model": config.model, "options": dict(config.options),
+                   "classes": list(dataset.classes),
+                   "image_size": config.image_size or networks.image_size_of(config.model),
+                   "mean": list(dataset.mean), "std": list(dataset.std),
+                   "settings": dataclasses.asdict(config)}
+    networks.check_description(description)
+    return description
 
 
 def batches_of(config, dataset, device, workers):
@@ -816,17 +853,37 @@ def new_state(config, description, device):
     return State(network, make_optimizer(config, network), sums, sums.clone())
 
 
-def restore(state, checkpoint):
-    """Put `state` where `checkpoint` was saved."""
-    training = dict(checkpoint["training"])
-    try:
-        state.network.load_state_dict(checkpoint["weights"])
-        state.optimizer.load_state_dict(training.pop("optimizer"))
-        for name, value in training.items():
-            setattr(state, name, value)
-        state.epoch, state.step = checkpoint["epoch"], checkpoint["step"]
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"the checkpoint does not fit this run: {error}") from error
+def training_state(state):
+    """What a checkpoint keeps for going on, besides weights, epoch and step."""
+    kept = {entry.name: getattr(state, entry.name) for entry in dataclasses.fields(state)
+            if entry.name not in ("network", "optimizer", "epoch", "step")}
+    return {**kept, "optimizer": {"state": state.optimizer.state_dict()["state"]}}
+
+
+def restore(state, checkpoint, steps):
+    """Put `state` where `checkpoint` was saved; ValueError when it is not one of this run.
+
+    `steps` is the number of steps of an epoch.
+    """
+    optimizer, training = state.optimizer, dict(checkpoint["training"])
+    saved = training.get("optimizer")
+    training["optimizer"] = {"state": saved.get("state") if isinstance(saved, dict) else None}
+    if training["optimizer"]["state"] != {}:  # a step that changes nothing, to compare with
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    if not (networks.made_like(training, training_state(state))
+            and networks.made_like(checkpoint["weights"], state.network.state_dict())
+            and 0 <= checkpoint["epoch"] <= checkpoint["step"] // steps <= checkpoint["epoch"]):
+        raise ValueError("the checkpoint does not fit this run: its weights, its optimizer or its "
+                         "place among the steps of an epoch are those of another")
+    state.network.load_state_dict(checkpoint["weights"])
+    optimizer.load_state_dict({**optimizer.state_dict(), **training.pop("optimizer")})
+    for name, value in training.items():
+        setattr(state, name, value)
+    state.epoch, state.step = checkpoint["epoch"], checkpoint["step"]
 
 
 def announce(state, config, dataset, device, workers, say):
@@ -901,7 +958,7 @@ def finish(state, dataset, folder, workers):
         return None
     kept = folder.path / ("best.pth" if dataset.val else "last.pth")
     network = state.network
-    network.load_state_dict(networks.read(kept)["weights"])
+    networks.load_weights(network, networks.read(kept))
     network.eval()
     logits = predict(network, dataset.test.images, folder.description)
     test = score(logits, dataset.test.labels, len(dataset.classes))
@@ -917,7 +974,8 @@ def finish(state, dataset, folder, workers):
         "command": command_of(folder.config), **environment(network),
     }
     networks.write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
-    write_board(folder, network, dataset, logits, result)
+    with networks.writing(folder.path / "test"):
+        write_board(folder, network, dataset, logits, result)
     print_result(result, folder.path)
     return result
 
@@ -956,10 +1014,12 @@ def command_of(config):
 
 def write_board(folder, network, dataset, logits, result):
     """TensorBoard's graph, PR curve per class, hyper-parameters and Projector, in `test/`."""
+    from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
     shutil.rmtree(folder.path / "test", ignore_errors=True)
-    board = event_writer(folder.path / "test")
+    threading.excepthook = lambda _what: None  # an error of its thread is raised here as well
+    board = SummaryWriter(str(folder.path / "test"))
     images, labels = datasets.subset(dataset.test, 100, seed=0)
     names = [dataset.classes[label] for label in labels.tolist()]
     description = folder.description
@@ -1000,12 +1060,13 @@ def add_projector(board, network, images, pixels, names):
 def print_result(result, path=None):
     """The table of per-class accuracy and the paths of what was written."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("class", "test accuracy", title=f"test accuracy {result['test/accuracy']:.2%}, "
                                                   f"loss {result['test/loss']:.4f}")
     for name, accuracy in result["per_class"].items():
-        table.add_row(name, f"{accuracy:.1%}")
+        table.add_row(escape(name), f"{accuracy:.1%}")
     Console().print(table)
     if path:
         for name in ("result.json", "metrics.csv", "best.pth", "last.pth"):
@@ -1070,12 +1131,19 @@ def check_same_run(config):
                          f"{before['epochs']} epochs, which may grow but not shrink")
 
 
+def read_json(path, meaning):
+    """`meaning` of what a JSON file holds; ValueError or OSError name what is wrong with it."""
+    try:
+        if os.path.getsize(path) > 1 << 24:
+            raise ValueError("too large")
+        return meaning(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
 def read_config(path):
     """The settings in a config.json; ValueError or OSError name what is wrong with it."""
-    try:
-        return Config.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged, or not the settings of a run ({error})") from error
+    return read_json(path, Config.from_json)
 
 
 def evaluate(ckpt: str, data: str | None = None, root: str | None = None, tta: str = "none",
@@ -1132,11 +1200,9 @@ def finished_result(config):
     if not path.exists():
         return None
     check_same_run(config)
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result if result["epochs"] >= config.epochs else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+    result, epochs, *_ = read_json(path, lambda result: (
+        result, int(result["epochs"]), *(format_cell(result[name]) for name in SWEEP_COLUMNS)))
+    return result if epochs >= config.epochs else None
 
 
 def write_sweep(folder, choices, results):
@@ -1144,8 +1210,8 @@ def write_sweep(folder, choices, results):
     from rich.console import Console
     from rich.table import Table
 
-    header = [*choices[0], "test/accuracy", "val/accuracy", "seconds"]
-    rows = [[*choice.values(), *(format_cell(result[name]) for name in header[-3:])]
+    header = [*choices[0], *SWEEP_COLUMNS]
+    rows = [[*choice.values(), *(format_cell(result[name]) for name in SWEEP_COLUMNS)]
             for choice, result in zip(choices, results)]
     table = Table(*header, title=str(folder))
     for row in rows:

@@ -116,7 +116,7 @@ def test_fuzz_resumed_training_state():
     for _ in range(COUNT // 3):
         state = train.new_state(train.Config.create("lenet"), description, torch.device("cpu"))
         with contextlib.suppress(*REFUSALS):
-            train.restore(state, {**whole, "training": strange(whole["training"], dice)})
+            train.restore(state, {**whole, "training": strange(whole["training"], dice)}, 2)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp"])

@@ -84,7 +84,7 @@ def test_resnet18_imagenet_is_torchvisions_resnet18():
     (dict(name="lenet6"), "lenet6"), (dict(name="lenet", width=3), "dropout"),
     (dict(name="lenet", image_size=8), "8×8"), (dict(name="convnet", dropout=1.0), "dropout=1"),
     (dict(name="resnet18", activation="tanh"), "leaky_relu"),
-    (dict(name="resnet18", width=10**9), "4096"), (dict(name="resnet18", width="a"), "width=a"),
+    (dict(name="resnet18", width=10**9), "256"), (dict(name="resnet18", width="a"), "width=a"),
 ])
 def test_build_errors_say_what_is_allowed(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):

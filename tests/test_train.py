@@ -1,6 +1,7 @@
 """Training: schedules by hand, runs that resume exactly, files that hold what they should."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -206,20 +207,24 @@ def test_a_gradient_that_is_not_finite(on_nan, tmp_path, monkeypatch):
 
 
 def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
-    config = tiny(tmp_path)
-    real_save, calls = network.save, []
+    train.train(tiny(tmp_path, "whole"))
+    real_fsync, calls = os.fsync, []
 
-    def save(path, checkpoint):
-        calls.append(path)
-        if len(calls) > 4 and Path(path).name == "last.pth":
-            raise OSError(f"{path}: cannot be written (No space left on device)")
-        real_save(path, checkpoint)
+    def full_disk(number):
+        calls.append(number)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real_fsync(number)
 
+    config = tiny(tmp_path, "cut")
     with monkeypatch.context() as patch:
-        patch.setattr(network, "save", save)
-        with pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match=r"pth: cannot be written \(No space"):
             train.train(config)
     assert network.read(config.folder / "last.pth")["step"] > 0
+    assert not list(config.folder.glob("*.tmp"))
+    train.train(config, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_resume_keeps_the_saved_settings(tmp_path, capsys):
