@@ -397,7 +397,7 @@ def train_epoch(state, batches, config, workers, folder, progress, stop):
             folder.save(state)
             saved_at = time.monotonic()
         if halt:
-            raise Stopped(*stop)
+            raise Stopped(*stop[:1])
 
 
 def check_finite(state, lr, folder):
@@ -430,7 +430,7 @@ def catch_signals():
     received = []
 
     def note(number, _frame):
-        if received:
+        if received and "RANK" not in os.environ:  # torchrun passes on what a terminal sends to all
             raise KeyboardInterrupt
         received.append(number)
 
@@ -758,7 +758,7 @@ def train(config, resume=False, overwrite=False):
                     train_epoch(state, batches, config, workers, folder, progress, stop)
                     end_epoch(state, dataset, batches, folder)
                     if workers.any(stop, state.totals):
-                        raise Stopped(*stop)
+                        raise Stopped(*stop[:1])
             folder.wait()
             return finish(state, dataset, folder, workers)
         except Stopped as stopped:
@@ -776,7 +776,8 @@ def make_repeatable(config, device):
         torch.backends.cudnn.benchmark = not config.deterministic
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic != torch.are_deterministic_algorithms_enabled():  # imports for a second
+        torch.use_deterministic_algorithms(config.deterministic)
 
 
 @contextlib.contextmanager

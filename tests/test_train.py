@@ -2,8 +2,10 @@
 
 import csv
 import errno
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -268,28 +270,47 @@ TINY_LINE = ["--data=shapes", "--limit=96", "--batch_size=16", "--epochs=3", "--
              "--dropout=0.2", "--seed=7"]
 
 
+def train_until(config, fatal):
+    """Train, or die by SIGKILL right before the run's file operation of that number."""
+    operations = itertools.count(1)
+
+    def watch(event, arguments):
+        if (event in ("open", "os.rename", "os.remove", "shutil.rmtree", "os.mkdir")
+                and str(config.folder) in str(arguments[0]) and next(operations) == fatal):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    train.train(config, resume=True)
+
+
 @pytest.mark.slow
 def test_killed_anywhere(tmp_path):
-    """SIGKILL at random instants, resume, until the run ends: as if nothing had happened."""
-    line = [*TINY_LINE, f"--out={tmp_path}", "--resume"]
+    """SIGKILL at random instants, resume, until the run ends: as if nothing had happened.
+
+    Every other kill comes right before a file is opened, renamed or removed.
+    """
+    processes = multiprocessing.get_context("forkserver")  # imports are made once
+    processes.set_forkserver_preload(["train", "torch.utils.tensorboard"])
+    whole = processes.Process(target=train.train, args=(tiny(tmp_path, "whole", epochs=3),))
     started = time.monotonic()
-    assert run_script(*line, "--name=whole").returncode == 0
-    whole_run = time.monotonic() - started
-    dice, kills, wanted, rounds = random.Random(1), 0, int(os.environ.get("KILLS", 6)), 0
-    while kills < wanted:
-        name, rounds = f"cut{rounds}", rounds + 1
-        while True:
-            process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *line,
-                                        f"--name={name}"], stdout=subprocess.DEVNULL)
-            try:  # a start is mostly imports; aim at what comes after
-                assert process.wait(whole_run * dice.uniform(0.4, 1.1)) == 0
-                break
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-        assert_same_run(tmp_path / "whole", tmp_path / name)
-        assert not list((tmp_path / name).glob("*.tmp"))
+    whole.start()
+    whole.join()
+    seconds, dice, kills, rounds = time.monotonic() - started, random.Random(1), 0, 0
+    while kills < int(os.environ.get("KILLS", 20)):
+        config, rounds, over = tiny(tmp_path, f"cut{rounds}", epochs=3), rounds + 1, False
+        while not over:
+            fatal = dice.randrange(1, 90) * (kills % 2)
+            process = processes.Process(target=train_until, args=(config, fatal))
+            process.start()
+            process.join(None if fatal else dice.uniform(0.1, 1.0) * seconds)
+            process.kill()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL)
+            over = process.exitcode == 0
+            kills += not over
+        assert_same_run(tmp_path / "whole", config.folder)
+        assert not list(config.folder.glob("*.tmp"))
+    print(f"{kills} kills in {rounds} runs")
 
 
 @pytest.mark.slow
