@@ -282,9 +282,11 @@ class Workers:
 
     def any(self, flag, like):
         """Whether `flag` is true in any process, told by tensors on the device of `like`."""
+        if self.world == 1:
+            return bool(flag)
         votes = like.new_full((1,), bool(flag))
         self.sum_([votes])
-        return bool(flag) if self.world == 1 else votes.item() > 0
+        return votes.item() > 0
 
 
 @contextlib.contextmanager
@@ -972,7 +974,7 @@ def finish(state, dataset, folder, workers):
         "epoch": state.best_epoch if dataset.val else state.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(folder.config),
-        "command": command_of(folder.config), **environment(network),
+        "command": command_of(folder.config), "processes": workers.world, **environment(network),
     }
     networks.write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
     with networks.writing(folder.path / "test"):

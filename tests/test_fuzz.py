@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import zipfile
 
 import pytest
 import torch
@@ -117,6 +118,41 @@ def test_fuzz_resumed_training_state():
         state = train.new_state(train.Config.create("lenet"), description, torch.device("cpu"))
         with contextlib.suppress(*REFUSALS):
             train.restore(state, {**whole, "training": strange(whole["training"], dice)}, 2)
+            state.network(torch.zeros(2, 3, 32, 32)).sum().backward()
+            state.optimizer.step()
+
+
+@pytest.mark.parametrize("change", [
+    torch.Tensor.half, torch.Tensor.to_sparse, lambda weight: weight.to("meta"),
+    lambda weight: weight[0, 0].clone().expand(weight.shape), lambda weight: weight[1:],
+])
+def test_weights_of_another_kind_are_refused(change, tmp_path):
+    whole = small_checkpoint()
+    whole["weights"]["fc.0.weight"] = change(whole["weights"]["fc.0.weight"])
+    network.save(tmp_path / "a.pth", whole)
+    with pytest.raises(ValueError, match=r"a\.pth.*fc\.0\.weight"):
+        network.load(tmp_path / "a.pth")
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
+    before, after = io.BytesIO(), io.BytesIO()
+    torch.save(small_checkpoint(), before)
+    with zipfile.ZipFile(before) as archive, zipfile.ZipFile(after, "w") as changed:
+        for entry in archive.infolist():
+            content = archive.read(entry)
+            changed.writestr(entry.filename, content[:4] if len(content) == 1800 else content)
+    (tmp_path / "a.pth").write_bytes(signed(after.getvalue()))
+    with pytest.raises(ValueError, match=r"a\.pth"):
+        network.load(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("name, options", [
+    ("convnet_large", {}), ("simple_cnn", {"channels": (2048,)}), ("resnet50", {"width": 4096}),
+    ("simple_cnn", {"hidden": (2048,) * 100}),
+])
+def test_networks_of_absurd_size_are_refused(name, options):
+    with pytest.raises(ValueError, match=r"memory|must be"):
+        network.build(name, image_size=1024, **options)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp"])

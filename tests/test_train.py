@@ -136,20 +136,22 @@ def test_same_command_twice_gives_identical_files(tmp_path):
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("step", [3, 6, 9])
-def test_an_interrupted_run_ends_in_the_same_weights(step, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step, number", [(3, None), (6, signal.SIGTERM), (9, signal.SIGINT)])
+def test_an_interrupted_run_ends_in_the_same_weights(step, number, tmp_path, monkeypatch):
     train.train(tiny(tmp_path, "whole"))
     real_step, seen = train.train_step, []
 
     def failing_step(*arguments):
         seen.append(1)
         if len(seen) == step + 1:
-            raise RuntimeError("power cut")
+            if number is None:
+                raise RuntimeError("power cut")
+            os.kill(os.getpid(), number)
         real_step(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", failing_step)
-        with pytest.raises(RuntimeError, match="power cut"):
+        with pytest.raises((RuntimeError, SystemExit), match=f"power cut|{128 + (number or 0)}"):
             train.train(tiny(tmp_path, "cut"))
     train.train(tiny(tmp_path, "cut"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -329,3 +331,42 @@ def test_two_processes_train_on_the_same_batches(tmp_path):
                       "--resume")
     assert done.returncode == 0, done.stderr
     assert len(train.read_metrics(tmp_path / "two")["epoch"]) == 4
+
+
+KILLED = """
+import os, signal, sys, train
+real_step = train.train_step
+def step(state, *arguments):
+    if state.step == 9 and os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"] == "10":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_step(state, *arguments)
+train.train_step = step
+train.datasets.command_line({"train": train.train_command}, default="train")
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_after_a_process_was_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node=2", "--max-restarts=1"]
+    for script, name in ((ROOT / "train.py", "whole"), (tmp_path / "killed.py", "cut")):
+        done = subprocess.run([*torchrun, str(script), *TINY_LINE, f"--out={tmp_path}",
+                               "--resume", "--device=cpu", f"--name={name}"], timeout=120,
+                              capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+    assert "another process of this run is gone" in done.stderr and "Traceback" not in done.stderr
+    assert "resuming at step" in done.stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_two_sweeps_share_a_grid(tmp_path):
+    line = [sys.executable, str(ROOT / "train.py"), "sweep", *TINY_LINE, "--lr=0.1,0.05,0.02"]
+    sweeps = [subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+              for _ in range(2)]
+    printed = [sweep.communicate(timeout=240)[0] for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [0, 0]
+    assert "".join(printed).count("nothing to resume; starting") == 3
+    assert "".join(printed).count("resuming at") == 0
