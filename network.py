@@ -197,10 +197,10 @@ def resnet(block, depths, first_width, stem, shortcut=projection_shortcut, *, cl
 
 
 def he_initialization(network):
-    """Normal weights for every convolution, std √(2 / fan out) (He et al. 2015, section 2.2)."""
+    """Normal weights, std √(2 / fan in), before every activation (He et al. 2015, section 2.2)."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module is not last_linear(network):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return network
@@ -225,8 +225,8 @@ NETWORKS = {
     "trial_3conv": partial(plain, "18k3p1 M 54k3p1 M 108k3p1 M", TRIAL_HIDDEN),
     "trial_4conv": partial(plain, "18k3p1 M 54k3p1 M 108k3p1 M 216k3p1 M", TRIAL_HIDDEN),
     "trial_4conv_late_pool": partial(plain, "18k3p1 54k3p1 M 108k3p1 M 216k3p1 M", TRIAL_HIDDEN),
-    "vgg16_1x1": partial(plain, "64k3p1 64k3p1 M 128k3p1 128k3p1 M 256k3p1 256k3p1 256k1 M "
-                                "512k3p1 512k3p1 512k1 M 512k3p1 512k3p1 512k1 M", (256, 256)),
+    "vgg16_1x1": partial(vgg, "64k3p1 64k3p1 M 128k3p1 128k3p1 M 256k3p1 256k3p1 256k1 M "
+                              "512k3p1 512k3p1 512k1 M 512k3p1 512k3p1 512k1 M", (256, 256)),
     "vgg_a": partial(vgg, VGG_LAYERS[11], (512, 512)),
     "vgg_a_bn": partial(vgg, VGG_LAYERS[11], (512, 512), batch_norm=True),
     **{f"vgg{depth}": partial(vgg, layers) for depth, layers in VGG_LAYERS.items()},
