@@ -33,8 +33,8 @@ from torch import Tensor
 # Random crops move an image by up to 4 pixels of 32 (He et al. 2016, section 4.2); other image
 # sizes move by the same eighth. Cutout blanks a quarter of the side (DeVries & Taylor 2017 use
 # 16 of 32 for long runs; 8 costs short runs less).
-CROP_FRACTION = 1 / 8
-CUTOUT_FRACTION = 1 / 4
+CROP = 1 / 8
+CUTOUT = 1 / 4
 AUGMENTATIONS = ("flip", "alternating_flip", "crop", "cutout")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "bar", "flower", "crescent",
@@ -418,7 +418,7 @@ class Batches:
     """
 
     def __init__(self, split, mean, std, batch_size, augment=(), seed=0, image_size=None,
-                 device="cpu", rank=0, world=1):
+                 device="cpu", rank=0, world=1, crop=CROP):
         unknown = [name for name in augment if name not in AUGMENTATIONS]
         if unknown:
             raise ValueError(f"augment={','.join(augment)}: no augmentation {unknown[0]!r}; "
@@ -432,7 +432,7 @@ class Batches:
         self.labels = split.labels.to(self.device)
         self.mean, self.std = tuple(mean), tuple(std)
         self.size = split.images.shape[3]
-        self.margin = round(self.size * CROP_FRACTION) if "crop" in augment else 0
+        self.margin = round(self.size * crop) if "crop" in augment else 0
         self.side = self.size + 2 * self.margin
         # One row of `windows` for every pixel: the `size` pixels from there to the right. They
         # overlap in memory, so a crop is a gather of contiguous bytes and nothing is copied twice.
@@ -473,8 +473,8 @@ class Batches:
         order = order.to(self.device)
         return first_pixel.to(self.device), self.labels[order], corner.to(self.device)
 
-    def epoch(self, epoch, start=0):
-        """Yield the batches of `epoch` from step `start` on."""
+    def epoch(self, epoch, start=0, size=None):
+        """Yield the batches of `epoch` from step `start` on, of side `size` if that is given."""
         first_pixel, labels, corner = self.plan(epoch)
         scale, shift = _row_constants(self.mean, self.std, self.size, self.device)
         for step in range(start, len(self)):
@@ -485,12 +485,12 @@ class Batches:
             pixels = pixels.view(-1, self.size, self.size, 3)
             if "cutout" in self.augment:
                 pixels.mul_(self._cutout_mask(corner[:, mine]))
-            yield resize(_channels_last(pixels), self.image_size), labels[mine]
+            yield resize(_channels_last(pixels), size or self.image_size), labels[mine]
 
     def _cutout_mask(self, corner):
         """B×S×S×1: 0 in a square around each of the 2×B `corner` points, 1 elsewhere."""
         place = torch.arange(self.size, device=self.device)
-        half = self.size * CUTOUT_FRACTION / 2
+        half = self.size * CUTOUT / 2
         near = (place - corner[..., None] + 0.5).abs() <= half
         return ~(near[0][:, :, None] & near[1][:, None, :])[..., None]
 
@@ -506,6 +506,18 @@ def progress(items, description, total=None):
     console = Console(stderr=True)
     return track(items, description, total=total, console=console, transient=True,
                  disable=not console.is_terminal)
+
+
+def print_table(header, rows, title=None):
+    """Print rows of text below their header."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console().print(table)
 
 
 def parse_value(name, text, kind):
@@ -627,23 +639,18 @@ def _help(commands, words):
 def stats(data: str = "cifar10", root: str = "data", image_size: int | None = None,
           skip_bad: bool = False):
     """Print a data set's sizes, classes and pixel statistics, each named for what it is."""
-    from rich.console import Console
-    from rich.table import Table
-
     dataset = load(data, root, image_size=image_size, val=0, skip_bad=skip_bad)
-    images = dataset.train.images
-    table = Table("what", "value", title=f"data={data}")
-    table.add_row("training images", f"{len(images)}")
-    table.add_row("test images", f"{len(dataset.test.images)}")
-    table.add_row("size", "×".join(map(str, images.shape[1:])))
-    table.add_row(f"{len(dataset.classes)} classes", ", ".join(dataset.classes))
-    sizes = torch.bincount(dataset.train.labels).tolist()
-    table.add_row("training images of a class", f"{min(sizes)} to {max(sizes)}")
-    for label, values in (("pixel mean", dataset.mean), ("pixel std", dataset.std),
-                          ("mean of the per-image stds (not the pixel std)",
-                           mean_of_image_stds(images))):
-        table.add_row(label, " ".join(f"{value:.4f}" for value in values))
-    Console().print(table)
+    images, sizes = dataset.train.images, torch.bincount(dataset.train.labels).tolist()
+    channels = {"pixel mean": dataset.mean, "pixel std": dataset.std,
+                "mean of the per-image stds (not the pixel std)": mean_of_image_stds(images)}
+    print_table(("what", "value"), [
+        ("training images", f"{len(images)}"),
+        ("test images", f"{len(dataset.test.images)}"),
+        ("size", "×".join(map(str, images.shape[1:]))),
+        (f"{len(dataset.classes)} classes", ", ".join(dataset.classes)),
+        ("training images of a class", f"{min(sizes)} to {max(sizes)}"),
+        *((what, " ".join(f"{value:.4f}" for value in values))
+          for what, values in channels.items())], title=f"data={data}")
 
 
 def download(data: str = "cifar10", root: str = "data"):

@@ -196,6 +196,52 @@ def resnet(block, depths, first_width, stem, shortcut=projection_shortcut, *, cl
     return he_initialization(network)
 
 
+class WhiteningConv(nn.Conv2d):
+    """A 2×2 convolution whose filters decorrelate the patches of the training images.
+
+    Its filters are the eigenvectors of the patches' covariance, each divided by the root of its
+    eigenvalue, and their negatives. They are set once by `fit` and not trained (Page 2019;
+    Jordan 2024, section 3.1). N×3×H×W to N×24×(H−1)×(W−1).
+    """
+
+    def __init__(self):
+        super().__init__(3, 24, 2)
+        self.weight.requires_grad_(False)
+
+    def fit(self, images):
+        """Set the filters by normalised `images`, N×3×H×W."""
+        patches = F.unfold(images, 2).permute(0, 2, 1).flatten(0, 1).double()
+        values, vectors = torch.linalg.eigh(patches.T.cov())
+        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(-1, *self.weight.shape[1:])
+        with torch.no_grad():
+            self.weight.copy_(torch.cat([filters, -filters]))
+
+
+def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (64, 256, 256),
+             activation: str = "gelu"):
+    """A network for time to accuracy, after airbench94 (Jordan 2024, section 3).
+
+    A whitening convolution, then stages of two 3×3 convolutions, the first of which is pooled;
+    the strongest answer of each feature map goes to `fc`. Any image size from 9 on.
+    """
+    network = nn.Sequential()
+    network.conv1 = nn.Sequential(WhiteningConv(), activation_layer(activation))
+    inputs = network.conv1[0].out_channels
+    for number, width in enumerate(channels, 2):
+        first, second = conv_bn(inputs, width, 3), conv_bn(width, width, 3)
+        network.add_module(f"conv{number}_x", nn.Sequential(
+            first[0], nn.MaxPool2d(2), first[1], activation_layer(activation),
+            *second, activation_layer(activation)))
+        inputs = width
+    network.pool = nn.AdaptiveMaxPool2d(1)
+    network.flatten = nn.Flatten()
+    network.fc = nn.Linear(inputs, classes, bias=False)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.requires_grad:
+            nn.init.dirac_(module.weight[:module.in_channels])
+    return network
+
+
 def he_initialization(network):
     """Normal weights, std √(2 / fan in), before every activation (He et al. 2015, section 2.2)."""
     for module in network.modules():
@@ -232,6 +278,7 @@ NETWORKS = {
     **{f"vgg{depth}": partial(vgg, layers) for depth, layers in VGG_LAYERS.items()},
     **{f"vgg{depth}_bn": partial(vgg, layers, batch_norm=True)
        for depth, layers in VGG_LAYERS.items()},
+    "speednet": speednet,
     "resnet18": partial(resnet, BasicBlock, (2, 2, 2, 2), 64, "cifar"),
     "resnet34": partial(resnet, BasicBlock, (3, 4, 6, 3), 64, "cifar"),
     "resnet50": partial(resnet, Bottleneck, (3, 4, 6, 3), 64, "cifar"),

@@ -48,16 +48,22 @@ COLUMNS = ("epoch", "step", "train/loss", "train/accuracy", "val/loss", "val/acc
            "seconds", "images_per_second")
 SWEEP_COLUMNS = ("test/accuracy", "val/accuracy", "seconds")
 POINT_EVERY = 50  # steps between two points of TensorBoard's train/batch_loss curve
-OPTIMIZERS = ("sgd", "adam", "adamw", "adagrad", "rmsprop")
+OPTIMIZERS = ("sgd", "muon", "adam", "adamw", "adagrad", "rmsprop")
+TTA = ("none", "flip", "full")
 SCHEDULES = ("constant", "step", "cosine", "linear", "onecycle")
 
 
 # ---------------------------------------------------------------------------- settings
 
 
-def setting(default, text):
-    """A field of `Config` with its default and one line of help."""
-    return field(default=default, metadata={"help": text})
+def setting(default, text, allowed=None):
+    """A field of `Config`: its default, a line of help, and the values that are allowed.
+
+    `allowed` is a pair of numbers, lowest and highest, or a collection of words.
+    """
+    if isinstance(allowed, tuple) and isinstance(allowed[0], str):
+        text = f"{text} {' | '.join(allowed)}".strip()
+    return field(default=default, metadata={"help": text, "allowed": allowed})
 
 
 def has_type(value, kind):
@@ -69,64 +75,67 @@ def has_type(value, kind):
         bool in kinds or not isinstance(value, bool))
 
 
+def is_allowed(value, allowed):
+    """Whether `value`, or each of its parts, is of `allowed`; see `setting`."""
+    if isinstance(value, (int, float)):
+        return allowed[0] <= value <= allowed[1]
+    return all(part in allowed for part in (value if isinstance(value, tuple) else [value]))
+
+
+def allowed_text(allowed):
+    """`allowed` in words; see `setting`."""
+    if all(isinstance(value, str) for value in allowed):
+        return f"of {', '.join(allowed)}"
+    return f"from {allowed[0]:g} to {allowed[1]:g}"
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run, checked. `Config.create` fills in the recipe of the network."""
 
-    model: str = setting("lenet", "network; python network.py list shows all")
-    options: dict = field(default_factory=dict, metadata={"help": ""})
+    model: str = setting("lenet", "network; python network.py list shows all", networks.NETWORKS)
+    options: dict = field(default_factory=dict, metadata={"help": "", "allowed": None})
     data: str = setting("cifar10", "cifar10, cifar100, shapes, or a folder of images")
     root: str = setting("data", "where data sets are downloaded to and cached")
-    image_size: int | None = setting(None, "side of the network's images; none: its own size")
-    val: int | None = setting(None, "training images held out for validation; none: a tenth")
-    limit: int | None = setting(None, "use so many training, validation and test images")
+    image_size: int | None = setting(None, "side of the network's images; none: its own", (1, 1024))
+    early_size: int | None = setting(None, "side in the early epochs; none: the same", (1, 1024))
+    early: float = setting(0.5, "share of the epochs that see images of early_size", (0, 1))
+    val: int | None = setting(None, "training images held out; none: a tenth", (0, 1e9))
+    limit: int | None = setting(None, "use so many training and so many test images", (1, 1e9))
     skip_bad: bool = setting(False, "leave out image files that cannot be read")
-    epochs: int = setting(30, "passes over the training images")
-    batch_size: int = setting(128, "images a step, over all processes")
-    optimizer: str = setting("sgd", " | ".join(OPTIMIZERS))
-    lr: float = setting(0.05, "highest learning rate")
-    momentum: float = setting(0.9, "of sgd and rmsprop")
+    epochs: int = setting(30, "passes over the training images", (1, 1e6))
+    batch_size: int = setting(128, "images a step, over all processes", (1, 1e6))
+    optimizer: str = setting("sgd", "", OPTIMIZERS)
+    lr: float = setting(0.05, "highest learning rate", (0, 1e4))
+    momentum: float = setting(0.9, "of sgd, muon and rmsprop", (0, 1))
     nesterov: bool = setting(False, "Nesterov momentum, for sgd")
-    weight_decay: float = setting(5e-4, "L2 penalty; decoupled for adamw")
-    schedule: str = setting("cosine", " | ".join(SCHEDULES))
-    warmup: float = setting(1.0, "epochs of linear warm-up")
-    label_smoothing: float = setting(0.0, "share of the target spread over all classes")
-    augment: tuple[str, ...] = setting(("flip", "crop"),
-                                       ", ".join((*datasets.AUGMENTATIONS, "none")))
-    seed: int = setting(0, "of weights, split, order and augmentation")
-    device: str = setting("auto", "auto | cpu | cuda | mps")
-    precision: str = setting("auto", "auto | fp32 | bf16; auto: bf16 on CUDA")
+    weight_decay: float = setting(5e-4, "L2 penalty; decoupled for adamw", (0, 1e3))
+    schedule: str = setting("cosine", "", SCHEDULES)
+    warmup: float = setting(1.0, "epochs of linear warm-up", (0, 1e6))
+    label_smoothing: float = setting(0.0, "share of the target spread over all classes", (0, 1))
+    augment: tuple[str, ...] = setting(("flip", "crop"), "none, or of", datasets.AUGMENTATIONS)
+    crop: float = setting(datasets.CROP, "most that crop moves an image, of its side", (0, 0.5))
+    tta: str = setting("none", "views of a test image whose logits add up:", TTA)
+    seed: int = setting(0, "of weights, split, order and augmentation", (0, 2**62))
+    device: str = setting("auto", "", ("auto", "cpu", "cuda", "mps"))
+    precision: str = setting("auto", "auto: bf16 on CUDA;", ("auto", "fp32", "bf16"))
     compile: bool = setting(False, "compile the network with torch.compile")
     deterministic: bool = setting(False, "the same result again on a GPU too, more slowly")
-    on_nan: str = setting("stop", "stop | skip: a step whose loss or gradient is not finite")
-    log_every: int = setting(0, "print the mean loss every so many steps; 0: never")
-    save_every: float = setting(10.0, "minutes between checkpoints within an epoch")
-    keep: int = setting(2, "checkpoints that remain, last.pth among them; 0: all")
+    on_nan: str = setting("stop", "at a loss or gradient that is not finite:", ("stop", "skip"))
+    log_every: int = setting(0, "print the mean loss every so many steps; 0: never", (0, 1e9))
+    save_every: float = setting(10.0, "minutes between checkpoints within an epoch", (0, 1e6))
+    keep: int = setting(2, "checkpoints that remain, last.pth among them; 0: all", (0, 1e6))
     name: str | None = setting(None, "name of the run; none: the network's")
     out: str = setting("runs", "folder of all runs")
 
     def __post_init__(self):
-        for name, kind in typing.get_type_hints(Config).items():
-            if not has_type(getattr(self, name), kind):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be {kind}")
-        choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "on_nan": ("stop", "skip"),
-                   "device": ("auto", "cpu", "cuda", "mps"), "precision": ("auto", "fp32", "bf16"),
-                   "model": networks.NETWORKS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)}: must be one of "
-                                 f"{', '.join(allowed)}")
-        for name in self.augment:
-            if name not in datasets.AUGMENTATIONS:
-                raise ValueError(f"augment={name}: must be of {', '.join(datasets.AUGMENTATIONS)}")
-        ranges = {"epochs": (1, 1e6), "batch_size": (1, 1e6), "lr": (0, 1e4), "momentum": (0, 1),
-                  "weight_decay": (0, 1e3), "warmup": (0, 1e6), "label_smoothing": (0, 1),
-                  "seed": (0, 2**62), "log_every": (0, 1e9), "save_every": (0, 1e6),
-                  "keep": (0, 1e6), "image_size": (1, 1024), "val": (0, 1e9), "limit": (1, 1e9)}
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}={value}: must be from {low:g} to {high:g}")
+        kinds = typing.get_type_hints(Config)
+        for entry in dataclasses.fields(Config):
+            value, allowed = getattr(self, entry.name), entry.metadata["allowed"]
+            if not has_type(value, kinds[entry.name]):
+                raise ValueError(f"{entry.name}={value!r}: must be {kinds[entry.name]}")
+            if allowed and value is not None and not is_allowed(value, allowed):
+                raise ValueError(f"{entry.name}={value}: must be {allowed_text(allowed)}")
         if self.name is not None and Path(self.name).is_absolute():
             raise ValueError(f"name={self.name}: must be a name inside {self.out}; see --out")
         if self.nesterov and not self.momentum:
@@ -187,11 +196,15 @@ RECIPES = {
     **dict.fromkeys(("vgg_a_bn", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"), _VGG_BN),
     **dict.fromkeys(("resnet18", "resnet34", "resnet50"), _RESNET),
     **dict.fromkeys(("resnet20", "resnet56"), _THIN_RESNET),
+    "speednet": {"epochs": 8, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
+                 "schedule": "linear", "warmup": 0.0, "label_smoothing": 0.2, "weight_decay": 0.0,
+                 "augment": ("alternating_flip", "crop"), "crop": 1 / 16, "early_size": 24,
+                 "val": 0, "tta": "full"},
     "resnet18_imagenet": {**_RESNET, "epochs": 30, "augment": ("flip", "crop")},
 }
 # What a resumed run may be told anew; all else would make it another run.
 MAY_CHANGE = ("epochs", "device", "compile", "log_every", "save_every", "keep", "name", "out",
-              "root", "on_nan")
+              "root", "on_nan", "tta")
 
 
 def parse_flags(flags):
@@ -223,10 +236,12 @@ def learning_rate(step, total_steps, warmup_steps, peak, schedule):
 
 def make_optimizer(config, network):
     """The optimizer that `config` asks for, in its quickest implementation on this device."""
-    parameters = list(network.parameters())
+    parameters = [value for value in network.parameters() if value.requires_grad]
     common = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "rmsprop":  # the one without a fused implementation
         return torch.optim.RMSprop(parameters, momentum=config.momentum, **common)
+    if config.optimizer == "muon":
+        return Muon(parameters, momentum=config.momentum, **common)
     common["fused"] = parameters[0].device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov,
@@ -236,6 +251,57 @@ def make_optimizer(config, network):
         return torch.optim.Adagrad(parameters, **common)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
         parameters, **common)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the filters of convolutions, Nesterov SGD for all else.
+
+    The momentum of a layer's filters, a matrix of one row a filter, is replaced by the nearest
+    orthogonal matrix. A step moves the filters by `lr` times their norm, which stays as it was.
+    torch.optim.Muon does not take filters, and leaves all else to a second optimizer.
+    """
+
+    def __init__(self, parameters, lr, momentum, weight_decay):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum,
+                                      "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        """Take one step."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._update(parameter, **group)
+
+    def _update(self, parameter, lr, momentum, weight_decay, **_):
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        gradient = parameter.grad.add(parameter, alpha=weight_decay)
+        buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
+        step = gradient.add_(buffer, alpha=momentum)
+        if parameter.ndim != 4:
+            parameter.sub_(step, alpha=lr)
+            return
+        rows = step.permute(0, 2, 3, 1)  # a view of channels-last filters, so nothing is copied
+        step = orthogonalize(rows.flatten(1)).view_as(rows).permute(0, 3, 1, 2)
+        norm = parameter.norm()
+        parameter.sub_(step * (lr * norm / step.norm().clamp(min=1e-12)))
+        parameter.mul_(norm / parameter.norm())
+
+
+def orthogonalize(matrix, steps=5):
+    """The orthogonal matrix nearest to `matrix`, roughly: its singular values become about 1.
+
+    Newton-Schulz iteration with the quintic polynomial of Jordan et al. 2024, in bfloat16 on CUDA.
+    """
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    if wide := x.shape[0] > x.shape[1]:
+        x = x.T
+    x = x / x.norm().clamp(min=1e-12)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if wide else x).to(matrix.dtype)
 
 
 # ---------------------------------------------------------------------------- device, processes
@@ -344,8 +410,8 @@ def seed_step(seed, step, rank, device):
 def train_step(state, images, labels, config, workers, lr, batch_size):
     """One step of the optimizer; adds to `state.totals`. `images` are this process's share."""
     seed_step(config.seed, state.step, workers.rank, images.device)
-    buffers = [(buffer, buffer.clone()) for buffer in state.network.buffers()
-               if config.on_nan == "skip"]
+    if config.on_nan == "skip":
+        buffers = [(buffer, buffer.clone()) for buffer in state.network.buffers()]
     with autocast(images.device, config.precision):
         logits = state.network(images)
     loss = F.cross_entropy(logits.float(), labels, reduction="sum",
@@ -354,8 +420,8 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
     (loss / batch_size).backward()
     gradients = [parameter.grad for group in state.optimizer.param_groups
                  for parameter in group["params"]]
-    sums = torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(),
-                        torch.full_like(loss, len(labels))]).to(state.totals.dtype)
+    sums = state.totals.new_zeros(3)
+    sums[0], sums[1], sums[2] = loss.detach(), (logits.argmax(1) == labels).sum(), len(labels)
     if workers.world > 1:
         statistics = [buffer for buffer in state.network.buffers() if buffer.is_floating_point()]
         for buffer in statistics:
@@ -381,7 +447,8 @@ def train_epoch(state, batches, config, workers, folder, progress, stop):
     check_every = 1 if state.totals.device.type == "cpu" else POINT_EVERY
     saved_at = time.monotonic()
     done = state.step - state.epoch * len(batches)
-    for place, (images, labels) in enumerate(batches.epoch(state.epoch, done), done + 1):
+    size = config.early_size if state.epoch < config.early * config.epochs else None
+    for place, (images, labels) in enumerate(batches.epoch(state.epoch, done, size), done + 1):
         lr = learning_rate(state.step, config.epochs * len(batches), config.warmup * len(batches),
                            config.lr, config.schedule)
         train_step(state, images, labels, config, workers, lr, batches.batch_size)
@@ -473,12 +540,12 @@ def predict(network, images, checkpoint, tta="none"):
 def tta_views(images, tta):
     """The views of `images` whose logits are added up: themselves; `flip`: mirrored as well;
     `full`: both also moved by a pixel up-left and down-right (Jordan 2024, section 3.5)."""
+    if tta not in TTA:
+        raise ValueError(f"tta={tta}: must be one of {', '.join(TTA)}")
     views = [images]
     if tta == "full":
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
         views += [padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]]
-    elif tta not in ("none", "flip"):
-        raise ValueError(f"tta={tta}: must be none, flip or full")
     return views if tta == "none" else views + [view.flip(3) for view in views]
 
 
@@ -750,6 +817,8 @@ def train(config, resume=False, overwrite=False):
         batches = batches_of(config, dataset, device, workers)
         if checkpoint:
             restore(state, checkpoint, len(batches))
+        else:
+            fit_first_layer(state.network, dataset)
         folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
         announce(state, config, dataset, device, workers, say)
         workers.any(False, state.totals)  # none writes before all have read
@@ -841,7 +910,7 @@ def batches_of(config, dataset, device, workers):
     return datasets.Batches(dataset.train, dataset.mean, dataset.std, config.batch_size,
                             config.augment, config.seed,
                             config.image_size or networks.image_size_of(config.model), device,
-                            workers.rank, workers.world)
+                            workers.rank, workers.world, config.crop)
 
 
 def new_state(config, description, device):
@@ -854,6 +923,15 @@ def new_state(config, description, device):
     sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64,
                        device=device)
     return State(network, make_optimizer(config, network), sums, sums.clone())
+
+
+def fit_first_layer(network, dataset):
+    """Set the filters that a network takes from its training images before it is trained."""
+    images = dataset.train.images[::max(1, len(dataset.train.images) // 5_000)]
+    for module in network.modules():
+        if isinstance(module, networks.WhiteningConv):
+            device = module.weight.device
+            module.fit(datasets.normalize(images, dataset.mean, dataset.std, device=device))
 
 
 def training_state(state):
@@ -965,10 +1043,14 @@ def finish(state, dataset, folder, workers):
     network.eval()
     logits = predict(network, dataset.test.images, folder.description)
     test = score(logits, dataset.test.labels, len(dataset.classes))
+    with_tta = None
+    if folder.config.tta != "none":
+        views = predict(network, dataset.test.images, folder.description, folder.config.tta)
+        with_tta = score(views, dataset.test.labels, len(dataset.classes))["accuracy"]
     train_row = read_metrics(folder.path)
     result = {
-        "test/accuracy": test["accuracy"], "test/loss": test["loss"],
-        "per_class": dict(zip(dataset.classes, test["per_class"])),
+        "test/accuracy": test["accuracy"], "test/accuracy_tta": with_tta,
+        "test/loss": test["loss"], "per_class": dict(zip(dataset.classes, test["per_class"])),
         "val/accuracy": state.best_accuracy if dataset.val else None,
         "train/accuracy": train_row["train/accuracy"][-1],
         "epoch": state.best_epoch if dataset.val else state.epoch, "epochs": state.epoch,
@@ -1062,15 +1144,12 @@ def add_projector(board, network, images, pixels, names):
 
 def print_result(result, path=None):
     """The table of per-class accuracy and the paths of what was written."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("class", "test accuracy", title=f"test accuracy {result['test/accuracy']:.2%}, "
-                                                  f"loss {result['test/loss']:.4f}")
-    for name, accuracy in result["per_class"].items():
-        table.add_row(escape(name), f"{accuracy:.1%}")
-    Console().print(table)
+    datasets.print_table(("class", "test accuracy"), [
+        (name, f"{accuracy:.1%}") for name, accuracy in result["per_class"].items()])
+    line = f"test accuracy {result['test/accuracy']:.2%}, loss {result['test/loss']:.4f}"
+    if result.get("test/accuracy_tta") is not None:
+        line += f"; {result['test/accuracy_tta']:.2%} with --tta={result['settings']['tta']}"
+    print(line)
     if path:
         for name in ("result.json", "metrics.csv", "best.pth", "last.pth"):
             if (path / name).exists():
@@ -1210,16 +1289,10 @@ def finished_result(config):
 
 def write_sweep(folder, choices, results):
     """Print a sweep's table and write it as sweep.csv and sweep.md."""
-    from rich.console import Console
-    from rich.table import Table
-
     header = [*choices[0], *SWEEP_COLUMNS]
     rows = [[*choice.values(), *(format_cell(result[name]) for name in SWEEP_COLUMNS)]
             for choice, result in zip(choices, results)]
-    table = Table(*header, title=str(folder))
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    datasets.print_table(header, rows, title=str(folder))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     networks.write_atomically(folder / "sweep.csv", text.getvalue())
@@ -1323,18 +1396,16 @@ def compare(entry, name, done):
 
 def print_comparison(rows):
     """Print reported and measured accuracies side by side."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("id", "run", "accuracy", "reported %", "measured %", "difference", "seconds")
-    for row in rows:
+    def cells(row):
+        known = None not in (row["reported"], row["measured"])
         measured = "" if row["measured"] is None else f"{row['measured']:.2f}" + (
             f" ± {row['std']:.2f}" if row["std"] is not None else "")
-        known = None not in (row["reported"], row["measured"])
-        table.add_row(row["id"], row["run"], row["accuracy"], str(row["reported"] or "–"), measured,
-                      f"{row['measured'] - row['reported']:+.2f}" if known else "–",
-                      f"{row['seconds']:.0f}")
-    Console().print(table)
+        return (row["id"], row["run"], row["accuracy"], str(row["reported"] or "–"), measured,
+                f"{row['measured'] - row['reported']:+.2f}" if known else "–",
+                f"{row['seconds']:.0f}")
+
+    datasets.print_table(("id", "run", "accuracy", "reported %", "measured %", "difference",
+                          "seconds"), map(cells, rows))
 
 
 def keep_results(path, rows):
@@ -1393,9 +1464,6 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
     (d) a large matrix product. Prints median images/s, the ratios a/b and a/c, and the share of
     (d)'s arithmetic rate. Network, optimizer, batch size, augmentation and images are the same.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     place = choose_device(device)
     config = Config.create(model, data=data, root=root, batch_size=batch_size, augment=augment,
                            epochs=1, val=0, precision=precision, device=device, save_every=1e6)
@@ -1419,14 +1487,13 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
             rates["d"].append(matrix_rate(place, precision))
     a, b, c, d = (statistics.median(values) for values in rates.values())
     operations = 6 * networks.multiply_adds(state.network, images.shape[3])
-    table = Table("what", "images/s", "lowest to highest", "share of d",
-                  title=f"{model}, batch {batch_size}, {','.join(augment) or 'no augmentation'}, "
-                        f"{steps} steps × {rounds} rounds, {environment(state.network)['device']}")
-    for name, rate in zip(runs, (a, b, c)):
-        table.add_row(name, f"{rate:.0f}", f"{min(rates[name]):.0f} to {max(rates[name]):.0f}",
-                      f"{rate * operations / d:.1%}")
-    table.add_row("d: matrix product", f"{d / operations:.0f}", f"{d / 1e9:.0f} GFLOP/s", "100%")
-    Console().print(table)
+    rows = [(name, f"{rate:.0f}", f"{min(rates[name]):.0f} to {max(rates[name]):.0f}",
+             f"{rate * operations / d:.1%}") for name, rate in zip(runs, (a, b, c))]
+    datasets.print_table(
+        ("what", "images/s", "lowest to highest", "share of d"),
+        [*rows, ("d: matrix product", f"{d / operations:.0f}", f"{d / 1e9:.0f} GFLOP/s", "100%")],
+        title=f"{model}, batch {batch_size}, {','.join(augment) or 'no augmentation'}, {steps} "
+              f"steps × {rounds} rounds, {environment(state.network)['device']}")
     print(f"a/b {a / b:.3f}   a/c {a / c:.2f}   (ratios of medians)")
 
 

@@ -16,6 +16,7 @@ PARAMETERS = {
     "trial_4conv": 702_799, "trial_4conv_late_pool": 1_635_919, "vgg_a": 9_750_922,
     "vgg11": 9_225_610, "resnet18": 11_173_962, "resnet34": 21_282_122, "resnet50": 23_520_842,
     "resnet20": 269_722, "resnet56": 853_018, "resnet18_imagenet": 11_181_642,
+    "speednet": 1_972_504,
 }
 
 
@@ -44,6 +45,19 @@ def test_structure_table_of_resnet18_imagenet():
         "conv5_x": ((512, 7, 7), 8_393_728), "pool": ((512, 1, 1), 0), "flatten": ((512,), 0),
         "fc": ((10,), 5_130),
     }
+
+
+def test_whitening_decorrelates_the_patches_it_was_fitted_to():
+    mixed = torch.randn(50, 3, 8, 8) * torch.tensor([1.0, 0.5, 2.0])[:, None, None]
+    images = 3 * (torch.nn.functional.avg_pool2d(mixed, 3, 1) + mixed[:, :1, 1:-1, 1:-1])
+    layer = network.WhiteningConv()
+    layer.fit(images)
+    with torch.no_grad():
+        layer.bias.zero_()
+        outputs = layer(images).transpose(0, 1).flatten(1)
+    assert torch.allclose(outputs[:12].cov(), torch.eye(12), atol=0.05)
+    assert torch.allclose(outputs[12:], -outputs[:12], atol=1e-5)
+    assert layer.weight.grad is None and not layer.weight.requires_grad
 
 
 def test_multiply_adds_of_lenet_by_hand():

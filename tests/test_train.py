@@ -112,6 +112,58 @@ def test_every_optimizer_lowers_the_loss_and_resumes(optimizer, tmp_path):
     assert len(train.read_metrics(config.folder)["epoch"]) == 2
 
 
+def test_orthogonalize():
+    for shape in ((16, 54), (54, 16)):
+        values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape)))
+        assert values.min() > 0.6 and values.max() < 1.3
+    diagonal = torch.diag(torch.tensor([3.0, -2.0]))  # nearest orthogonal matrix: its signs
+    assert torch.allclose(train.orthogonalize(diagonal), diagonal.sign(), atol=0.35)
+    assert not train.orthogonalize(torch.zeros(3, 4)).any()
+
+
+def test_muon_moves_filters_by_a_share_of_their_norm_and_all_else_as_nesterov_sgd():
+    filters, bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 3, 2, 2), (8,)))
+    twin = torch.nn.Parameter(bias.detach().clone())
+    muon = train.Muon([filters, bias], lr=0.1, momentum=0.9, weight_decay=0.01)
+    sgd = torch.optim.SGD([twin], lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
+    for _ in range(3):
+        before = filters.detach().clone()
+        for parameter in (filters, bias):
+            parameter.grad = torch.randn_like(parameter)
+        twin.grad = bias.grad.clone()
+        muon.step()
+        sgd.step()
+        assert filters.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
+        moved = (filters - before).norm() / before.norm()
+        assert 0.09 < moved < 0.11
+    assert torch.allclose(bias, twin)
+
+
+def test_speednet_sees_small_images_first_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    sizes, real_step = [], train.train_step
+
+    def spy(state, images, *rest):
+        sizes.append(images.shape[2])
+        real_step(state, images, *rest)
+        if len(sizes) == 7:
+            raise RuntimeError("power cut")
+
+    values = {"data": "shapes", "limit": 96, "batch_size": 16, "epochs": 2, "channels": (8, 8, 8),
+              "early_size": 16, "early": 0.5, "save_every": 0.0, "tta": "full",
+              "out": str(tmp_path)}
+    result = train.train(train.Config.create("speednet", **values, name="whole"))
+    assert result["epoch"] == 2 and result["checkpoint"] == "last.pth"  # nothing is held out
+    assert 0 <= result["test/accuracy_tta"] <= 1
+    cut = train.Config.create("speednet", **values, name="cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", spy)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.train(cut)
+    train.train(cut, resume=True)
+    assert sizes == [16] * 6 + [32]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_run_folder_and_result(tmp_path):
     config = tiny(tmp_path)
     result = train.train(config)
