@@ -37,9 +37,9 @@ import data as datasets
 import network as networks
 import train
 
-FORMATS = ("png", "svg", "pdf")
-DPI = 150  # of figures as PNG
 Format = typing.Literal["png", "svg", "pdf"]
+FORMATS = typing.get_args(Format)
+DPI = 150  # of figures as PNG
 # Okabe & Ito's colours, told apart by colour-blind readers; in grey print the markers do it.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -77,8 +77,8 @@ def inputs(images, checkpoint, device):
                      checkpoint["image_size"], device)
 
 
-def image_grid(images, titles=None, columns=None, suptitle=None, scale="each", row_titles=None,
-               cell=None, cmap="viridis"):
+def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row_titles=None,
+               cell=None):
     """A figure with a grid of `images`: 3×H×W floats 0…1, or H×W maps drawn in colours.
 
     Pixels are enlarged as squares. Every map has the whole range of colours to itself (`scale`
@@ -87,7 +87,6 @@ def image_grid(images, titles=None, columns=None, suptitle=None, scale="each", r
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
     images = [image.detach().float().cpu() for image in images]
     maps = [image.flatten() for image in images if image.ndim == 2]
@@ -95,42 +94,30 @@ def image_grid(images, titles=None, columns=None, suptitle=None, scale="each", r
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     cell = cell or min(1.4, max(0.6, 7 / columns))
-    pitch_x, pitch_y = 1.06, 1.06 + (0.19 / cell if titles else 0)  # in cells
+    pitch = 1.06 + (0.19 / cell if titles else 0)  # from row to row, in cells
 
-    left, right = 0.9 if row_titles else 0.1, 0.7 if shared else 0.1  # from here on in inches
-    top = 0.15 + 0.2 * (1 + suptitle.count("\n")) if suptitle else 0.05
-    wide, high = columns * pitch_x * cell, rows * pitch_y * cell
-    content = left + wide + right
-    width = max(content, 0.2 + max(0.078 * len(line) for line in (suptitle or "").split("\n")))
-    height, left = top + high + 0.1, left + (width - content) / 2
-    figure = Figure((width, height))
-    axes = figure.add_axes((left / width, 0.1 / height, wide / width, high / height))
+    lines = suptitle.split("\n")
+    width = columns * 1.06 * cell + (0.9 if row_titles else 0) + (0.7 if shared else 0)
+    figure = new_figure(max(width, 0.087 * max(map(len, lines))) + 0.2,
+                        rows * pitch * cell + 0.2 * len(lines) + 0.2, suptitle)
+    axes = figure.add_subplot()
     for number, image in enumerate(images):
-        row, column = divmod(number, columns)
-        x, y = column * pitch_x, (row + 1) * pitch_y - 1
+        x, y = number % columns * 1.06, (number // columns + 1) * pitch - 1
+        margin_y, margin_x = (0.5 - side / max(image.shape[-2:]) / 2 for side in image.shape[-2:])
         norm = None if image.ndim == 3 else shared or Normalize(*_span(image))
-        _draw_cell(axes, image, x, y, cmap, norm)
+        axes.imshow(image if norm else image.permute(1, 2, 0).clamp(0, 1), "viridis", norm,
+                    extent=(x + margin_x, x + 1 - margin_x, y + 1 - margin_y, y + margin_y),
+                    interpolation="nearest")
         if titles:
             axes.text(x + 0.5, y - 0.03, titles[number], ha="center", va="bottom", fontsize=8)
-        if row_titles and column == 0:
-            axes.text(-0.08, y + 0.5, row_titles[row], ha="right", va="center", fontsize=8)
-    axes.set(xlim=(0, columns * pitch_x), ylim=(rows * pitch_y, 0))
-    axes.axis("off")
-    if suptitle:
-        figure.suptitle(suptitle, y=1 - 0.1 / height, va="top", fontsize=10)
+    axes.set(xlim=(0, columns * 1.06), ylim=(rows * pitch, 0), xticks=(), frame_on=False)
+    axes.set_yticks([(row + 1) * pitch - 0.5 for row in range(rows if row_titles else 0)],
+                    row_titles or (), fontsize=8)
+    axes.tick_params(length=0)
     if shared:
-        place = figure.add_axes(((left + wide + 0.1) / width, 0.1 / height, 0.12 / width,
-                                 high / height))
-        figure.colorbar(ScalarMappable(shared, cmap), cax=place).ax.tick_params(labelsize=7)
+        bar = figure.colorbar(ScalarMappable(shared, "viridis"), ax=axes, aspect=30, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
     return figure
-
-
-def _draw_cell(axes, image, x, y, cmap, norm):
-    """Draw one picture, or a map where there is a `norm`, in the unit square at (x, y)."""
-    edge_y, edge_x = (0.5 - size / max(image.shape[-2:]) / 2 for size in image.shape[-2:])
-    pixels = image if norm else image.permute(1, 2, 0).clamp(0, 1)
-    axes.imshow(pixels, cmap=cmap, norm=norm, interpolation="nearest",
-                extent=(x + edge_x, x + 1 - edge_x, y + 1 - edge_y, y + edge_y))
 
 
 def _span(values):
@@ -145,9 +132,7 @@ def figure_path(ckpt, name, out=None, format="png"):
         raise ValueError(f"format={format}: must be one of {', '.join(FORMATS)}")
     if out is not None and Path(out).suffix[1:] in FORMATS:
         return Path(out)
-    if out is not None:
-        return Path(out) / f"{name}.{format}"
-    return folder_of(ckpt or ".") / "figures" / f"{name}.{format}"
+    return Path(out or folder_of(ckpt or ".") / "figures", f"{name}.{format}")
 
 
 def folder_of(ckpt):
