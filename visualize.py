@@ -51,17 +51,16 @@ GREY = 0.85  # what lies outside the image
 
 
 def load_image(checkpoint, image=None, index=0, data=None, root=None):
-    """One picture for the network of `checkpoint`: (1×3×S×S uint8, title).
+    """One picture for the network of `checkpoint`, 1×3×S×S uint8, and what to call it.
 
-    It is the picture file `image`, resized to the network's images, or test image `index` of the
-    data the network was trained on (`data` and `root` name others).
+    It is the picture file `image`, or test image `index` of the data the network was trained on
+    (`data` and `root` name others).
     """
     if image is not None:
         return datasets.read_image(image, checkpoint["image_size"])[None], Path(image).name
     test = train.open_dataset(checkpoint, data, root).test
     if not 0 <= index < len(test.labels):
-        raise ValueError(f"index={index}: must be from 0 to {len(test.labels) - 1}, the last test "
-                         f"image")
+        raise ValueError(f"index={index}: must be from 0 to {len(test.labels) - 1}")
     name = checkpoint["classes"][test.labels[index]]
     return test.images[index:index + 1], f"test image {index}, class {name}"
 
@@ -74,7 +73,7 @@ def pictures(images, checkpoint):
 def inputs(images, checkpoint, device):
     """uint8 images as the network takes them, normalised and in its size, on `device`."""
     return datasets.normalize(images, tuple(checkpoint["mean"]), tuple(checkpoint["std"]),
-                     checkpoint["image_size"], device)
+                              checkpoint["image_size"], device)
 
 
 def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row_titles=None,
@@ -128,8 +127,6 @@ def _span(values):
 
 def figure_path(ckpt, name, out=None, format="png"):
     """Where figure `name` of `ckpt` goes: its folder's `figures/`, or file or folder `out`."""
-    if format not in FORMATS:
-        raise ValueError(f"format={format}: must be one of {', '.join(FORMATS)}")
     if out is not None and Path(out).suffix[1:] in FORMATS:
         return Path(out)
     return Path(out or folder_of(ckpt or ".") / "figures", f"{name}.{format}")
@@ -164,28 +161,33 @@ def capture(network, layers, stop=False):
 
     They are copies, so that an activation in place behind a layer does not change them. A layer
     that is called several times leaves its last output. `stop` ends the block, quietly, as soon
-    as all the layers have been reached. The hooks come off whatever happens. ValueError for a
-    layer that returns something else than a tensor.
+    as all the layers have been reached. The hooks come off whatever happens.
     """
-    outputs, handles = {}, []
+    outputs = {}
 
     def keep(layer, output):
-        if not isinstance(output, torch.Tensor):
-            raise ValueError(f"layer={layer}: returns a {type(output).__name__}, not a tensor; "
-                             f"name a layer inside it")
-        outputs[layer] = output.clone()
+        outputs[layer] = output.clone() if isinstance(output, torch.Tensor) else output
         if stop and len(outputs) == len(layers):
             raise _Reached
 
-    try:
+    with contextlib.ExitStack() as hooks:
         for layer in layers:
-            handles.append(networks.find_layer(network, layer).register_forward_hook(
+            hooks.enter_context(networks.find_layer(network, layer).register_forward_hook(
                 lambda _module, _inputs, output, layer=layer: keep(layer, output)))
         with contextlib.suppress(_Reached):
             yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def captured_maps(outputs, layer):
+    """The output of `layer` that `capture` caught; ValueError if it is not N×C×H×W or N×C."""
+    if layer not in outputs:
+        raise ValueError(f"layer={layer}: is not used when the network runs")
+    maps = outputs[layer]
+    if not isinstance(maps, torch.Tensor) or maps.ndim not in (2, 4):
+        kind = "×".join(map(str, getattr(maps, "shape", ()))) or f"a {type(maps).__name__}"
+        raise ValueError(f"layer={layer}: returns {kind}, neither feature maps N×C×H×W nor "
+                         f"vectors N×C")
+    return maps
 
 
 @torch.no_grad()
@@ -196,12 +198,7 @@ def feature_maps(network, layer, images):
     """
     with capture(network, [layer], stop=True) as outputs:
         network(images)
-    if layer not in outputs:
-        raise ValueError(f"layer={layer}: is not used when the network runs")
-    maps = outputs[layer]
-    if maps.ndim not in (2, 4):
-        raise ValueError(f"layer={layer}: gives {'×'.join(map(str, maps.shape))}, neither feature "
-                         f"maps N×C×H×W nor vectors N×C")
+    maps = captured_maps(outputs, layer)
     return maps if maps.ndim == 4 else maps[:, :, None, None]
 
 
@@ -283,29 +280,32 @@ def cut_patches(images, boxes):
     return patches
 
 
-def top_patches(network, layer, images, checkpoint, units, top):
-    """The image patches that excite `units` of `layer` most, cut at their receptive fields.
+def top_fields(network, layer, images, checkpoint, units, top):
+    """What the `units` of `layer` looked at where they were strongest, unit by unit.
 
-    Returns the patches, unit by unit, (units·top)×3×h×w, and the activations, units×top.
+    Returns the activations, units×top, and for each of these units·top the uint8 image, the place
+    in C·H·W of the feature maps, and the receptive field (see `receptive_fields`).
     """
     values, numbers, (rows, columns) = top_activations(network, layer, images, checkpoint, units,
                                                        top)
     fields = receptive_fields(network, layer, checkpoint["image_size"])
-    boxes = fields[torch.as_tensor(units)[:, None], rows, columns].flatten(0, 1)
-    return cut_patches(pictures(images[numbers.flatten()], checkpoint), boxes), values
+    height, width = fields.shape[1:3]
+    places = ((torch.tensor(units)[:, None] * height + rows) * width + columns).flatten()
+    return values, images[numbers.flatten()], places, fields.flatten(0, 2)[places]
 
 
-def choose_units(units, channels):
-    """Channel numbers from the flag `units`: one number is how many, evenly spread over all
-    `channels`; several are the units themselves."""
-    if len(units) == 1:
+def choose_units(network, layer, checkpoint, units):
+    """Channel numbers of `layer` from the flag `units`: one number is how many, evenly spread over
+    all channels; several are the units themselves."""
+    device = next(network.parameters()).device
+    blank = torch.zeros(1, 3, *[checkpoint["image_size"]] * 2, device=device)
+    channels = feature_maps(network, layer, blank).shape[1]
+    if len(units) == 1 and units[0] > 0:
         count = min(units[0], channels)
-        if count < 1:
-            raise ValueError(f"units={units[0]}: must be at least 1")
         return [number * channels // count for number in range(count)]
-    wrong = [unit for unit in units if not 0 <= unit < channels]
-    if wrong or not units:
-        raise ValueError(f"units={','.join(map(str, units))}: must be from 0 to {channels - 1}")
+    if len(units) < 2 or min(units) < 0 or max(units) >= channels:
+        raise ValueError(f"units={','.join(map(str, units))}: must be how many, or several from "
+                         f"0 to {channels - 1}")
     return list(units)
 
 
@@ -455,22 +455,20 @@ def draw_pr_curves(curves, classes, title):
 
 def group_runs(runs):
     """{label: [metrics of each run]}: runs whose settings differ only in seed and name are one."""
-    groups = {}
-    for run in runs:
-        metrics, settings = train.read_metrics(run), {"run": str(run)}
+    groups, labelled = {}, {}
+    for run in map(Path, runs):
+        settings = {"run": str(run)}
         with contextlib.suppress(OSError, ValueError):
-            settings = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+            settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
         same = {name: value for name, value in settings.items()
                 if name not in ("seed", "name", "out", "device", "root")}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append((Path(run).name, metrics))
-    labelled = {}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     for members in groups.values():
-        label = members[0][0]
-        if len(members) > 1:
-            label += f" and {len(members) - 1} more seed{'s' if len(members) > 2 else ''}"
+        more = len(members) - 1
+        label = members[0].name + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
         while label in labelled:  # runs of the same name in different folders
             label += "′"
-        labelled[label] = [metrics for _, metrics in members]
+        labelled[label] = [train.read_metrics(run) for run in members]
     return labelled
 
 
@@ -577,15 +575,13 @@ def moved(network, directions, amounts):
 
 def loss_at(network, directions, amounts, parts, checkpoint):
     """{"train/loss": …, "train/accuracy": …, "test/loss": …} of `parts` ({"train": split, …})
-    where the weights are moved along `directions` by `amounts`; batch norm uses its stored
-    statistics."""
-    exact = {**checkpoint, "settings": {**checkpoint["settings"], "precision": "fp32"}}
-    values = {}
+    where the weights are moved along `directions` by `amounts`, in full precision."""
+    checkpoint, values = {**checkpoint, "settings": {"precision": "fp32"}}, {}
     with moved(network, directions, amounts):
         for name, split in parts.items():
-            logits = train.predict(network, split.images, exact)
+            logits = train.predict(network, split.images, checkpoint)
             result = train.score(logits, split.labels, logits.shape[1])
-            values |= {f"{name}/loss": result["loss"], f"{name}/accuracy": result["accuracy"]}
+            values |= {f"{name}/{kind}": result[kind] for kind in ("loss", "accuracy")}
     return values
 
 
@@ -638,16 +634,16 @@ def grid_values(rows, xs, ys, column):
 def draw_landscape_line(rows, title):
     """Loss and accuracy along one direction, from `evaluate_points`' rows."""
     figure = new_figure(9, 3.8, title)
-    for place, kind in enumerate(("loss", "accuracy"), 1):
+    rows = sorted(rows, key=lambda row: row["x"])
+    for place, (kind, unit) in enumerate({"loss": "cross-entropy",
+                                          "accuracy": "share of images"}.items(), 1):
         axes = plot(figure, (1, 2, place), kind, "distance along the direction, in filter norms",
-                    {"loss": "cross-entropy", "accuracy": "share of images"}[kind])
-        for (name, style), color in zip({"train": "--", "test": "-"}.items(), COLORS):
-            line = sorted((row["x"], row[f"{name}/{kind}"]) for row in rows)
-            axes.plot(*zip(*line), style, color=color, linewidth=1.8,
-                      label=PART_NAMES[name])
-        if kind == "loss":
-            log_scale(axes)
-            axes.legend(fontsize=8, frameon=False)
+                    unit)
+        for part, style, color in (("train", "--", COLORS[0]), ("test", "-", COLORS[1])):
+            axes.plot([row["x"] for row in rows], [row[f"{part}/{kind}"] for row in rows], style,
+                      color=color, linewidth=1.8, label=PART_NAMES[part])
+    log_scale(figure.axes[0])
+    figure.axes[0].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -813,15 +809,16 @@ def draw_smoothness(rows, models, title):
 # ---------------------------------------------------------------------------- lab reports
 
 STYLE = """
-body { margin: 0; padding: 3rem 1.25rem 4rem; background: #fff; color: #1a1a1a;
+body { margin: 0; padding: 3rem 1.25rem 4rem; color: #1a1a1a;
   font: 1.0625rem/1.55 Charter, "Bitstream Charter", "Iowan Old Style", Georgia, serif; }
 main > * { max-width: 40rem; margin: 0 auto 1rem; }
-main > figure, main > div { max-width: 62rem; margin-block: 1.5rem 2rem; overflow-x: auto; }
+main > div, p:has(img) { max-width: 62rem; margin-block: 1.5rem .5rem; overflow-x: auto; }
 h1 { font-size: 2rem; line-height: 1.2; font-weight: normal; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin-top: 2.75rem; }
 h1 + p { margin-bottom: 2rem; padding: .9rem 0; border: solid #999; border-width: 1px 0; }
 pre { padding-left: 1rem; border-left: 2px solid #bbb; white-space: pre-wrap;
   overflow-wrap: anywhere; font: .8rem/1.5 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
+code { font: inherit; }
 table { border-collapse: collapse; border-bottom: 1.5px solid; margin: auto; font-size: .875rem;
   min-width: min(40rem, 100%); line-height: 1.35; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem 0 .25rem .9rem; border-top: 1px solid #e2e2e2; text-align: left;
@@ -829,72 +826,93 @@ th, td { padding: .25rem 0 .25rem .9rem; border-top: 1px solid #e2e2e2; text-ali
 th { border-top: 1.5px solid; border-bottom: 1px solid; }
 th:first-child, td:first-child { padding-left: 0; }
 td:last-child { min-width: 7rem; white-space: normal; }
-.number { text-align: right; }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto .5rem; }
-caption, figcaption { font-size: .875rem; line-height: 1.4; color: #444; text-align: left; }
-caption { padding-bottom: .5rem; }
-figcaption { max-width: 40rem; margin: auto; }
+img { display: block; max-width: 100%; height: auto; margin: auto; }
+p:has(+ div), p:has(img) + p { font-size: .875rem; line-height: 1.4; color: #444; }
+p:has(+ div) { margin-bottom: -1rem; }
 @page { size: A4; margin: 20mm 22mm; }
 @media print {
   body { padding: 0; font-size: 10.5pt; }
-  main > *, main > figure, main > div, figcaption { max-width: none; overflow: visible; }
+  main > *, main > div, p:has(img) { max-width: none; overflow: visible; }
   table { width: 100%; font-size: 8.5pt; }
-  figure, tr, pre, h1 + p, div:not(:has(tr:nth-child(16))) { break-inside: avoid; }
-  h1, h2, caption { break-after: avoid; }
+  tr, pre, h1 + p, div:not(:has(tr:nth-child(16))) { break-inside: avoid; }
+  h1, h2, p:has(+ div), p:has(img) { break-after: avoid; }
   img { max-height: 105mm; width: auto; }
 }
 """
 
 
-def as_html(title, blocks):
-    """A report as one page that needs no other file.
+class Report:
+    """A lab report in the making: Markdown in `folder`, beside its `figures`, and as one page."""
 
-    `blocks` are (kind, content, caption): a heading, a text or a command; a table, its rows with
-    the head first; or a figure, the path of a PNG file.
-    """
-    parts, escape = [], html.escape
-    for kind, content, caption in blocks:
-        if kind == "figure":
-            png, caption = content.read_bytes(), escape(caption)
-            width = int.from_bytes(png[16:20], "big") * 96 // DPI  # as large as it was drawn
-            parts.append(f'<figure><img width="{width}" alt="{caption}" src="data:image/png;base64,'
-                         f'{base64.b64encode(png).decode()}">\n'
-                         f'<figcaption>{caption}</figcaption></figure>')
-        elif kind == "table":
-            marks = [' class="number"' * number for number in numeric_columns(content)]
-            head, *rows = ["<tr>" + "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell
-                                            in zip(marks, row)) + "</tr>\n"
-                           for tag, row in zip(["th"] + ["td"] * len(content), content)]
-            parts.append(f"<div><table><caption>{escape(caption)}</caption>\n<thead>{head}"
-                         f"</thead><tbody>{''.join(rows)}</tbody></table></div>")
-        else:
-            tag = {"heading": "h2", "text": "p", "command": "pre"}[kind]
-            parts.append(f"<{tag}>{escape(content)}</{tag}>")
-    body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
-    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<meta name="viewport" '
-            f'content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-            f'<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n')
+    def __init__(self, title, folder):
+        self.title, self.folder, self.figures = title, Path(folder), Path(folder, "figures")
+        self.parts, self.drawn, self.tables = [f"# {plain(title)}"], [], 0
+
+    def heading(self, text):
+        """Begin a section."""
+        self.parts.append(f"## {plain(text)}")
+
+    def text(self, text):
+        """Add a paragraph."""
+        self.parts.append(plain(text))
+
+    def command(self, *lines):
+        """Add command lines."""
+        self.parts.append("\n".join(["```sh", *lines, "```"]))
+
+    def table(self, rows, caption):
+        """Add a table of texts, its head first; columns of numbers are set to the right."""
+        self.tables += 1
+        rule = ["---:" if number else "---" for number in numeric_columns(rows)]
+        head, *rows = ([plain(cell) for cell in row] for row in rows)
+        self.parts += [plain(f"Table {self.tables}. {caption}"), "\n".join(
+            f"| {' | '.join(row)} |" for row in (head, rule, *rows))]
+
+    def figure(self, path, caption):
+        """Add the PNG file `path`, which lies in `figures`."""
+        self.drawn.append(path)
+        caption = plain(f"Figure {len(self.drawn)}. {caption}")
+        self.parts += [f"![{caption}](<figures/{path.name}>)", caption]
+
+    def draw(self, name, figure, caption):
+        """Save a matplotlib figure as `name` and add it."""
+        self.figure(save_figure(figure, None, name, self.figures), caption)
+
+    def markdown(self):
+        """The report as Markdown."""
+        return "\n\n".join(self.parts) + "\n"
+
+    def html(self):
+        """The report as one page that needs no other file."""
+        from markdown_it import MarkdownIt
+
+        reader = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table")
+        body = reader.render(self.markdown())
+        body = body.replace("<table>", "<div><table>").replace("</table>", "</table></div>")
+        pictures = map(embedded, self.drawn)
+        body = re.sub('<img src="[^"]*"', lambda _: f"<img {next(pictures)}", body)
+        return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+                '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+                f"<title>{html.escape(self.title)}</title>\n<style>{STYLE}</style></head>\n"
+                f"<body><main>\n{body}</main></body></html>\n")
+
+    def write(self):
+        """Write report.html and report.md and print their paths."""
+        for name, content in (("report.html", self.html()), ("report.md", self.markdown())):
+            networks.write_atomically(self.folder / name, content)
+            print(self.folder / name)
 
 
-def as_markdown(title, blocks):
-    """The same report as Markdown, to lie beside the folder `figures`."""
-    def plain(text):
-        return re.sub(r"[\\`*|\[\]]|\b_|_\b", r"\\\g<0>", html.escape(text, quote=False))
+def plain(text):
+    """Text as Markdown that means nothing but itself."""
+    return re.sub(r"[\\`*|\[\]]|\b_|_\b", r"\\\g<0>", html.escape(text, quote=False))
 
-    parts = [f"# {plain(title)}"]
-    for kind, content, caption in blocks:
-        if kind == "table":
-            rule = ["---:" if number else "---" for number in numeric_columns(content)]
-            head, *rows = ([plain(cell) for cell in row] for row in content)
-            parts += [plain(caption), "\n".join(f"| {' | '.join(row)} |"
-                                                for row in (head, rule, *rows))]
-        elif kind == "figure":
-            parts += [f"![{plain(caption)}](<figures/{content.name}>)", plain(caption)]
-        elif kind == "command":
-            parts.append(f"```sh\n{content}\n```")
-        else:
-            parts.append("## " * (kind == "heading") + plain(content))
-    return "\n\n".join(parts) + "\n"
+
+def embedded(path):
+    """The attributes of an HTML image that hold the PNG file `path`, as large as it was drawn."""
+    png = path.read_bytes()
+    width = int.from_bytes(png[16:20], "big") * 96 // DPI
+    return f'width="{width}" src="data:image/png;base64,{base64.b64encode(png).decode()}"'
 
 
 def numeric_columns(rows):
@@ -932,8 +950,8 @@ def finished(run):
                                                      name=place.name))
 
 
-def report_of_run(run, figures, **given):
-    """(title, blocks) of the report of a run. `given` are --data, --root and --device."""
+def report_of_run(run, folder, **given):
+    """The `Report` of a run. `given` are the flags data, root and device."""
     result = finished(run)
     if not result:
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
@@ -949,58 +967,59 @@ def report_of_run(run, figures, **given):
         f", the best of them on the validation images ({result['val/accuracy']:.2%})")
     hardware = {"device": result["device"], "time": duration(result["seconds"]),
                 **result["versions"], "commit": result["commit"] or "unknown"}
-    return f"{config.model} on {name}", [
-        ("text", f"{config.model} ({options}{thousands(result['parameters'])} parameters) was "
-         f"trained on {thousands(len(dataset.train.labels))} images of {name}: {result['epochs']} "
-         f"epoch{'s' * (result['epochs'] > 1)}, {hardware['time']} on {result['device']}. It "
-         f"classifies {thousands(right)} of {thousands(count)} test images correctly, "
-         f"{right / count:.2%}. Its weights are those of epoch {checkpoint['epoch']}{best}."),
-        *setup_blocks(config, name, dataset, network, checkpoint),
-        ("heading", "Training"),
-        ("figure", save_figure(draw_curves(group_runs([run])), None, "report-curves", figures),
-         "Loss and accuracy after each epoch. Training images are counted as the network learns "
-         "from them: augmented, and with dropout where there is any."),
-        *prediction_blocks(dataset.test, checkpoint, logits, figures),
-        *inside_blocks(run, network, dataset.test, checkpoint, logits, figures, given),
-        ("heading", "Hardware, versions, and how to make it again"),
-        ("table", [("what", "value"), *hardware.items()], "Where the network was trained."),
-        ("text", "The first command trains the network, the second makes this report. Folders "
-                 "from elsewhere have only their last names here."),
-        ("command", portable(shlex.split(result["command"])) + "\n" + portable(
-            ["python", "visualize.py", "report", str(config.folder)]))]
+    report = Report(f"{config.model} on {name}", folder)
+    report.text(f"{config.model} ({options}{thousands(result['parameters'])} parameters) was "
+                f"trained on {thousands(len(dataset.train.labels))} images of {name}: "
+                f"{result['epochs']} epoch{'s' * (result['epochs'] > 1)}, {hardware['time']} on "
+                f"{result['device']}. It classifies {thousands(right)} of {thousands(count)} test "
+                f"images correctly, {right / count:.2%}. Its weights are those of epoch "
+                f"{checkpoint['epoch']}{best}.")
+    report_setup(report, config, name, dataset, network, checkpoint)
+    report.heading("Training")
+    report.draw("report-curves", draw_curves(group_runs([run])),
+                "Loss and accuracy after each epoch. Training images are counted as the network "
+                "learns from them: augmented, and with dropout where there is any.")
+    report_predictions(report, dataset.test, checkpoint, logits)
+    report_inside(report, run, network, dataset.test, checkpoint, logits, given)
+    report.heading("Hardware, versions, and how to make it again")
+    report.table([("what", "value"), *hardware.items()], "Where the network was trained.")
+    report.text("The first command trains the network, the second makes this report. Folders from "
+                "elsewhere have only their last names here.")
+    report.command(portable(shlex.split(result["command"])),
+                   portable(["python", "visualize.py", "report", str(config.folder)]))
+    return report
 
 
-def setup_blocks(config, name, dataset, network, checkpoint):
-    """Images, settings and structure of a run."""
+def report_setup(report, config, name, dataset, network, checkpoint):
+    """Add images, settings and structure of a run."""
     sizes = ", ".join(f"{thousands(len(split.labels))} {PART_NAMES[part]}" for part in PART_NAMES
                       if (split := getattr(dataset, part)))
     mean, std = (" ".join(f"{value:.4f}" for value in checkpoint[kind]) for kind in ("mean", "std"))
+    side = checkpoint["image_size"]
+    report.heading("Images and settings")
+    report.text(f"{name}: {sizes} images of {len(dataset.classes)} classes. The network takes them "
+                f"at {side}×{side} pixels, less the mean {mean} and divided by the standard "
+                f"deviation {std} of the training images' pixels.")
     meanings = {entry.name: entry.metadata["help"] for entry in dataclasses.fields(config)}
     values = {key: ",".join(map(str, value)) or "none" if isinstance(value, (list, tuple))
               else str(value).lower()
               for key, value in {**dataclasses.asdict(config), **config.all_settings()}.items()
               if key == "epochs" or key not in (*train.MAY_CHANGE, "options")}
-    side = checkpoint["image_size"]
+    report.table([("setting", "value", "meaning"), *(
+        (key, value, meanings.get(key, f"option of {config.model}"))
+        for key, value in {**values, "data": name, "image_size": str(side)}.items())],
+        "The settings that bear on the outcome.")
     rows = networks.stages(network, side)
     rows.append(("total", (), *(sum(row[place] for row in rows) for place in (2, 3))))
-    return [
-        ("heading", "Images and settings"),
-        ("text", f"{name}: {sizes} images of {len(dataset.classes)} classes. The network takes "
-                 f"them at {side}×{side} pixels, less the mean {mean} and divided by the standard "
-                 f"deviation {std} of the training images' pixels."),
-        ("table", [("setting", "value", "meaning"), *(
-            (key, value, meanings.get(key, f"option of {config.model}"))
-            for key, value in {**values, "data": name, "image_size": str(side)}.items())],
-         "The settings that bear on the outcome."),
-        ("heading", "Structure"),
-        ("table", [("stage", "output", "parameters", "multiply-adds"), *(
-            (stage, "×".join(map(str, shape)), thousands(parameters), thousands(operations))
-            for stage, shape, parameters, operations in rows)],
-         "The stages of the network; multiply-adds are those of one image.")]
+    report.heading("Structure")
+    report.table([("stage", "output", "parameters", "multiply-adds"), *(
+        (stage, "×".join(map(str, shape)), thousands(parameters), thousands(operations))
+        for stage, shape, parameters, operations in rows)],
+        "The stages of the network; multiply-adds are those of one image.")
 
 
-def prediction_blocks(test, checkpoint, logits, figures):
-    """Accuracy of each class, confusion matrix, and predictions that are right and wrong."""
+def report_predictions(report, test, checkpoint, logits):
+    """Add the accuracy of each class, confusion matrix, and predictions right and wrong."""
     classes, right = checkpoint["classes"], logits.argmax(1) == test.labels
     matrix = confusion_matrix(test.labels, logits.argmax(1), len(classes))
     rows = [("class", "test images", "right", "accuracy", "most often taken for")]
@@ -1008,25 +1027,22 @@ def prediction_blocks(test, checkpoint, logits, figures):
                                        matrix - matrix.diagonal().diag()):
         rows.append((name, f"{line.sum()}", f"{hits}", f"{hits / line.sum().clamp(min=1):.1%}",
                      f"{classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "–"))
-    blocks = [("heading", "Predictions"),
-              ("table", rows, "Accuracy of each class on the test images."),
-              ("figure", save_figure(draw_confusion(matrix, classes, ""), None, "report-confusion",
-                                     figures),
-               "Which classes, in rows, are taken for which, in columns.")]
+    report.heading("Predictions")
+    report.table(rows, "Accuracy of each class on the test images.")
+    report.draw("report-confusion", draw_confusion(matrix, classes, ""),
+                "Which classes, in rows, are taken for which, in columns.")
     order = torch.randperm(len(right), generator=datasets.generator(0, "predictions"))
     for name, kept in (("right", right), ("wrong", ~right)):
-        if kept.any():
-            some = order[kept[order]][:4]
-            figure = draw_predictions(pictures(test.images[some], checkpoint), test.labels[some],
-                                      logits[some], classes, "")
-            blocks.append(("figure", save_figure(figure, None, f"report-{name}", figures),
-                           f"Predictions that are {name}, drawn at random: probability and logit "
-                           f"of each class. Blue is the true class, orange what it was taken for."))
-    return blocks
+        some = order[kept[order]][:4]
+        if len(some):
+            report.draw(f"report-{name}", draw_predictions(
+                pictures(test.images[some], checkpoint), test.labels[some], logits[some], classes,
+                ""), f"Predictions that are {name}, drawn at random: probability and logit of each "
+                     f"class. Blue is the true class, orange what it was taken for.")
 
 
-def inside_blocks(run, network, test, checkpoint, logits, figures, given):
-    """Filters, feature maps and deconvnet reconstructions."""
+def report_inside(report, run, network, test, checkpoint, logits, given):
+    """Add filters, feature maps and deconvnet reconstructions, each by its own command."""
     index = (logits.argmax(1) == test.labels).int().argmax().item()  # the first that is right
     image = f"test image {index} ({checkpoint['classes'][test.labels[index]]})"
     sides = {name: shape[-1] for name, shape, *_ in networks.stages(
@@ -1034,34 +1050,33 @@ def inside_blocks(run, network, test, checkpoint, logits, figures, given):
             isinstance(module, nn.Conv2d) for module in network.get_submodule(name).modules())}
     layers = [name for name, side in sides.items() if side > 1] or [*sides]
     first, middle, last = layers[0], layers[len(layers) // 2], layers[-1]
-    layers = [*dict.fromkeys([first, middle, last])]
-    blocks = [("heading", "Inside the network")]
+    layers = ",".join(dict.fromkeys([first, middle, last]))
+    report.heading("Inside the network")
 
-    def add(name, caption, draw, *words, **options):
-        path = figures / f"report-{name}.png"
-        draw(*words, out=str(path), **options)
-        blocks.append(("figure", path, caption))
+    def add(name, caption, command, *words, **options):
+        path = report.figures / f"report-{name}.png"
+        options = {key: value for key, value in options.items() if value is not None}
+        if command in COMMANDS:
+            COMMANDS[command](str(run), *words, out=str(path), **options)
+        else:
+            train.run_script("deconv.py", command, str(run), f"--out={path}",
+                             *(f"--{key}={value}" for key, value in options.items()))
+        report.figure(path, caption)
 
-    def deconv(*words, **options):
-        train.run_script("deconv.py", *words, *(f"--{name}={value}" for name, value
-                                                in options.items() if value is not None))
-
-    run = str(run)
-    add("filters", f"The filters of {first}, in the colours to which they answer.", filters, run,
+    add("filters", f"The filters of {first}, in the colours to which they answer.", "filters",
         first)
     for layer in dict.fromkeys([first, last]):
-        add(f"features-{layer}", f"What {layer} makes of {image}.", features, run, (layer,),
+        add(f"features-{layer}", f"What {layer} makes of {image}.", "features", (layer,),
             index=index, maps=35, **given)
-    add("reconstruct", f"What in {image} excites the strongest unit of {', '.join(layers)}, found "
-        f"by a deconvnet (Zeiler & Fergus 2014).", deconv, "reconstruct", run, index=index,
-        layers=",".join(layers), **given)
+    add("reconstruct", f"What in {image} excites the strongest unit of "
+        f"{layers.replace(',', ', ')}, found by a deconvnet (Zeiler & Fergus 2014).",
+        "reconstruct", index=index, layers=layers, **given)
     add("gallery", f"Units of {last}: the test images' patches that excite them most, and what a "
-        f"deconvnet brings back of each.", deconv, "gallery", run, layer=last, units=3, **given)
-    return blocks
+        f"deconvnet brings back of each.", "gallery", layer=last, units=3, **given)
 
 
-def report_of_lab(what, runs, figures):
-    """(title, blocks) of a lab report: the experiments `what`, whose runs are in folder `runs`."""
+def report_of_lab(what, runs, folder):
+    """The `Report` of the experiments `what`, whose runs are in the folder `runs`."""
     try:
         entries = train.read_experiments(what)
     except ValueError as error:
@@ -1075,21 +1090,28 @@ def report_of_lab(what, runs, figures):
     images = " and ".join(sorted({row["images"] for row in rows if "images" in row}))
     places = "; ".join(sorted({f"{row['device']}, commit {row['commit']}" for row in rows
                                if "device" in row}))
-    return book["reports"].get(what, f"Experiments: {what}"), [
-        ("text", f"Of {len(claims)} reported accuracies, {len(known)} were measured again; {met} "
-                 f"of these were met or beaten. The reported ones are on the original CIFAR-10, "
-                 f"the measured ones on {images or 'nothing yet'}."),
-        ("heading", "Reported and measured"),
-        ("table", [("id", "run", "accuracy", "reported", "measured", "difference", "epochs",
-                    "time", "images", "note"), *map(lab_cells, rows)],
-         "Accuracies in per cent; of several seeds the mean ± standard deviation. Time is that of "
-         "one run."),
-        *(block for entry in entries for block in entry_blocks(entry, runs, figures)),
-        ("heading", "Hardware, and how to make it again"),
-        ("text", f"Measured on: {places or 'nothing yet'}."),
-        ("command", portable(["python", "train.py", "reproduce", what, *(
-            f"--{name}={value}" for name, value in flags.items())]) +
-         f"\npython visualize.py report {what}")]
+    report = Report(book["reports"].get(what, f"Experiments: {what}"), folder)
+    report.text(f"Of {len(claims)} reported accuracies, {len(known)} were measured again; {met} of "
+                f"these were met or beaten. The reported ones are on the original CIFAR-10, the "
+                f"measured ones on {images or 'nothing yet'}.")
+    report.heading("Reported and measured")
+    report.table([("id", "run", "accuracy", "reported", "measured", "difference", "epochs", "time",
+                   "images", "note"), *map(lab_cells, rows)],
+                 "Accuracies in per cent; of several seeds the mean ± standard deviation. Time is "
+                 "that of one run.")
+    for entry in entries:
+        report_entry(report, entry, runs)
+    report.heading("Hardware, and how to make it again")
+    report.text(f"Measured on: {places or 'nothing yet'}.")
+    report.command(portable(["python", "train.py", "reproduce", what, *(
+        f"--{name}={value}" for name, value in flags.items())]),
+        f"python visualize.py report {what}")
+    return report
+
+
+def with_seeds(first):
+    """The folder of a run and those of its repetitions with other seeds."""
+    return [first, *sorted(first.parent.glob(f"{first.name}-seed*"))]
 
 
 def lab_rows(entry, runs, flags):
@@ -1099,13 +1121,12 @@ def lab_rows(entry, runs, flags):
     """
     rows = []
     for name, line in entry.get("runs", {}).items():
-        first = train.run_folder_of(entry["id"], name, runs)
-        found = [first, *sorted(first.parent.glob(f"{first.name}-seed*"))]
-        done = [result for result in map(finished, found) if result]
+        folder = train.run_folder_of(entry["id"], name, runs)
+        done = [result for result in map(finished, with_seeds(folder)) if result]
         if not done:
             claims = entry.get("reported", {}).get(name, {"test": None})
             rows += [{"run": name, "accuracy": part, "reported": claim, "measured": None,
-                      "state": "not finished" if first.exists() else "not measured"}
+                      "state": "not finished" if folder.exists() else "not measured"}
                      for part, claim in claims.items()]
             continue
         words = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:])
@@ -1135,33 +1156,35 @@ def lab_cells(row):
             row.get("images", "–"), row.get("note", ""))
 
 
-def entry_blocks(entry, runs, figures):
-    """An experiment of a lab report: note, command lines, curves in one plot, other figures."""
+def report_entry(report, entry, runs):
+    """Add an experiment of a lab report: note, command lines, curves in one plot, other figures."""
     def fill(text, show=str):
         return re.sub(r"\{(?:([^{}/]+)/)?([^{}]+)\}", lambda match: show(str(train.run_folder_of(
             match[1] or entry["id"], match[2], runs))), text)
 
     lines, drawn = [*entry.get("runs", {}).values()], entry.get("figures", ())
+    report.heading(f"{entry['id']}  {entry['shows']}")
+    if "note" in entry:
+        report.text(f"Note: {entry['note']}.")
+    report.command(*(portable(shlex.split(fill(line, shlex.quote))) for line in (*lines, *drawn)))
     names = [f"{{{name}}}" for name in entry.get("runs", {})]
     names += re.findall(r"\{.+?\}", " ".join(line for line in drawn if " curves " in line))
     folders = [folder for first in dict.fromkeys(Path(fill(name)) for name in names)
-               for folder in (first, *sorted(first.parent.glob(f"{first.name}-seed*")))
-               if train.read_rows(folder)]
-    blocks = [("heading", f"{entry['id']}  {entry['shows']}"),
-              *([("text", f"Note: {entry['note']}.")] if "note" in entry else []),
-              ("command", "\n".join(portable(shlex.split(fill(line, shlex.quote)))
-                                    for line in (*lines, *drawn)))]
+               for folder in with_seeds(first) if train.read_rows(folder)]
     if folders:
-        path = save_figure(draw_curves(group_runs(folders)), None, f"{entry['id']}-curves", figures)
-        blocks.append(("figure", path, f"{entry['id']}: loss and accuracy after each epoch."))
+        report.draw(f"{entry['id']}-curves", draw_curves(group_runs(folders)),
+                    f"{entry['id']}: loss and accuracy after each epoch.")
+    found = {}  # several lines may have drawn the same figure
     for line in drawn:
         command, run = line.split()[2], re.search(r"\{.+?\}", line)
         place = Path(fill(run[0]), "figures") if run else Path(runs, f"{entry['id']}-{command}")
         for path in sorted(place.glob(f"{command}*.png")) if command != "curves" else ():
-            copy = figures / f"{entry['id']}-{path.name}"
-            networks.write_atomically(copy, path.read_bytes())
-            blocks.append(("figure", copy, f"{entry['id']}: {path.stem}, {place.parent.name}."))
-    return list({block[1]: block for block in blocks}.values())  # several lines, one figure
+            found[path] = f"{entry['id']}: {path.stem}, {place.parent.name}."
+    for path, caption in found.items():
+        copy = report.figures / f"{entry['id']}-{path.name}"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        networks.write_atomically(copy, path.read_bytes())
+        report.figure(copy, caption)
 
 
 # ---------------------------------------------------------------------------- commands
@@ -1173,22 +1196,18 @@ def title_of(checkpoint):
     return f"{name}, epoch {checkpoint['epoch']}"
 
 
-def open_test(ckpt, device, data, root, out, format):
-    """(network, checkpoint, test split), after `out` and `format` have been checked."""
-    figure_path(ckpt, "", out, format)
+def open_test(ckpt, device, data, root):
+    """Network, checkpoint, and the test split of its data set (or of another)."""
     network, checkpoint = train.open_checkpoint(ckpt, device)
     return network, checkpoint, train.open_dataset(checkpoint, data, root).test
 
 
-def need_one(**counts):
-    """ValueError naming the first of `counts` that is not above 0."""
-    for name, value in counts.items():
+def need(out=None, **least):
+    """ValueError naming the first of the flags `least` that is not above 0; or `out`, if given, as
+    a file: a command that draws several figures needs a folder."""
+    for name, value in least.items():
         if value <= 0:
             raise ValueError(f"{name}={value}: must be above 0")
-
-
-def need_folder(out):
-    """Commands that draw several figures cannot write them all into one file."""
     if out is not None and Path(out).suffix[1:] in FORMATS:
         raise ValueError(f"out={out}: this command draws several figures; name a folder")
 
@@ -1196,8 +1215,7 @@ def need_folder(out):
 def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: int = 0,
             out: str | None = None, format: Format = "png"):
     """Draw COUNT random training images with their classes, and the data set's figures."""
-    need_one(count=count)
-    figure_path(None, "", out, format)
+    need(count=count)
     dataset = datasets.load(data, root, val=0)
     images, labels = dataset.train
     chosen = torch.randperm(len(labels), generator=datasets.generator(seed, "samples"))[:count]
@@ -1230,8 +1248,8 @@ def predictions(ckpt: str, only: typing.Literal["all", "wrong", "right"] = "all"
                 seed: int = 0, out: str | None = None, format: Format = "png",
                 data: str | None = None, root: str | None = None, device: str = "auto"):
     """Draw COUNT random test images with true and predicted class, probabilities and logits."""
-    need_one(count=count)
-    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
+    need(count=count)
+    network, checkpoint, test = open_test(ckpt, device, data, root)
     order = torch.randperm(len(test.labels), generator=datasets.generator(seed, "predictions"))
     if only == "all":
         order = order[:count]
@@ -1251,7 +1269,7 @@ def predictions(ckpt: str, only: typing.Literal["all", "wrong", "right"] = "all"
 def confusion(ckpt: str, out: str | None = None, format: Format = "png", data: str | None = None,
               root: str | None = None, device: str = "auto"):
     """Draw the confusion matrix over the test images, and the accuracy of each class."""
-    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
+    network, checkpoint, test = open_test(ckpt, device, data, root)
     predicted = predict(network, test.images, checkpoint).argmax(1)
     matrix = confusion_matrix(test.labels, predicted, len(checkpoint["classes"]))
     accuracy = matrix.diagonal().sum() / matrix.sum()
@@ -1264,7 +1282,7 @@ def confusion(ckpt: str, out: str | None = None, format: Format = "png", data: s
 def pr_curves(ckpt: str, out: str | None = None, format: Format = "png", data: str | None = None,
               root: str | None = None, device: str = "auto"):
     """Draw every class's precision against recall over the test images."""
-    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
+    network, checkpoint, test = open_test(ckpt, device, data, root)
     shares = predict(network, test.images, checkpoint).softmax(1)
     lines = [precision_recall(shares[:, number], test.labels == number)
              for number in range(len(checkpoint["classes"]))]
@@ -1279,7 +1297,6 @@ def filters(ckpt: str, layer: str = "conv1", channel: str = "rgb", out: str | No
             format: Format = "png"):
     """Draw the filters of LAYER's first convolution: `--channel=rgb`, or the number of an input
     channel."""
-    figure_path(ckpt, "", out, format)
     network, checkpoint = train.open_checkpoint(ckpt, "cpu")
     found = [module for module in networks.find_layer(network, layer).modules()
              if isinstance(module, nn.Conv2d)]
@@ -1305,10 +1322,7 @@ def features(ckpt: str, layers: tuple[str, ...] = ("conv1",), image: str | None 
              index: int = 0, maps: int = 64, out: str | None = None, format: Format = "png",
              data: str | None = None, root: str | None = None, device: str = "auto"):
     """Draw the first MAPS feature maps of each of LAYERS for one picture, one figure a layer."""
-    need_one(maps=maps, layers=len(layers))
-    figure_path(ckpt, "", out, format)
-    if len(layers) > 1:
-        need_folder(out)
+    need(out if len(layers) > 1 else None, maps=maps, layers=len(layers))
     network, checkpoint = train.open_checkpoint(ckpt, device)
     for layer in layers:
         networks.find_layer(network, layer)
@@ -1331,15 +1345,13 @@ def patches(ckpt: str, layer: str, units: tuple[int, ...] = (16,), top: int = 9,
             root: str | None = None, device: str = "auto"):
     """Draw the TOP test-image patches that excite each of LAYER's units most, cut exactly at
     their receptive fields. `--units=16` are 16 units of all; `--units=3,17` are those two."""
-    need_one(top=top)
-    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
-    device = next(network.parameters()).device
-    channels = feature_maps(network, layer, inputs(test.images[:1], checkpoint, device)).shape[1]
-    units = choose_units(units, channels)
-    cut, values = top_patches(network, layer, test.images, checkpoint, units, top)
+    need(top=top)
+    network, checkpoint, test = open_test(ckpt, device, data, root)
+    units = choose_units(network, layer, checkpoint, units)
+    values, images, _, boxes = top_fields(network, layer, test.images, checkpoint, units, top)
     columns = values.shape[1]
     figure = image_grid(
-        cut, columns=columns, cell=0.62, row_titles=[
+        cut_patches(pictures(images, checkpoint), boxes), None, columns, cell=0.62, row_titles=[
             f"unit {unit}\n{peaks[0]:.2f} … {peaks[-1]:.2f}" for unit, peaks in zip(units, values)],
         suptitle=f"{title_of(checkpoint)}: {layer}, the {columns} patches of {len(test.labels)} "
                  f"test images\nthat excite a unit most")
@@ -1357,31 +1369,29 @@ def landscape(ckpt: str, directions: typing.Literal["random", "pca"] = "random",
     Values are kept in a CSV file as they come: the same command goes on where it was stopped,
     and draws at once when all are there.
     """
-    need_folder(out)
-    path = figure_path(ckpt, "landscape", out, format)
-    need_one(images=images, span=span)
+    need(out, images=images, span=span)
     if points < 3:
         raise ValueError(f"points={points}: must be at least 3")
     network, checkpoint = train.open_checkpoint(ckpt, device)
-    plane = random_plane(network, seed, span, points) if directions == "random" else path_plane(
+    axes, xs, ys, labels, trail = random_plane(
+        network, seed, span, points) if directions == "random" else path_plane(
         network, ckpt, points)
-    axes, xs, ys, labels, trail = plane
     dataset = train.open_dataset(checkpoint, data, root)
-    parts = {"train": some_images(dataset.train, images, seed),
-             "test": some_images(dataset.test, images, seed)}
-    key = fingerprint(network, directions, seed, images, dataset.name, trail)
-    table = path.with_name(f"landscape-{directions}-{key}.csv")
-
-    def evaluate(point):
-        return loss_at(network, axes, point, parts, checkpoint)
-
+    parts = {"train": datasets.subset(dataset.train, images, seed),
+             "test": datasets.subset(dataset.test, images, seed)}
+    key = fingerprint(network, dataset.name, images, seed, trail)
+    table = figure_path(ckpt, "", out).with_name(f"landscape-{directions}-{key}.csv")
     title = (f"{title_of(checkpoint)}: loss on {len(parts['train'].labels)} training and "
              f"{len(parts['test'].labels)} test images")
+
+    def values_at(places):
+        return evaluate_points(table, places, lambda point: loss_at(
+            network, axes, point, parts, checkpoint), f"loss at {len(places)} points")
+
     if directions == "random":
-        line = [(x, 0.0) for x in spaced(-span, span, 2 * points - 1)]
-        rows = evaluate_points(table, line, evaluate, "loss on a line")
-        save_figure(draw_landscape_line(rows.values(), title), ckpt, "landscape-line", out, format)
-    rows = evaluate_points(table, [*itertools.product(xs, ys)], evaluate, "loss on a grid")
+        line = values_at([(x, 0.0) for x in spaced(-span, span, 2 * points - 1)])
+        save_figure(draw_landscape_line(line.values(), title), ckpt, "landscape-line", out, format)
+    rows = values_at([*itertools.product(xs, ys)])
     grids = {name: grid_values(rows, xs, ys, f"{name}/loss") for name in parts}
     save_figure(draw_landscape_contours(xs, ys, grids, title, labels, trail), ckpt,
                 f"landscape-contours-{directions}", out, format)
@@ -1401,27 +1411,20 @@ def random_plane(network, seed, span, points):
 def path_plane(network, ckpt, points):
     """The plane in which the checkpoints of the run of `ckpt` lie best, as `random_plane`'s, with
     their path; it reaches a quarter beyond the path."""
-    folder = folder_of(ckpt)
-    files = [*folder.glob("step-*.pth"), *folder.glob("last.pth")]
+    files = [*folder_of(ckpt).glob("step-*.pth"), *folder_of(ckpt).glob("last.pth")]
     found = [networks.read(file) for file in datasets.progress(files, "reading checkpoints")]
-    by_step = {checkpoint["step"]: checkpoint["weights"] for checkpoint in found}
-    axes, shares, trail = principal_directions(network, [by_step[step] for step in sorted(by_step)])
-    edges = [(low - (high - low) / 4, high + (high - low) / 4)
-             for low, high in (_span(trail[:, 0]), _span(trail[:, 1]))]
+    weights = {checkpoint["step"]: checkpoint["weights"] for checkpoint in found}
+    axes, shares, trail = principal_directions(network, [weights[step] for step in sorted(weights)])
+    along = [spaced(low - (high - low) / 4, high + (high - low) / 4, points)
+             for low, high in map(_span, trail.T)]
     labels = [f"principal direction {number} ({share:.1%} of the variance)"
               for number, share in enumerate(shares, 1)]
-    return axes, *(spaced(*ends, points) for ends in edges), labels, trail.tolist()
+    return axes, *along, labels, trail.tolist()
 
 
 def spaced(low, high, count):
     """`count` numbers from `low` to `high`; if they are symmetric and odd, 0 is exactly there."""
     return [(low * (count - 1 - place) + high * place) / (count - 1) for place in range(count)]
-
-
-def some_images(split, count, seed):
-    """`count` images of a split, chosen by `seed`."""
-    chosen = torch.randperm(len(split.labels), generator=datasets.generator(seed, "some"))[:count]
-    return datasets.Split(split.images[chosen], split.labels[chosen])
 
 
 def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cifar10",
@@ -1434,13 +1437,13 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
     and Santurkar et al.'s (2018) three measures along the gradient of a step, taken each EVERY
     steps of the run at the first of LRS. Finished runs are kept in a CSV file beside the figure.
     """
-    path = figure_path(None, "smoothness", out, format)
-    need_one(steps=steps, every=every, batch_size=batch_size, models=len(models), lrs=len(lrs),
+    need(steps=steps, every=every, batch_size=batch_size, models=len(models), lrs=len(lrs),
              lr=min(lrs, default=0))
     for model in models:
         networks.options_of(model)
     settings = (data, steps, every, batch_size, lrs[0], seed)
-    table = path.with_name(f"smoothness-{fingerprint(nn.Module(), settings)}.csv")
+    table = figure_path(None, "", out).with_name(
+        f"smoothness-{fingerprint(nn.Module(), settings)}.csv")
     rows = [{name: value if name == "model" else float(value) if value else None
              for name, value in row.items()} for row in read_table(table)]
     done = {(row["model"], row["lr"]) for row in rows}
@@ -1465,11 +1468,11 @@ def projector(ckpt: str, layer: str | None = None, count: int = 1000, out: str |
     their means. It goes to `projector/LAYER` in the run's folder, or to OUT."""
     from torch.utils.tensorboard import SummaryWriter
 
-    need_one(count=count)
+    need(count=count)
     network, checkpoint = train.open_checkpoint(ckpt, device)
     layer = layer or penultimate(network)
     networks.find_layer(network, layer)
-    test = some_images(train.open_dataset(checkpoint, data, root).test, count, 0)
+    test = datasets.subset(train.open_dataset(checkpoint, data, root).test, count, seed=0)
     classes = checkpoint["classes"]
     vectors = torch.cat([maps.mean((2, 3)).float().cpu() for _, maps
                          in layer_batches(network, layer, test.images, checkpoint)])
@@ -1504,17 +1507,9 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     are if they have moved.
     """
     folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
-    if Path(what).is_dir():
-        title, blocks = report_of_run(Path(what), folder / "figures", data=data, root=root,
-                                      device=device)
-    else:
-        title, blocks = report_of_lab(what, runs, folder / "figures")
-    counts = {"table": itertools.count(1), "figure": itertools.count(1)}
-    blocks = [(kind, content, f"{kind.capitalize()} {next(counts[kind])}. {caption[0]}"
-               if kind in counts else "") for kind, content, *caption in blocks]
-    for name, render in (("report.html", as_html), ("report.md", as_markdown)):
-        networks.write_atomically(folder / name, render(title, blocks))
-        print(folder / name)
+    made = report_of_run(Path(what), folder, data=data, root=root, device=device) if Path(
+        what).is_dir() else report_of_lab(what, runs, folder)
+    made.write()
 
 
 COMMANDS = {command.__name__: command for command in (
