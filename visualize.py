@@ -31,6 +31,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import nn
 
 import data as datasets
@@ -84,9 +88,6 @@ def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row
     "each"), or all maps share one, shown by a colour bar ("shared"). `titles` has a text for
     each image, `row_titles` for each row; `cell` is a picture's side in inches.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
     images = [image.detach().float().cpu() for image in images]
     maps = [image.flatten() for image in images if image.ndim == 2]
     shared = Normalize(*_span(torch.cat(maps))) if maps and scale == "shared" else None
@@ -242,26 +243,24 @@ def receptive_fields(network, layer, image_size):
     NaN that look at it, through any strides, padding, pooling and branches. The box of a unit
     that looks at nothing is 0, 0, 0, 0.
     """
-    device, training, boxes = next(network.parameters()).device, network.training, []
+    device, training = next(network.parameters()).device, network.training
     chunks = torch.arange(image_size).split(max(1, 2**18 // image_size**2))
-    passes = list(itertools.product(chunks, (2, 3)))  # lines, and the axis across them
+    low, high = {2: image_size, 3: image_size}, {2: 0, 3: 0}  # along the images' axes 2 and 3
     network.eval()
     try:
         # Without cuDNN, whose fast algorithms work tile by tile and spread a NaN over the tile.
         with torch.backends.cudnn.flags(enabled=False):
-            for chunk, axis in datasets.progress(passes, "receptive fields"):
-                images = torch.zeros(len(chunk), 3, image_size, image_size, device=device)
-                images.transpose(1, axis)[torch.arange(len(chunk)), chunk] = torch.nan
-                seen = feature_maps(network, layer, images).isnan()
-                if not boxes:
-                    first = torch.full_like(seen[0], image_size, dtype=torch.int16)
-                    boxes = [first, first.clone(), first * 0, first * 0]
-                for line, units in zip(chunk.tolist(), seen):
-                    boxes[axis - 2].masked_fill_(units & (boxes[axis - 2] > line), line)
-                    boxes[axis].masked_fill_(units, line + 1)
+            for lines, axis in datasets.progress([*itertools.product(chunks, low)],
+                                                 "receptive fields"):
+                images = torch.zeros(len(lines), 3, image_size, image_size, device=device)
+                images.transpose(1, axis)[torch.arange(len(lines)), lines] = torch.nan
+                seen = feature_maps(network, layer, images).isnan().cpu()
+                number = lines.view(-1, 1, 1, 1)
+                low[axis] = number.where(seen, image_size).amin(0).clamp(max=low[axis])
+                high[axis] = (number + 1).where(seen, 0).amax(0).clamp(min=high[axis])
     finally:
         network.train(training)
-    boxes = torch.stack(boxes, -1).long().cpu()
+    boxes = torch.stack([low[2], low[3], high[2], high[3]], -1)
     return boxes * (boxes[..., 2:3] > 0)
 
 
@@ -353,8 +352,6 @@ def plot(figure, place, title, xlabel, ylabel):
 
 def log_scale(axes):
     """Make the vertical axis logarithmic, labelled with plain numbers."""
-    from matplotlib.ticker import LogFormatter
-
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter())
@@ -363,8 +360,6 @@ def log_scale(axes):
 
 def new_figure(width, height, title):
     """An empty figure, in inches, that lays itself out."""
-    from matplotlib.figure import Figure
-
     figure = Figure((width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.07)
     figure.suptitle(title, fontsize=11)
@@ -652,8 +647,6 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
 
     Both share one logarithmic scale. `path` is a list of points (x, y), drawn as a line.
     """
-    from matplotlib.colors import LogNorm
-
     figure = new_figure(5.2 * len(parts) + 0.8, 5.1, title)
     low, high = _span(torch.stack([*parts.values()]).clamp(min=1e-4))
     levels = torch.logspace(math.log10(low), math.log10(high), 17).tolist()
@@ -819,12 +812,10 @@ h1 + p { margin-bottom: 2rem; padding: .9rem 0; border: solid #999; border-width
 pre { padding-left: 1rem; border-left: 2px solid #bbb; white-space: pre-wrap;
   overflow-wrap: anywhere; font: .8rem/1.5 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
 code { font: inherit; }
-table { border-collapse: collapse; border-bottom: 1.5px solid; margin: auto; font-size: .875rem;
+table { border-collapse: collapse; border-block: 1.5px solid; margin: auto; font-size: .875rem;
   min-width: min(40rem, 100%); line-height: 1.35; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem 0 .25rem .9rem; border-top: 1px solid #e2e2e2; text-align: left;
+th, td { padding: .25rem .45rem; border-bottom: 1px solid #e2e2e2; text-align: left;
   vertical-align: baseline; white-space: nowrap; }
-th { border-top: 1.5px solid; border-bottom: 1px solid; }
-th:first-child, td:first-child { padding-left: 0; }
 td:last-child { min-width: 7rem; white-space: normal; }
 img { display: block; max-width: 100%; height: auto; margin: auto; }
 p:has(+ div), p:has(img) + p { font-size: .875rem; line-height: 1.4; color: #444; }
@@ -844,13 +835,13 @@ p:has(+ div) { margin-bottom: -1rem; }
 class Report:
     """A lab report in the making: Markdown in `folder`, beside its `figures`, and as one page."""
 
-    def __init__(self, title, folder):
-        self.title, self.folder, self.figures = title, Path(folder), Path(folder, "figures")
-        self.parts, self.drawn, self.tables = [f"# {plain(title)}"], [], 0
+    def __init__(self, folder, title, lead):
+        self.folder, self.title = Path(folder), title
+        self.parts, self.tables, self.figures = [f"# {plain(title)}", plain(lead)], 0, []
 
-    def heading(self, text):
+    def section(self, title):
         """Begin a section."""
-        self.parts.append(f"## {plain(text)}")
+        self.parts.append(f"## {plain(title)}")
 
     def text(self, text):
         """Add a paragraph."""
@@ -868,37 +859,23 @@ class Report:
         self.parts += [plain(f"Table {self.tables}. {caption}"), "\n".join(
             f"| {' | '.join(row)} |" for row in (head, rule, *rows))]
 
-    def figure(self, path, caption):
-        """Add the PNG file `path`, which lies in `figures`."""
-        self.drawn.append(path)
-        caption = plain(f"Figure {len(self.drawn)}. {caption}")
+    def figure(self, name, drawn, caption):
+        """Add a matplotlib figure, or the PNG file it is `drawn` in, as `name` in `figures`."""
+        path = self.folder / "figures" / f"{name}.png"
+        if isinstance(drawn, Figure):
+            save_figure(drawn, None, name, path)
+        elif drawn != path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            networks.write_atomically(path, drawn.read_bytes())
+        self.figures.append(path)
+        caption = plain(f"Figure {len(self.figures)}. {caption}")
         self.parts += [f"![{caption}](<figures/{path.name}>)", caption]
-
-    def draw(self, name, figure, caption):
-        """Save a matplotlib figure as `name` and add it."""
-        self.figure(save_figure(figure, None, name, self.figures), caption)
-
-    def markdown(self):
-        """The report as Markdown."""
-        return "\n\n".join(self.parts) + "\n"
-
-    def html(self):
-        """The report as one page that needs no other file."""
-        from markdown_it import MarkdownIt
-
-        reader = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table")
-        body = reader.render(self.markdown())
-        body = body.replace("<table>", "<div><table>").replace("</table>", "</table></div>")
-        pictures = map(embedded, self.drawn)
-        body = re.sub('<img src="[^"]*"', lambda _: f"<img {next(pictures)}", body)
-        return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-                '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-                f"<title>{html.escape(self.title)}</title>\n<style>{STYLE}</style></head>\n"
-                f"<body><main>\n{body}</main></body></html>\n")
 
     def write(self):
         """Write report.html and report.md and print their paths."""
-        for name, content in (("report.html", self.html()), ("report.md", self.markdown())):
+        text = "\n\n".join(self.parts) + "\n"
+        for name, content in (("report.html", page(self.title, text, self.figures)),
+                              ("report.md", text)):
             networks.write_atomically(self.folder / name, content)
             print(self.folder / name)
 
@@ -908,11 +885,20 @@ def plain(text):
     return re.sub(r"[\\`*|\[\]]|\b_|_\b", r"\\\g<0>", html.escape(text, quote=False))
 
 
-def embedded(path):
-    """The attributes of an HTML image that hold the PNG file `path`, as large as it was drawn."""
-    png = path.read_bytes()
-    width = int.from_bytes(png[16:20], "big") * 96 // DPI
-    return f'width="{width}" src="data:image/png;base64,{base64.b64encode(png).decode()}"'
+def page(title, markdown, figures):
+    """Markdown as one HTML page that holds its PNG files `figures` and needs no other file."""
+    from markdown_it import MarkdownIt
+
+    reader = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table")
+    body = reader.render(markdown)
+    body = body.replace("<table>", "<div><table>").replace("</table>", "</table></div>")
+    for png in (path.read_bytes() for path in figures):
+        width = int.from_bytes(png[16:20], "big") * 96 // DPI  # as large as it was drawn
+        body = re.sub('<img src="figures[^"]*"', f'<img width="{width}" src="data:image/png;base64,'
+                      f'{base64.b64encode(png).decode()}"', body, count=1)
+    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<meta name="viewport" '
+            f'content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
+            f"<style>{STYLE}</style></head>\n<body><main>\n{body}</main></body></html>\n")
 
 
 def numeric_columns(rows):
@@ -967,21 +953,21 @@ def report_of_run(run, folder, **given):
         f", the best of them on the validation images ({result['val/accuracy']:.2%})")
     hardware = {"device": result["device"], "time": duration(result["seconds"]),
                 **result["versions"], "commit": result["commit"] or "unknown"}
-    report = Report(f"{config.model} on {name}", folder)
-    report.text(f"{config.model} ({options}{thousands(result['parameters'])} parameters) was "
-                f"trained on {thousands(len(dataset.train.labels))} images of {name}: "
-                f"{result['epochs']} epoch{'s' * (result['epochs'] > 1)}, {hardware['time']} on "
-                f"{result['device']}. It classifies {thousands(right)} of {thousands(count)} test "
-                f"images correctly, {right / count:.2%}. Its weights are those of epoch "
-                f"{checkpoint['epoch']}{best}.")
-    report_setup(report, config, name, dataset, network, checkpoint)
-    report.heading("Training")
-    report.draw("report-curves", draw_curves(group_runs([run])),
-                "Loss and accuracy after each epoch. Training images are counted as the network "
-                "learns from them: augmented, and with dropout where there is any.")
-    report_predictions(report, dataset.test, checkpoint, logits)
-    report_inside(report, run, network, dataset.test, checkpoint, logits, given)
-    report.heading("Hardware, versions, and how to make it again")
+    report = Report(
+        folder, f"{config.model} on {name}",
+        f"{config.model} ({options}{thousands(result['parameters'])} parameters) was trained on "
+        f"{thousands(len(dataset.train.labels))} images of {name}: {result['epochs']} "
+        f"epoch{'s' * (result['epochs'] > 1)}, {hardware['time']} on {result['device']}. It "
+        f"classifies {thousands(right)} of {thousands(count)} test images correctly, "
+        f"{right / count:.2%}. Its weights are those of epoch {checkpoint['epoch']}{best}.")
+    add_setup(report, config, name, dataset, network, checkpoint)
+    report.section("Training")
+    report.figure("report-curves", draw_curves(group_runs([run])),
+                  "Loss and accuracy after each epoch. Training images are counted as the network "
+                  "learns from them: augmented, and with dropout where there is any.")
+    add_predictions(report, dataset.test, checkpoint, logits)
+    add_inside(report, run, network, dataset.test, checkpoint, logits, given)
+    report.section("Hardware, versions, and how to make it again")
     report.table([("what", "value"), *hardware.items()], "Where the network was trained.")
     report.text("The first command trains the network, the second makes this report. Folders from "
                 "elsewhere have only their last names here.")
@@ -990,13 +976,13 @@ def report_of_run(run, folder, **given):
     return report
 
 
-def report_setup(report, config, name, dataset, network, checkpoint):
-    """Add images, settings and structure of a run."""
+def add_setup(report, config, name, dataset, network, checkpoint):
+    """Images, settings and structure of a run."""
     sizes = ", ".join(f"{thousands(len(split.labels))} {PART_NAMES[part]}" for part in PART_NAMES
                       if (split := getattr(dataset, part)))
     mean, std = (" ".join(f"{value:.4f}" for value in checkpoint[kind]) for kind in ("mean", "std"))
     side = checkpoint["image_size"]
-    report.heading("Images and settings")
+    report.section("Images and settings")
     report.text(f"{name}: {sizes} images of {len(dataset.classes)} classes. The network takes them "
                 f"at {side}×{side} pixels, less the mean {mean} and divided by the standard "
                 f"deviation {std} of the training images' pixels.")
@@ -1005,21 +991,21 @@ def report_setup(report, config, name, dataset, network, checkpoint):
               else str(value).lower()
               for key, value in {**dataclasses.asdict(config), **config.all_settings()}.items()
               if key == "epochs" or key not in (*train.MAY_CHANGE, "options")}
+    values |= {"data": name, "image_size": str(side)}
     report.table([("setting", "value", "meaning"), *(
         (key, value, meanings.get(key, f"option of {config.model}"))
-        for key, value in {**values, "data": name, "image_size": str(side)}.items())],
-        "The settings that bear on the outcome.")
+        for key, value in values.items())], "The settings that bear on the outcome.")
     rows = networks.stages(network, side)
     rows.append(("total", (), *(sum(row[place] for row in rows) for place in (2, 3))))
-    report.heading("Structure")
+    report.section("Structure")
     report.table([("stage", "output", "parameters", "multiply-adds"), *(
-        (stage, "×".join(map(str, shape)), thousands(parameters), thousands(operations))
-        for stage, shape, parameters, operations in rows)],
+        (stage, "×".join(map(str, shape)), *map(thousands, counts))
+        for stage, shape, *counts in rows)],
         "The stages of the network; multiply-adds are those of one image.")
 
 
-def report_predictions(report, test, checkpoint, logits):
-    """Add the accuracy of each class, confusion matrix, and predictions right and wrong."""
+def add_predictions(report, test, checkpoint, logits):
+    """Accuracy of each class, confusion matrix, and predictions that are right and wrong."""
     classes, right = checkpoint["classes"], logits.argmax(1) == test.labels
     matrix = confusion_matrix(test.labels, logits.argmax(1), len(classes))
     rows = [("class", "test images", "right", "accuracy", "most often taken for")]
@@ -1027,22 +1013,23 @@ def report_predictions(report, test, checkpoint, logits):
                                        matrix - matrix.diagonal().diag()):
         rows.append((name, f"{line.sum()}", f"{hits}", f"{hits / line.sum().clamp(min=1):.1%}",
                      f"{classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "–"))
-    report.heading("Predictions")
+    report.section("Predictions")
     report.table(rows, "Accuracy of each class on the test images.")
-    report.draw("report-confusion", draw_confusion(matrix, classes, ""),
-                "Which classes, in rows, are taken for which, in columns.")
+    report.figure("report-confusion", draw_confusion(matrix, classes, ""),
+                  "Which classes, in rows, are taken for which, in columns.")
     order = torch.randperm(len(right), generator=datasets.generator(0, "predictions"))
     for name, kept in (("right", right), ("wrong", ~right)):
         some = order[kept[order]][:4]
         if len(some):
-            report.draw(f"report-{name}", draw_predictions(
-                pictures(test.images[some], checkpoint), test.labels[some], logits[some], classes,
-                ""), f"Predictions that are {name}, drawn at random: probability and logit of each "
-                     f"class. Blue is the true class, orange what it was taken for.")
+            drawn = draw_predictions(pictures(test.images[some], checkpoint), test.labels[some],
+                                     logits[some], classes, "")
+            report.figure(f"report-{name}", drawn, f"Predictions that are {name}, drawn at random: "
+                          f"probability and logit of each class. Blue is the true class, orange "
+                          f"what it was taken for.")
 
 
-def report_inside(report, run, network, test, checkpoint, logits, given):
-    """Add filters, feature maps and deconvnet reconstructions, each by its own command."""
+def add_inside(report, run, network, test, checkpoint, logits, given):
+    """Filters, feature maps and deconvnet reconstructions, each drawn by its command."""
     index = (logits.argmax(1) == test.labels).int().argmax().item()  # the first that is right
     image = f"test image {index} ({checkpoint['classes'][test.labels[index]]})"
     sides = {name: shape[-1] for name, shape, *_ in networks.stages(
@@ -1050,29 +1037,29 @@ def report_inside(report, run, network, test, checkpoint, logits, given):
             isinstance(module, nn.Conv2d) for module in network.get_submodule(name).modules())}
     layers = [name for name, side in sides.items() if side > 1] or [*sides]
     first, middle, last = layers[0], layers[len(layers) // 2], layers[-1]
-    layers = ",".join(dict.fromkeys([first, middle, last]))
-    report.heading("Inside the network")
+    layers = [*dict.fromkeys([first, middle, last])]
+    place = report.folder / "figures"
 
-    def add(name, caption, command, *words, **options):
-        path = report.figures / f"report-{name}.png"
-        options = {key: value for key, value in options.items() if value is not None}
+    def draw(name, caption, command, **flags):
+        path = place / f"report-{name}.png"
         if command in COMMANDS:
-            COMMANDS[command](str(run), *words, out=str(path), **options)
+            COMMANDS[command](str(run), out=str(path), **flags)
         else:
-            train.run_script("deconv.py", command, str(run), f"--out={path}",
-                             *(f"--{key}={value}" for key, value in options.items()))
-        report.figure(path, caption)
+            train.run_script("deconv.py", command, str(run), f"--out={path}", *(
+                f"--{key}={value}" for key, value in flags.items() if value is not None))
+        report.figure(f"report-{name}", path, caption)
 
-    add("filters", f"The filters of {first}, in the colours to which they answer.", "filters",
-        first)
+    report.section("Inside the network")
+    draw("filters", f"The filters of {first}, in the colours to which they answer.", "filters",
+         layer=first)
     for layer in dict.fromkeys([first, last]):
-        add(f"features-{layer}", f"What {layer} makes of {image}.", "features", (layer,),
-            index=index, maps=35, **given)
-    add("reconstruct", f"What in {image} excites the strongest unit of "
-        f"{layers.replace(',', ', ')}, found by a deconvnet (Zeiler & Fergus 2014).",
-        "reconstruct", index=index, layers=layers, **given)
-    add("gallery", f"Units of {last}: the test images' patches that excite them most, and what a "
-        f"deconvnet brings back of each.", "gallery", layer=last, units=3, **given)
+        draw(f"features-{layer}", f"What {layer} makes of {image}.", "features", layers=(layer,),
+             index=index, maps=35, **given)
+    draw("reconstruct", f"What in {image} excites the strongest unit of {', '.join(layers)}, found "
+         f"by a deconvnet (Zeiler & Fergus 2014).", "reconstruct", index=index,
+         layers=",".join(layers), **given)
+    draw("gallery", f"Units of {last}: the test images' patches that excite them most, and what a "
+         f"deconvnet brings back of each.", "gallery", layer=last, units=3, **given)
 
 
 def report_of_lab(what, runs, folder):
@@ -1090,18 +1077,19 @@ def report_of_lab(what, runs, folder):
     images = " and ".join(sorted({row["images"] for row in rows if "images" in row}))
     places = "; ".join(sorted({f"{row['device']}, commit {row['commit']}" for row in rows
                                if "device" in row}))
-    report = Report(book["reports"].get(what, f"Experiments: {what}"), folder)
-    report.text(f"Of {len(claims)} reported accuracies, {len(known)} were measured again; {met} of "
-                f"these were met or beaten. The reported ones are on the original CIFAR-10, the "
-                f"measured ones on {images or 'nothing yet'}.")
-    report.heading("Reported and measured")
+    report = Report(
+        folder, book["reports"].get(what, f"Experiments: {what}"),
+        f"Of {len(claims)} reported accuracies, {len(known)} were measured again; {met} of these "
+        f"were met or beaten. The reported ones are on the original CIFAR-10, the measured ones on "
+        f"{images or 'nothing yet'}.")
+    report.section("Reported and measured")
     report.table([("id", "run", "accuracy", "reported", "measured", "difference", "epochs", "time",
                    "images", "note"), *map(lab_cells, rows)],
                  "Accuracies in per cent; of several seeds the mean ± standard deviation. Time is "
                  "that of one run.")
     for entry in entries:
-        report_entry(report, entry, runs)
-    report.heading("Hardware, and how to make it again")
+        add_entry(report, entry, runs)
+    report.section("Hardware, and how to make it again")
     report.text(f"Measured on: {places or 'nothing yet'}.")
     report.command(portable(["python", "train.py", "reproduce", what, *(
         f"--{name}={value}" for name, value in flags.items())]),
@@ -1109,9 +1097,9 @@ def report_of_lab(what, runs, folder):
     return report
 
 
-def with_seeds(first):
+def with_seeds(folder):
     """The folder of a run and those of its repetitions with other seeds."""
-    return [first, *sorted(first.parent.glob(f"{first.name}-seed*"))]
+    return [folder, *sorted(folder.parent.glob(f"{folder.name}-seed*"))]
 
 
 def lab_rows(entry, runs, flags):
@@ -1124,10 +1112,10 @@ def lab_rows(entry, runs, flags):
         folder = train.run_folder_of(entry["id"], name, runs)
         done = [result for result in map(finished, with_seeds(folder)) if result]
         if not done:
+            state = "not finished" if folder.exists() else "not measured"
             claims = entry.get("reported", {}).get(name, {"test": None})
             rows += [{"run": name, "accuracy": part, "reported": claim, "measured": None,
-                      "state": "not finished" if folder.exists() else "not measured"}
-                     for part, claim in claims.items()]
+                      "state": state} for part, claim in claims.items()]
             continue
         words = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:])
         planned = train.Config.create(**train.parse_flags(words))
@@ -1141,50 +1129,47 @@ def lab_rows(entry, runs, flags):
                  for row in train.compare(entry, name, done)]
     rows = rows or [{"accuracy": "figures", "reported": None, "measured": None}]
     rows[0]["note"] = entry.get("note", "")
-    return [{**row, "id": entry["id"]} for row in rows]
+    return [{"run": "–", "note": "", "epochs": "–", "images": "–", "state": "–", **row,
+             "id": entry["id"]} for row in rows]
 
 
 def lab_cells(row):
     """A row of `lab_rows` as text."""
     claim, value = row["reported"], row["measured"]
     std = f" ± {row['std']:.2f}" if row.get("std") is not None else ""
-    return (row["id"], row.get("run", "–"), row.get("accuracy", "–"),
-            "–" if claim is None else f"{claim:.2f}",
-            row.get("state", "–") if value is None else f"{value:.2f}{std}",
+    return (row["id"], row["run"], row["accuracy"], "–" if claim is None else f"{claim:.2f}",
+            row["state"] if value is None else f"{value:.2f}{std}",
             "–" if None in (claim, value) else f"{value - claim:+.2f}".replace("-", "−"),
-            row.get("epochs", "–"), duration(row["seconds"]) if "seconds" in row else "–",
-            row.get("images", "–"), row.get("note", ""))
+            row["epochs"], duration(row["seconds"]) if "seconds" in row else "–", row["images"],
+            row["note"])
 
 
-def report_entry(report, entry, runs):
-    """Add an experiment of a lab report: note, command lines, curves in one plot, other figures."""
+def add_entry(report, entry, runs):
+    """An experiment of a lab report: note, command lines, curves in one plot, other figures."""
     def fill(text, show=str):
         return re.sub(r"\{(?:([^{}/]+)/)?([^{}]+)\}", lambda match: show(str(train.run_folder_of(
             match[1] or entry["id"], match[2], runs))), text)
 
     lines, drawn = [*entry.get("runs", {}).values()], entry.get("figures", ())
-    report.heading(f"{entry['id']}  {entry['shows']}")
+    report.section(f"{entry['id']}  {entry['shows']}")
     if "note" in entry:
         report.text(f"Note: {entry['note']}.")
     report.command(*(portable(shlex.split(fill(line, shlex.quote))) for line in (*lines, *drawn)))
     names = [f"{{{name}}}" for name in entry.get("runs", {})]
     names += re.findall(r"\{.+?\}", " ".join(line for line in drawn if " curves " in line))
-    folders = [folder for first in dict.fromkeys(Path(fill(name)) for name in names)
-               for folder in with_seeds(first) if train.read_rows(folder)]
+    folders = [folder for first in dict.fromkeys(map(fill, names))
+               for folder in with_seeds(Path(first)) if train.read_rows(folder)]
     if folders:
-        report.draw(f"{entry['id']}-curves", draw_curves(group_runs(folders)),
-                    f"{entry['id']}: loss and accuracy after each epoch.")
-    found = {}  # several lines may have drawn the same figure
+        report.figure(f"{entry['id']}-curves", draw_curves(group_runs(folders)),
+                      f"{entry['id']}: loss and accuracy after each epoch.")
+    found = {}  # several lines may have drawn one figure
     for line in drawn:
         command, run = line.split()[2], re.search(r"\{.+?\}", line)
         place = Path(fill(run[0]), "figures") if run else Path(runs, f"{entry['id']}-{command}")
-        for path in sorted(place.glob(f"{command}*.png")) if command != "curves" else ():
-            found[path] = f"{entry['id']}: {path.stem}, {place.parent.name}."
-    for path, caption in found.items():
-        copy = report.figures / f"{entry['id']}-{path.name}"
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        networks.write_atomically(copy, path.read_bytes())
-        report.figure(copy, caption)
+        if command != "curves":
+            found |= dict.fromkeys(sorted(place.glob(f"{command}*.png")), place.parent.name)
+    for path, name in found.items():
+        report.figure(f"{entry['id']}-{path.stem}", path, f"{entry['id']}: {path.stem}, {name}.")
 
 
 # ---------------------------------------------------------------------------- commands
