@@ -47,6 +47,7 @@ DPI = 150  # of figures as PNG
 # Okabe & Ito's colours, told apart by colour-blind readers; in grey print the markers do it.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+UNITS = {"loss": "cross-entropy", "accuracy": "share of images"}
 PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
 GREY = 0.85  # what lies outside the image
 
@@ -327,15 +328,13 @@ def precision_recall(scores, positive):
 
     `scores` N, `positive` N bool. Average precision is the sum of precision × rise in recall.
     """
-    order = scores.argsort(descending=True)
+    scores, order = scores.sort(descending=True)
     hits = positive[order].double().cumsum(0)
     # Images with the same score are accepted together: only the last of them is a threshold.
-    last = torch.ones_like(order, dtype=torch.bool)
-    last[:-1] = scores[order][1:] != scores[order][:-1]
+    last = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])
     precision = (hits / torch.arange(1, len(order) + 1))[last]
     recall = (hits / hits[-1].clamp(min=1))[last]
-    rise = recall.diff(prepend=recall.new_zeros(1))
-    return precision, recall, (precision * rise).sum().item()
+    return precision, recall, (precision * recall.diff(prepend=torch.zeros(1))).sum().item()
 
 
 def plot(figure, place, title, xlabel, ylabel):
@@ -375,22 +374,22 @@ def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10)
     for number, (image, label, scores) in enumerate(zip(images, labels.tolist(), logits)):
         row, column = divmod(number, columns)
         predicted = scores.argmax().item()
+        right = predicted == label
         picture = figure.add_subplot(grid[row, 2 * column])
         picture.imshow(image.permute(1, 2, 0), interpolation="nearest")
         picture.axis("off")
-        verdict = "right" if predicted == label else f"taken for {classes[predicted]}"
+        verdict = "right" if right else f"taken for {classes[predicted]}"
         picture.set_title(f"{classes[label]}\n{verdict}", fontsize=9, loc="left",
-                          color="black" if predicted == label else COLORS[1])
+                          color="black" if right else COLORS[1])
         axes = figure.add_subplot(grid[row, 2 * column + 1])
         shown = scores.topk(bars).indices.sort().values.tolist()
         shares = scores.softmax(0)[shown].tolist()
-        colors = [COLORS[0] if index == label else COLORS[1] if index == predicted else "#BBBBBB"
-                  for index in shown]
-        axes.barh(range(bars), shares, color=colors, height=0.75)
-        for place, (index, share) in enumerate(zip(shown, shares)):
-            axes.text(share + 0.02, place, f"{share:.0%}  {scores[index]:+.1f}", va="center",
-                      fontsize=6.5, color="black" if share >= 0.005 else "#777777")
-        axes.set_yticks(range(bars), [classes[index] for index in shown], fontsize=7.5)
+        colors = {predicted: COLORS[1], label: COLORS[0]}
+        drawn = axes.barh([classes[index] for index in shown], shares, height=0.75,
+                          color=[colors.get(index, "#BBBBBB") for index in shown])
+        axes.bar_label(drawn, [f"{share:.0%}  {scores[index]:+.1f}"
+                               for share, index in zip(shares, shown)], padding=2, fontsize=6.5)
+        axes.tick_params(axis="y", labelsize=7.5)
         axes.set(xlim=(0, 1.45), xticks=(), ylim=(bars - 0.4, -0.6))
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     return figure
@@ -398,28 +397,23 @@ def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10)
 
 def draw_confusion(matrix, classes, title):
     """The confusion matrix, as shares of each true class, beside every class's accuracy."""
-    count = len(classes)
-    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    count, few = len(classes), len(classes) <= 25
+    shares, size = matrix / matrix.sum(1, keepdim=True).clamp(min=1), 8 if few else 4
     side = max(5.0, 0.52 * min(count, 25))
     figure = new_figure(side + 3.4, side + 0.5, title)
-    grid = figure.add_gridspec(1, 2, width_ratios=(side, 2))
-    axes = figure.add_subplot(grid[0])
+    axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=(side, 2))
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    size = 8 if count <= 25 else 4
-    axes.set_xticks(range(count), classes, rotation=45 if count <= 25 else 90, fontsize=size,
-                    ha="right" if count <= 25 else "center")
+    axes.set_xticks(range(count), classes, fontsize=size, rotation=45 if few else 90,
+                    ha="right" if few else "center")
     axes.set_yticks(range(count), classes, fontsize=size)
     axes.set_xlabel("predicted class", fontsize=9)
     axes.set_ylabel("true class (its images are 100 %)", fontsize=9)
-    for row, column in itertools.product(range(count), repeat=2) if count <= 25 else ():
+    for row, column in itertools.product(range(count), repeat=2) if few else ():
         share = shares[row, column].item()
         axes.text(column, row, f"{share * 100:.0f}" if share >= 0.005 else "·", ha="center",
                   va="center", fontsize=8, color="black" if share > 0.5 else "white")
-    accuracy = shares.diagonal().tolist()
-    bars = figure.add_subplot(grid[1], sharey=axes)
-    bars.barh(range(count), accuracy, color=COLORS[0])
-    for place, share in enumerate(accuracy):
-        bars.text(share + 0.02, place, f"{share:.1%}", va="center", fontsize=size)
+    drawn = bars.barh(range(count), shares.diagonal(), color=COLORS[0])
+    bars.bar_label(drawn, fmt="{:.1%}", padding=2, fontsize=size)
     bars.set(xlim=(0, 1.3), xticks=(0, 1), xticklabels=("0", "100 %"))
     bars.set_title("accuracy of a class", fontsize=9)
     bars.tick_params(labelleft=False, left=False, labelsize=8)
@@ -474,30 +468,26 @@ def draw_curves(groups, x="epoch"):
     to the highest.
     """
     figure = new_figure(10, 4.2, "training (dashed) and validation (solid)")
-    labels = {"epoch": "epoch", "step": "step", "seconds": "time / s"}
-    panels = [plot(figure, (1, 2, 1), "loss", labels[x], "cross-entropy"),
-              plot(figure, (1, 2, 2), "accuracy", labels[x], "share of images")]
-    for number, (label, members) in enumerate(groups.items()):
-        length = min(len(metrics[x]) for metrics in members)
-        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-        columns = {name: torch.tensor([metrics[name][:length] for metrics in members])
-                   for name in train.COLUMNS}
-        at = columns[x].cumsum(1) if x == "seconds" else columns[x]
-        for axes, kind in zip(panels, ("loss", "accuracy")):
-            for part, style in (("train", "--"), ("val", "-")):
+    for place, (kind, unit) in enumerate(UNITS.items(), 1):
+        axes = plot(figure, (1, 2, place), kind, "time / s" if x == "seconds" else x, unit)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        for number, (label, members) in enumerate(groups.items()):
+            length = min(len(metrics[x]) for metrics in members)
+            columns = {name: torch.tensor([metrics[name][:length] for metrics in members])
+                       for name in (x, f"val/{kind}", f"train/{kind}")}
+            at = (columns[x].cumsum(1) if x == "seconds" else columns[x]).mean(0)
+            color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+            for part, style in (("val", "-"), ("train", "--")):
                 values = columns[f"{part}/{kind}"]
                 if values.isnan().all():
                     continue
-                solid = part == "val" or columns[f"val/{kind}"].isnan().all()
-                axes.plot(at.mean(0), values.mean(0), style, color=color, linewidth=1.5,
-                          marker=marker, markevery=max(1, length // 8), markersize=4,
-                          label=label if solid else None)
+                axes.plot(at, values.mean(0), style, color=color, linewidth=1.5, marker=marker,
+                          markevery=max(1, length // 8), markersize=4, label=label)
+                label = None  # one entry in the legend
                 if len(members) > 1:
-                    axes.fill_between(at.mean(0), values.amin(0), values.amax(0), color=color,
-                                      alpha=0.2, linewidth=0)
-    for axes in panels:
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    panels[1].legend(fontsize=8, frameon=False)
+                    axes.fill_between(at, values.amin(0), values.amax(0), color=color, alpha=0.2,
+                                      linewidth=0)
+    axes.legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -512,13 +502,11 @@ def filter_normalized_direction(network, random):
     """
     direction = {}
     for name, weight in network.named_parameters():
-        if weight.ndim <= 1:
-            direction[name] = torch.zeros_like(weight)
-            continue
-        noise = torch.randn(weight.shape, generator=random).to(weight.device)
-        norms = [tensor.detach().flatten(1).norm(dim=1) for tensor in (weight, noise)]
-        ratio = norms[0] / norms[1].clamp(min=1e-12)
-        direction[name] = noise * ratio.view(-1, *[1] * (weight.ndim - 1))
+        direction[name] = torch.zeros_like(weight)
+        if weight.ndim > 1:
+            noise = F.normalize(torch.randn(weight.shape, generator=random).flatten(1))
+            norms = weight.detach().flatten(1).norm(dim=1, keepdim=True)
+            direction[name] = (noise.to(weight.device) * norms).view_as(weight)
     return direction
 
 
@@ -529,26 +517,23 @@ def principal_directions(network, path):
     coordinates relative to the network, n×2), after Li et al. (2018), section 7.2. Biases and
     batch norm stay as they are, as in `filter_normalized_direction`.
     """
-    moving = {name: weight.detach() for name, weight in network.named_parameters()
-              if weight.ndim > 1}
     if len(path) < 3:
         raise ValueError(f"directions=pca: needs at least 3 checkpoints, there are {len(path)} "
                          f"(train with --keep=0 keeps all)")
-    steps = torch.stack([torch.cat([(weights[name] - weight.cpu()).flatten().float()
-                                    for name, weight in moving.items()]) for weights in path])
+    own = dict(network.named_parameters())
+    moving = [name for name, weight in own.items() if weight.ndim > 1]
+    steps = torch.stack([torch.cat([(weights[name] - own[name].detach().cpu()).flatten().float()
+                                    for name in moving]) for weights in path])
     centred = steps - steps.mean(0)
     variance, vectors = torch.linalg.eigh((centred @ centred.T).double())
     if variance[-2] <= 1e-9 * variance[-1]:
         raise ValueError("directions=pca: the weights of the checkpoints lie in one line")
-    axes = vectors[:, [-1, -2]].T.float() @ centred
-    axes /= axes.norm(dim=1, keepdim=True)
+    axes = F.normalize(vectors[:, [-1, -2]].T.float() @ centred)
     directions = []
     for axis in axes:
-        parts = axis.split([weight.numel() for weight in moving.values()])
-        moved = {name: part.view(weight.shape).to(weight.device)
-                 for (name, weight), part in zip(moving.items(), parts)}
-        directions.append({name: moved.get(name, torch.zeros_like(weight))
-                           for name, weight in network.named_parameters()})
+        parts = dict(zip(moving, axis.split([own[name].numel() for name in moving])))
+        directions.append({name: parts[name].view_as(weight).to(weight.device) if name in parts
+                           else torch.zeros_like(weight) for name, weight in own.items()})
     return directions, (variance[[-1, -2]] / variance.sum()).tolist(), steps @ axes.T
 
 
@@ -581,17 +566,18 @@ def loss_at(network, directions, amounts, parts, checkpoint):
 
 
 def read_table(path):
-    """The rows of the CSV file `path` as dictionaries of text; [] when there is none."""
+    """The rows of the CSV file `path`, dictionaries of texts and floats; [] when there is none."""
     if not path.exists():
         return []
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, quoting=csv.QUOTE_NONNUMERIC))
 
 
 def write_table(path, rows):
     """Write `rows`, dictionaries with the same names, to the CSV file `path`, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     writer.writerows(rows)
     networks.write_atomically(path, text.getvalue())
@@ -602,13 +588,13 @@ def evaluate_points(path, points, evaluate, description):
 
     Rows are kept in the CSV file `path` as they come, and not computed when they are there.
     """
-    keys = [tuple(f"{value:.6g}" for value in point) for point in points]
-    rows = {(row["x"], row["y"]): row for row in read_table(path)}
-    missing = {key: point for key, point in zip(keys, points) if key not in rows}
-    for key, point in datasets.progress(missing.items(), description, len(missing)):
-        rows[key] = {"x": key[0], "y": key[1], **evaluate(point)}
+    keys = {tuple(f"{value:.6g}" for value in point): point for point in points}
+    rows = {tuple(f"{row[axis]:.6g}" for axis in "xy"): row for row in read_table(path)}
+    missing = [key for key in keys if key not in rows]
+    for key in datasets.progress(missing, description):
+        rows[key] = {**dict(zip("xy", keys[key])), **evaluate(keys[key])}
         write_table(path, [*rows.values()])
-    return {key: {name: float(value) for name, value in rows[key].items()} for key in keys}
+    return {key: rows[key] for key in keys}
 
 
 def fingerprint(network, *settings):
@@ -630,8 +616,7 @@ def draw_landscape_line(rows, title):
     """Loss and accuracy along one direction, from `evaluate_points`' rows."""
     figure = new_figure(9, 3.8, title)
     rows = sorted(rows, key=lambda row: row["x"])
-    for place, (kind, unit) in enumerate({"loss": "cross-entropy",
-                                          "accuracy": "share of images"}.items(), 1):
+    for place, (kind, unit) in enumerate(UNITS.items(), 1):
         axes = plot(figure, (1, 2, place), kind, "distance along the direction, in filter norms",
                     unit)
         for part, style, color in (("train", "--", COLORS[0]), ("test", "-", COLORS[1])):
@@ -661,13 +646,12 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
             axes.plot(0, 0, "+", color="white", markersize=11, markeredgewidth=2)
             axes.set_aspect("equal")
             continue
-        axes.plot(*zip(*path), "-o", color=COLORS[1], markersize=4, linewidth=1.5,
-                  markeredgecolor="white", markeredgewidth=0.6)
+        axes.plot(*zip(*path), "-o", color=COLORS[1], markersize=4, markeredgecolor="white",
+                  markeredgewidth=0.6)
         for text, point in (("start", path[0]), ("end", path[-1])):
             axes.annotate(text, point, (6, 6), textcoords="offset points", fontsize=9,
                           color="white", fontweight="bold")
-    bar = figure.colorbar(filled, ax=figure.axes, shrink=0.8, format="%.3g",
-                          ticks=levels[::4])
+    bar = figure.colorbar(filled, ax=figure.axes, shrink=0.8, format="%.3g", ticks=levels[::4])
     bar.set_label("cross-entropy (logarithmic)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.ax.minorticks_off()
@@ -679,17 +663,16 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
     figure = new_figure(5.4 * len(parts), 5.0, title)
     logs = {name: values.clamp(min=1e-4).log10() for name, values in parts.items()}
     low, high = _span(torch.stack([*logs.values()]))
-    x, y = torch.meshgrid(torch.as_tensor(xs), torch.as_tensor(ys), indexing="xy")
+    x, y = torch.meshgrid(torch.tensor(xs), torch.tensor(ys), indexing="xy")
     for place, (name, values) in enumerate(logs.items(), 1):
         axes = figure.add_subplot(1, len(parts), place, projection="3d")
-        axes.plot_surface(x.numpy(), y.numpy(), values.numpy(), cmap="viridis", vmin=low,
-                          vmax=high, rcount=len(ys), ccount=len(xs), edgecolor="black",
-                          linewidth=0.15)
-        axes.set_zlim(low, high)
-        axes.zaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
+        axes.plot_surface(x.numpy(), y.numpy(), values.numpy(), cmap="viridis", vmin=low, vmax=high,
+                          rcount=len(ys), ccount=len(xs), edgecolor="black", linewidth=0.15)
+        axes.set(zlim=(low, high))
         axes.set_title(f"{PART_NAMES[name]} loss (logarithmic height)", fontsize=10)
         axes.set_xlabel(labels[0], fontsize=8)
         axes.set_ylabel(labels[1], fontsize=8)
+        axes.zaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
         axes.tick_params(labelsize=7)
         axes.view_init(35, -60)
     return figure
@@ -698,12 +681,15 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
 # ---------------------------------------------------------------------------- smoothness
 
 
+MEASURES = ("loss_low", "loss_high", "change_low", "change_high", "beta")
+
+
 def along_gradient(loss_of, weights, sizes):
     """How smooth the loss is ahead, along its gradient (Santurkar et al. 2018, figure 4).
 
     `loss_of` maps a dictionary of tensors such as `weights` to a scalar. For every step size η
-    of `sizes` the weights are moved by −η·gradient; returns the lowest and highest `loss` there,
-    the lowest and highest l2 `change` of the gradient (its predictiveness), and `beta`, the
+    of `sizes` the weights are moved by −η·gradient; returns the lowest and highest loss there,
+    the lowest and highest l2 change of the gradient (its predictiveness), and "beta", the
     effective β-smoothness: the largest change of the gradient per distance moved.
     """
     def loss_and_gradient(point):
@@ -712,18 +698,17 @@ def along_gradient(loss_of, weights, sizes):
         return loss.item(), torch.autograd.grad(loss, [*point.values()])
 
     def norm(tensors):
-        return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt()
+        return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
 
     _, gradient = loss_and_gradient(weights)
-    length, losses, changes, betas = norm(gradient).item(), [], [], []
+    losses, changes, betas = [], [], []
     for size in sizes:
         loss, ahead = loss_and_gradient({name: weight - size * slope for (name, weight), slope
                                          in zip(weights.items(), gradient)})
         losses.append(loss)
-        changes.append(norm([a - b for a, b in zip(ahead, gradient)]).item())
-        betas.append(changes[-1] / max(size * length, 1e-30))
-    return {"loss_low": min(losses), "loss_high": max(losses), "change_low": min(changes),
-            "change_high": max(changes), "beta": max(betas)}
+        changes.append(norm(after - before for after, before in zip(ahead, gradient)))
+        betas.append(changes[-1] / max(size * norm(gradient), 1e-30))
+    return dict(zip(MEASURES, (min(losses), max(losses), min(changes), max(changes), max(betas))))
 
 
 def batch_loss(network, images, labels):
@@ -742,7 +727,7 @@ def smoothness_run(model, lr, dataset, device, steps, batch_size, seed, every=0)
     """Train `model` for `steps` with SGD (momentum 0.9, constant `lr`): a row for each step.
 
     With `every`, each so many steps the row has `along_gradient`'s measures too, for eight step
-    sizes from half to four times `lr`, on the very mini-batch of the step.
+    sizes from half to four times `lr`, on the very mini-batch of the step; NaN in other rows.
     """
     torch.manual_seed(seed)
     size = networks.image_size_of(model)
@@ -751,11 +736,11 @@ def smoothness_run(model, lr, dataset, device, steps, batch_size, seed, every=0)
                                ("flip", "crop"), seed, size, device)
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9)
     sizes = [lr / 2 * 8 ** (number / 7) for number in range(8)]
-    stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
+    stream = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
     rows = []
     for step in datasets.progress(range(steps), f"{model}, learning rate {lr:g}"):
         images, labels = next(stream)
-        measures = dict.fromkeys(("loss_low", "loss_high", "change_low", "change_high", "beta"))
+        measures = dict.fromkeys(MEASURES, math.nan)
         if every and step % every == 0:
             measures = along_gradient(batch_loss(network, images, labels),
                                       dict(network.named_parameters()), sizes)
@@ -771,28 +756,25 @@ def draw_smoothness(rows, models, title):
     """Four plots over the steps, all `models` in each: the band of losses over separate runs,
     and the three measures along the gradient. `rows` are `smoothness_run`'s."""
     figure = new_figure(11, 7.5, title)
-    names = ("loss over separate runs, one for each learning rate",
-             "variation of the loss along the gradient",
-             "gradient predictiveness: change of the gradient",
-             "effective β-smoothness along the gradient")
-    units = ("training loss", "loss ahead", "l2 distance", "largest change / distance moved")
-    panels = [plot(figure, (2, 2, place), name, "step", unit)
-              for place, (name, unit) in enumerate(zip(names, units), 1)]
+    panels = [plot(figure, (2, 2, place), name, "step", unit) for place, (name, unit) in enumerate((
+        ("loss over separate runs, one for each learning rate", "training loss"),
+        ("variation of the loss along the gradient", "loss ahead"),
+        ("gradient predictiveness: change of the gradient", "l2 distance"),
+        ("effective β-smoothness along the gradient", "largest change / distance moved")), 1)]
     for number, model in enumerate(models):
-        mine = [row for row in rows if row["model"] == model]
-        runs = {lr: [row["loss"] for row in mine if row["lr"] == lr]
-                for lr in sorted({row["lr"] for row in mine})}
-        losses = torch.tensor([*runs.values()]).nan_to_num(torch.inf)
-        ahead = [row for row in mine if row["beta"] is not None]
-        at = [row["step"] for row in ahead]
-        bands = [(range(losses.shape[1]), losses.amin(0), losses.amax(0))]
-        bands += [(at, *([row[f"{kind}_{end}"] for row in ahead] for end in ("low", "high")))
-                  for kind in ("loss", "change")]
+        losses, ahead = {}, []
+        for row in (row for row in rows if row["model"] == model):
+            losses.setdefault(row["step"], []).append(math.inf if math.isnan(row["loss"])
+                                                      else row["loss"])
+            ahead += [row] if not math.isnan(row["beta"]) else []
+        bands = [(list(losses), [*map(min, losses.values())], [*map(max, losses.values())])]
+        at, *measures = zip(*([row["step"], *(row[name] for name in MEASURES)] for row in ahead))
+        bands += [(at, *measures[:2]), (at, *measures[2:4])]
         style = {"color": COLORS[number % len(COLORS)], "label": model}
-        for axes, (x, low, high) in zip(panels, bands):
-            axes.fill_between(x, low, high, alpha=0.45, linewidth=0.8,
+        for axes, band in zip(panels, bands):
+            axes.fill_between(*band, alpha=0.45, linewidth=0.8,
                               hatch=("", "////", "....")[number % 3], **style)
-        panels[3].plot(at, [row["beta"] for row in ahead], ("-", "--", ":")[number % 3], **style)
+        panels[3].plot(at, measures[4], ("-", "--", ":")[number % 3], **style)
     for axes in panels:
         log_scale(axes)
         axes.legend(fontsize=8, frameon=False)
@@ -1074,9 +1056,9 @@ def report_of_lab(what, runs, folder):
     claims = [row for row in rows if row["reported"] is not None]
     known = [row for row in claims if row["measured"] is not None]
     met = sum(row["measured"] >= row["reported"] for row in known)
-    images = " and ".join(sorted({row["images"] for row in rows if "images" in row}))
+    images = " and ".join(sorted({row["images"] for row in rows if "seconds" in row}))
     places = "; ".join(sorted({f"{row['device']}, commit {row['commit']}" for row in rows
-                               if "device" in row}))
+                               if "seconds" in row}))
     report = Report(
         folder, book["reports"].get(what, f"Experiments: {what}"),
         f"Of {len(claims)} reported accuracies, {len(known)} were measured again; {met} of these "
@@ -1206,14 +1188,14 @@ def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: in
     chosen = torch.randperm(len(labels), generator=datasets.generator(seed, "samples"))[:count]
     statistics = {"pixel mean": dataset.mean, "pixel std": dataset.std,
                   "mean of the per-image stds": datasets.mean_of_image_stds(images)}
-    facts = " · ".join(f"{name} {' '.join(f'{value:.4f}' for value in values)}"
-                       for name, values in statistics.items())
-    title = (f"{Path(data).name}: {len(labels)} training and {len(dataset.test.labels)} test "
-             f"images of {len(dataset.classes)} classes\n{facts}")
-    figure = image_grid(images[chosen].float() / 255,
-                        [dataset.classes[label] for label in labels[chosen]],
-                        min(count, 5), title)
-    return save_figure(figure, None, f"samples-{Path(data).name}", out, format)
+    name, title = Path(data).name, " · ".join(
+        f"{what} {' '.join(f'{value:.4f}' for value in values)}"
+        for what, values in statistics.items())
+    figure = image_grid(images[chosen] / 255, [dataset.classes[label] for label in labels[chosen]],
+                        min(count, 5), f"{name}: {len(labels)} training and "
+                        f"{len(dataset.test.labels)} test images of {len(dataset.classes)} "
+                        f"classes\n{title}")
+    save_figure(figure, None, f"samples-{name}", out, format)
 
 
 def curves(*runs: str, x: typing.Literal["epoch", "step", "seconds"] = "epoch",
@@ -1226,7 +1208,7 @@ def curves(*runs: str, x: typing.Literal["epoch", "step", "seconds"] = "epoch",
     runs = [run for word in runs for run in word.split(",")]
     if not runs:
         raise ValueError("curves: name one run folder or more")
-    return save_figure(draw_curves(group_runs(runs), x), runs[0], "curves", out, format)
+    save_figure(draw_curves(group_runs(runs), x), runs[0], "curves", out, format)
 
 
 def predictions(ckpt: str, only: typing.Literal["all", "wrong", "right"] = "all", count: int = 8,
@@ -1236,19 +1218,18 @@ def predictions(ckpt: str, only: typing.Literal["all", "wrong", "right"] = "all"
     need(count=count)
     network, checkpoint, test = open_test(ckpt, device, data, root)
     order = torch.randperm(len(test.labels), generator=datasets.generator(seed, "predictions"))
-    if only == "all":
-        order = order[:count]
-    logits = predict(network, test.images[order], checkpoint)
-    right = logits.argmax(1) == test.labels[order]
-    kept = {"all": torch.ones_like(right), "wrong": ~right, "right": right}[only].nonzero()[:count]
+    order = order[:count] if only == "all" else order
+    images, labels = test.images[order], test.labels[order]
+    logits = predict(network, images, checkpoint)
+    right = logits.argmax(1) == labels
+    kept = {"all": right | ~right, "wrong": ~right, "right": right}[only].nonzero()[:count, 0]
     if not len(kept):
         raise ValueError(f"only={only}: there is no such test image")
-    chosen, logits = order[kept[:, 0]], logits[kept[:, 0]]
     figure = draw_predictions(
-        pictures(test.images[chosen], checkpoint), test.labels[chosen], logits,
-        checkpoint["classes"], f"{title_of(checkpoint)}: probabilities and logits\n"
-                               f"blue: the true class, orange: what it was taken for")
-    return save_figure(figure, ckpt, f"predictions-{only}", out, format)
+        pictures(images[kept], checkpoint), labels[kept], logits[kept], checkpoint["classes"],
+        f"{title_of(checkpoint)}: probabilities and logits\n"
+        f"blue: the true class, orange: what it was taken for")
+    save_figure(figure, ckpt, f"predictions-{only}", out, format)
 
 
 def confusion(ckpt: str, out: str | None = None, format: Format = "png", data: str | None = None,
@@ -1257,11 +1238,10 @@ def confusion(ckpt: str, out: str | None = None, format: Format = "png", data: s
     network, checkpoint, test = open_test(ckpt, device, data, root)
     predicted = predict(network, test.images, checkpoint).argmax(1)
     matrix = confusion_matrix(test.labels, predicted, len(checkpoint["classes"]))
-    accuracy = matrix.diagonal().sum() / matrix.sum()
     figure = draw_confusion(matrix, checkpoint["classes"],
-                            f"{title_of(checkpoint)}: {accuracy:.2%} of {len(test.labels)} test "
-                            f"images right; per cent of each true class")
-    return save_figure(figure, ckpt, "confusion", out, format)
+                            f"{title_of(checkpoint)}: {matrix.trace() / matrix.sum():.2%} of "
+                            f"{len(predicted)} test images right; per cent of each true class")
+    save_figure(figure, ckpt, "confusion", out, format)
 
 
 def pr_curves(ckpt: str, out: str | None = None, format: Format = "png", data: str | None = None,
@@ -1269,13 +1249,13 @@ def pr_curves(ckpt: str, out: str | None = None, format: Format = "png", data: s
     """Draw every class's precision against recall over the test images."""
     network, checkpoint, test = open_test(ckpt, device, data, root)
     shares = predict(network, test.images, checkpoint).softmax(1)
-    lines = [precision_recall(shares[:, number], test.labels == number)
-             for number in range(len(checkpoint["classes"]))]
+    lines = [precision_recall(scores, test.labels == label)
+             for label, scores in enumerate(shares.T)]
     mean = sum(line[2] for line in lines) / len(lines)
     figure = draw_pr_curves(lines, checkpoint["classes"],
                             f"{title_of(checkpoint)}: average precision of each class (mean "
                             f"{mean:.3f}), other classes in grey")
-    return save_figure(figure, ckpt, "pr_curves", out, format)
+    save_figure(figure, ckpt, "pr_curves", out, format)
 
 
 def filters(ckpt: str, layer: str = "conv1", channel: str = "rgb", out: str | None = None,
@@ -1283,24 +1263,23 @@ def filters(ckpt: str, layer: str = "conv1", channel: str = "rgb", out: str | No
     """Draw the filters of LAYER's first convolution: `--channel=rgb`, or the number of an input
     channel."""
     network, checkpoint = train.open_checkpoint(ckpt, "cpu")
-    found = [module for module in networks.find_layer(network, layer).modules()
-             if isinstance(module, nn.Conv2d)]
-    if not found:
+    weights = next((module.weight.detach() for module in networks.find_layer(
+        network, layer).modules() if isinstance(module, nn.Conv2d)), None)
+    if weights is None:
         raise ValueError(f"layer={layer}: has no convolution")
-    weights = found[0].weight.detach()
-    allowed = [*map(str, range(weights.shape[1])), *["rgb"] * (weights.shape[1] == 3)]
-    if channel not in allowed:
-        raise ValueError(f"channel={channel}: must be from 0 to {weights.shape[1] - 1}, or rgb "
-                         f"for a layer that sees the image's three channels")
+    channels = weights.shape[1]
     title = f"{title_of(checkpoint)}: {layer}, {len(weights)} filters"
-    if channel == "rgb":
+    if channel == "rgb" and channels == 3:
         images = 0.5 + weights / (2 * weights.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12))
         title += "\nin RGB, each on its own scale, grey is 0"
-    else:
+    elif channel in map(str, range(channels)):
         images = weights[:, int(channel)]
         title += f"\ninput channel {channel}, all on one scale"
-    figure = image_grid(images, suptitle=title, scale="shared")
-    return save_figure(figure, ckpt, f"filters-{layer}-{channel}", out, format)
+    else:
+        raise ValueError(f"channel={channel}: must be from 0 to {channels - 1}, or rgb for a layer "
+                         f"that sees the image's three channels")
+    save_figure(image_grid(images, suptitle=title, scale="shared"), ckpt,
+                f"filters-{layer}-{channel}", out, format)
 
 
 def features(ckpt: str, layers: tuple[str, ...] = ("conv1",), image: str | None = None,
@@ -1312,16 +1291,16 @@ def features(ckpt: str, layers: tuple[str, ...] = ("conv1",), image: str | None 
     for layer in layers:
         networks.find_layer(network, layer)
     picture, name = load_image(checkpoint, image, index, data, root)
-    device = next(network.parameters()).device
+    pixels = inputs(picture, checkpoint, next(network.parameters()).device)
     for layer in layers:
-        shown = feature_maps(network, layer, inputs(picture, checkpoint, device))[0].cpu()
-        count, side = min(maps, len(shown)), "×".join(map(str, shown.shape[1:]))
-        scale, said = ("each", "each on its own scale") if shown[0].numel() > 1 else (
-            "shared", "all on one scale")
-        title = (f"{title_of(checkpoint)}: {layer} of {name}\n"
-                 f"{count} of {len(shown)} maps, {side}, {said}")
-        figure = image_grid([*pictures(picture, checkpoint), *shown[:count]],
-                            ["image", *map(str, range(count))], suptitle=title, scale=scale)
+        shown = feature_maps(network, layer, pixels)[0].cpu()
+        count, vector = min(maps, len(shown)), shown[0].numel() == 1
+        figure = image_grid(
+            [*pictures(picture, checkpoint), *shown[:count]], ["image", *map(str, range(count))],
+            scale="shared" if vector else "each",
+            suptitle=f"{title_of(checkpoint)}: {layer} of {name}\n{count} of {len(shown)} maps, "
+                     f"{'×'.join(map(str, shown.shape[1:]))}, "
+                     f"{'all on one scale' if vector else 'each on its own scale'}")
         save_figure(figure, ckpt, f"features-{layer}", out, format)
 
 
@@ -1340,7 +1319,7 @@ def patches(ckpt: str, layer: str, units: tuple[int, ...] = (16,), top: int = 9,
             f"unit {unit}\n{peaks[0]:.2f} … {peaks[-1]:.2f}" for unit, peaks in zip(units, values)],
         suptitle=f"{title_of(checkpoint)}: {layer}, the {columns} patches of {len(test.labels)} "
                  f"test images\nthat excite a unit most")
-    return save_figure(figure, ckpt, f"patches-{layer}", out, format)
+    save_figure(figure, ckpt, f"patches-{layer}", out, format)
 
 
 def landscape(ckpt: str, directions: typing.Literal["random", "pca"] = "random",
@@ -1423,14 +1402,12 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
     steps of the run at the first of LRS. Finished runs are kept in a CSV file beside the figure.
     """
     need(steps=steps, every=every, batch_size=batch_size, models=len(models), lrs=len(lrs),
-             lr=min(lrs, default=0))
+         lr=min(lrs, default=0))
     for model in models:
         networks.options_of(model)
-    settings = (data, steps, every, batch_size, lrs[0], seed)
-    table = figure_path(None, "", out).with_name(
-        f"smoothness-{fingerprint(nn.Module(), settings)}.csv")
-    rows = [{name: value if name == "model" else float(value) if value else None
-             for name, value in row.items()} for row in read_table(table)]
+    key = fingerprint(nn.Module(), data, seed, steps, every, batch_size, lrs[0])
+    table = figure_path(None, "", out).with_name(f"smoothness-{key}.csv")
+    rows = read_table(table)
     done = {(row["model"], row["lr"]) for row in rows}
     missing = [run for run in itertools.product(models, lrs) if run not in done]
     dataset, place = missing and datasets.load(data, root, val=0), train.choose_device(device)
@@ -1438,11 +1415,11 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
         rows += smoothness_run(model, lr, dataset, place, steps, batch_size, seed,
                                every if lr == lrs[0] else 0)
         write_table(table, rows)
-    shown = [row for row in rows if row["lr"] in lrs]
     title = (f"{Path(data).name}, batches of {batch_size}; bands: learning rates "
              f"{', '.join(f'{lr:g}' for lr in sorted(lrs))}; along the gradient: at {lrs[0]:g}, "
              f"steps of {lrs[0] / 2:g} to {4 * lrs[0]:g}")
-    save_figure(draw_smoothness(shown, models, title), None, "smoothness", out, format)
+    figure = draw_smoothness([row for row in rows if row["lr"] in lrs], models, title)
+    save_figure(figure, None, "smoothness", out, format)
     print(table)
 
 
@@ -1458,17 +1435,16 @@ def projector(ckpt: str, layer: str | None = None, count: int = 1000, out: str |
     layer = layer or penultimate(network)
     networks.find_layer(network, layer)
     test = datasets.subset(train.open_dataset(checkpoint, data, root).test, count, seed=0)
-    classes = checkpoint["classes"]
     vectors = torch.cat([maps.mean((2, 3)).float().cpu() for _, maps
                          in layer_batches(network, layer, test.images, checkpoint)])
-    predicted = predict(network, test.images, checkpoint).argmax(1)
+    predicted, classes = predict(network, test.images, checkpoint).argmax(1), checkpoint["classes"]
     labels = [[classes[label], classes[guess], "right" if label == guess else "wrong"]
-              for label, guess in zip(test.labels.tolist(), predicted.tolist())]
-    sprites = datasets.resize(test.images.float() / 255, min(test.images.shape[3], 64))
+              for label, guess in zip(test.labels, predicted)]
+    sprites = datasets.resize(test.images / 255, min(test.images.shape[3], 64)).clamp(0, 1)
     place = Path(out) if out else folder_of(ckpt) / "projector" / layer
     quiet = contextlib.redirect_stdout(io.StringIO())  # it announces what it writes anew
     with quiet, SummaryWriter(str(place)) as board:
-        board.add_embedding(vectors, labels, sprites.clamp(0, 1), tag=layer,
+        board.add_embedding(vectors, labels, sprites, tag=layer,
                             metadata_header=["class", "predicted", "verdict"])
     print(place)
     print(f"tensorboard --logdir {place}   (then: Projector)")
@@ -1491,9 +1467,10 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     to the run's folder, to RUNS/WHAT, or to OUT. `--data` and `--root` say where a run's images
     are if they have moved.
     """
-    folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
-    made = report_of_run(Path(what), folder, data=data, root=root, device=device) if Path(
-        what).is_dir() else report_of_lab(what, runs, folder)
+    if Path(what).is_dir():
+        made = report_of_run(Path(what), out or what, data=data, root=root, device=device)
+    else:
+        made = report_of_lab(what, runs, out or Path(runs, what))
     made.write()
 
 
