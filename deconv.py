@@ -26,6 +26,7 @@ import typing
 from pathlib import Path
 
 import torch
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -225,8 +226,6 @@ def draw_reconstructions(picture, descents, title, classes=()):
     `picture` is 3×S×S, 0…1, `descents` {layer: {"through" or "skip": Descent}}; with both of them
     the norms on the way down are plotted beside. `classes` name the logits.
     """
-    from matplotlib.patches import Rectangle
-
     both = len(next(iter(descents.values()))) > 1
     ratios = [1, 1, 1, 1, 2.2] if both else [1, 1, 1]
     title += "\ngrey is 0; each panel has its own scale, into which 99 % of the values fit"
@@ -245,9 +244,9 @@ def draw_reconstructions(picture, descents, title, classes=()):
             axes.imshow(cut.permute(1, 2, 0), interpolation="nearest")
             axes.set_title(text, fontsize=9)
             axes.set_axis_off()
-            if column == 0:
-                axes.add_patch(Rectangle((left - 0.5, top - 0.5), side, side, fill=False,
-                                         color=visualize.COLORS[1], linewidth=1.5))
+        figure.axes[-len(panels)].add_patch(Rectangle(
+            (left - 0.5, top - 0.5), side, side, fill=False, color=visualize.COLORS[1],
+            linewidth=1.5))
         if both:
             _draw_norms(figure, grid[row, -1], {bn: way.norms for bn, way in ways.items()})
     return figure
@@ -285,19 +284,16 @@ def draw_gallery(patches, back, values, units, title):
     """
     from torchvision.utils import make_grid
 
-    columns, rows = min(4, len(units)), math.ceil(len(units) / 4)
+    blocks = []
+    for tiles in zip(patches, back):
+        left, right = (make_grid(part, math.ceil(len(part) ** 0.5), padding=1, pad_value=1)
+                       for part in tiles)
+        gap = torch.ones(3, left.shape[1], left.shape[2] // 24)
+        blocks.append(torch.cat([left, gap, right], 2))
     title += "\nactivations, strongest patches, what comes back of each (0 is grey, own scale)"
-    figure = visualize.new_figure(max(3.4 * columns, 7), 1.95 * rows + 0.6, title)
-    for number, unit in enumerate(units):
-        left, right = (make_grid(tiles[number], math.ceil(len(tiles[number]) ** 0.5), padding=1,
-                                 pad_value=1) for tiles in (patches, back))
-        block = torch.cat([left, torch.ones(3, left.shape[1], left.shape[2] // 24), right], 2)
-        axes = figure.add_subplot(rows, columns, number + 1)
-        axes.imshow(block.permute(1, 2, 0), interpolation="nearest")
-        high, low = values[number, [0, -1]]
-        axes.set_title(f"unit {unit}: {high:.2g} … {low:.2g}", fontsize=9)
-        axes.set_axis_off()
-    return figure
+    titles = [f"unit {unit}: {high:.2g} … {low:.2g}"
+              for unit, (high, low) in zip(units, values[:, [0, -1]])]
+    return visualize.image_grid(blocks, titles, min(4, len(units)), title, cell=3.2)
 
 
 # ---------------------------------------------------------------------------- commands

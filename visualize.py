@@ -90,12 +90,14 @@ def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row
     each image, `row_titles` for each row; `cell` is a picture's side in inches.
     """
     images = [image.detach().float().cpu() for image in images]
-    maps = [image.flatten() for image in images if image.ndim == 2]
-    shared = Normalize(*_span(torch.cat(maps))) if maps and scale == "shared" else None
+    maps = torch.cat([torch.zeros(0), *(image.flatten() for image in images if image.ndim == 2)])
+    shared = Normalize(maps.min(), maps.max()) if len(maps) and scale == "shared" else None
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     cell = cell or min(1.4, max(0.6, 7 / columns))
-    pitch = 1.06 + (0.19 / cell if titles else 0)  # from row to row, in cells
+    # All lengths on the axes are in cells; a cell is 1 wide and as tall as the tallest picture.
+    tall = max(image.shape[-2] / image.shape[-1] for image in images)
+    pitch = tall + 0.06 + (0.19 / cell if titles else 0)
 
     lines = suptitle.split("\n")
     width = columns * 1.06 * cell + (0.9 if row_titles else 0) + (0.7 if shared else 0)
@@ -103,16 +105,14 @@ def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row
                         rows * pitch * cell + 0.2 * len(lines) + 0.2, suptitle)
     axes = figure.add_subplot()
     for number, image in enumerate(images):
-        x, y = number % columns * 1.06, (number // columns + 1) * pitch - 1
-        margin_y, margin_x = (0.5 - side / max(image.shape[-2:]) / 2 for side in image.shape[-2:])
-        norm = None if image.ndim == 3 else shared or Normalize(*_span(image))
-        axes.imshow(image if norm else image.permute(1, 2, 0).clamp(0, 1), "viridis", norm,
-                    extent=(x + margin_x, x + 1 - margin_x, y + 1 - margin_y, y + margin_y),
-                    interpolation="nearest")
+        x, y = number % columns * 1.06, (number // columns + 1) * pitch - tall
+        edge = (tall - image.shape[-2] / image.shape[-1]) / 2
+        axes.imshow(image if image.ndim == 2 else image.permute(1, 2, 0).clamp(0, 1), "viridis",
+                    shared, extent=(x, x + 1, y + tall - edge, y + edge), interpolation="nearest")
         if titles:
             axes.text(x + 0.5, y - 0.03, titles[number], ha="center", va="bottom", fontsize=8)
     axes.set(xlim=(0, columns * 1.06), ylim=(rows * pitch, 0), xticks=(), frame_on=False)
-    axes.set_yticks([(row + 1) * pitch - 0.5 for row in range(rows if row_titles else 0)],
+    axes.set_yticks([(row + 1) * pitch - tall / 2 for row in range(rows if row_titles else 0)],
                     row_titles or (), fontsize=8)
     axes.tick_params(length=0)
     if shared:
@@ -1432,7 +1432,9 @@ def projector(ckpt: str, layer: str | None = None, count: int = 1000, out: str |
 
     need(count=count)
     network, checkpoint = train.open_checkpoint(ckpt, device)
-    layer = layer or penultimate(network)
+    leaves = [name for name, module in network.named_modules() if not [*module.children()]]
+    last = [network.get_submodule(name) for name in leaves].index(networks.last_linear(network))
+    layer = layer or leaves[last - 1]
     networks.find_layer(network, layer)
     test = datasets.subset(train.open_dataset(checkpoint, data, root).test, count, seed=0)
     vectors = torch.cat([maps.mean((2, 3)).float().cpu() for _, maps
@@ -1448,14 +1450,6 @@ def projector(ckpt: str, layer: str | None = None, count: int = 1000, out: str |
                             metadata_header=["class", "predicted", "verdict"])
     print(place)
     print(f"tensorboard --logdir {place}   (then: Projector)")
-
-
-def penultimate(network):
-    """The name of the module whose output the last linear layer takes."""
-    leaves = [(name, module) for name, module in network.named_modules()
-              if not next(module.children(), None)]
-    place = [module for _, module in leaves].index(networks.last_linear(network))
-    return leaves[place - 1][0]
 
 
 def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
