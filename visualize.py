@@ -787,21 +787,22 @@ STYLE = """
 body { margin: 0; padding: 3rem 1.25rem 4rem; color: #1a1a1a;
   font: 1.0625rem/1.55 Charter, "Bitstream Charter", "Iowan Old Style", Georgia, serif; }
 main > * { max-width: 40rem; margin: 0 auto 1rem; }
-main > div, p:has(img) { max-width: 62rem; margin-block: 1.5rem .5rem; overflow-x: auto; }
+main > div, p:has(img) { max-width: 62rem; overflow-x: auto; }
+main > div, p:has(img) + p { margin-bottom: 2rem; }
 h1 { font-size: 2rem; line-height: 1.2; font-weight: normal; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin-top: 2.75rem; }
 h1 + p { margin-bottom: 2rem; padding: .9rem 0; border: solid #999; border-width: 1px 0; }
 pre { padding-left: 1rem; border-left: 2px solid #bbb; white-space: pre-wrap;
   overflow-wrap: anywhere; font: .8rem/1.5 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
 code { font: inherit; }
-table { border-collapse: collapse; border-block: 1.5px solid; margin: auto; font-size: .875rem;
+table { border-collapse: collapse; border-block: 2px solid; margin: auto; font-size: .875rem;
   min-width: min(40rem, 100%); line-height: 1.35; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .45rem; border-bottom: 1px solid #e2e2e2; text-align: left;
   vertical-align: baseline; white-space: nowrap; }
 td:last-child { min-width: 7rem; white-space: normal; }
 img { display: block; max-width: 100%; height: auto; margin: auto; }
 p:has(+ div), p:has(img) + p { font-size: .875rem; line-height: 1.4; color: #444; }
-p:has(+ div) { margin-bottom: -1rem; }
+p:has(+ div), p:has(img) { margin-bottom: .5rem; }
 @page { size: A4; margin: 20mm 22mm; }
 @media print {
   body { padding: 0; font-size: 10.5pt; }
