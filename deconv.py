@@ -372,8 +372,8 @@ def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
 
     `--units=16` are 16 units spread evenly over all of them; `--units=3,17` are those two.
     """
-    model, checkpoint = open_network(ckpt, network, weights, image_size, device)
     visualize.need(top=top)
+    model, checkpoint = open_network(ckpt, network, weights, image_size, device)
     if network and not data:
         raise ValueError("a network from elsewhere comes without images: give --data")
     images = (datasets.load(data, root or "data", checkpoint["image_size"], val=0) if network

@@ -256,12 +256,12 @@ def receptive_fields(network, layer, image_size):
                 images = torch.zeros(len(lines), 3, image_size, image_size, device=device)
                 images.transpose(1, axis)[torch.arange(len(lines)), lines] = torch.nan
                 seen = feature_maps(network, layer, images).isnan().cpu()
-                number = lines.view(-1, 1, 1, 1)
+                number = lines.short().view(-1, 1, 1, 1)
                 low[axis] = number.where(seen, image_size).amin(0).clamp(max=low[axis])
                 high[axis] = (number + 1).where(seen, 0).amax(0).clamp(min=high[axis])
     finally:
         network.train(training)
-    boxes = torch.stack([low[2], low[3], high[2], high[3]], -1)
+    boxes = torch.stack([low[2], low[3], high[2], high[3]], -1).long()
     return boxes * (boxes[..., 2:3] > 0)
 
 
@@ -680,7 +680,6 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
 
 # ---------------------------------------------------------------------------- smoothness
 
-
 MEASURES = ("loss_low", "loss_high", "change_low", "change_high", "beta")
 
 
@@ -784,17 +783,15 @@ def draw_smoothness(rows, models, title):
 # ---------------------------------------------------------------------------- lab reports
 
 STYLE = """
-body { margin: 0; padding: 3rem 1.25rem 4rem; color: #1a1a1a;
-  font: 1.0625rem/1.55 Charter, "Bitstream Charter", "Iowan Old Style", Georgia, serif; }
+body { margin: 0; padding: 3rem 1.25rem; color: #1a1a1a; font: 1.0625rem/1.55 Georgia, serif; }
 main > * { max-width: 40rem; margin: 0 auto 1rem; }
 main > div, p:has(img) { max-width: 62rem; overflow-x: auto; }
 main > div, p:has(img) + p { margin-bottom: 2rem; }
 h1 { font-size: 2rem; line-height: 1.2; font-weight: normal; }
-h2 { font-size: 1.25rem; line-height: 1.3; margin-top: 2.75rem; }
 h1 + p { margin-bottom: 2rem; padding: .9rem 0; border: solid #999; border-width: 1px 0; }
-pre { padding-left: 1rem; border-left: 2px solid #bbb; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: .8rem/1.5 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
-code { font: inherit; }
+h2 { font-size: 1.25rem; line-height: 1.3; margin-top: 2.75rem; }
+pre { padding-left: 1rem; border-left: 2px solid #bbb; font-size: .8rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 table { border-collapse: collapse; border-block: 2px solid; margin: auto; font-size: .875rem;
   min-width: min(40rem, 100%); line-height: 1.35; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .45rem; border-bottom: 1px solid #e2e2e2; text-align: left;
@@ -1338,9 +1335,7 @@ def landscape(ckpt: str, directions: typing.Literal["random", "pca"] = "random",
     if points < 3:
         raise ValueError(f"points={points}: must be at least 3")
     network, checkpoint = train.open_checkpoint(ckpt, device)
-    axes, xs, ys, labels, trail = random_plane(
-        network, seed, span, points) if directions == "random" else path_plane(
-        network, ckpt, points)
+    axes, xs, ys, labels, trail = plane_of(network, ckpt, directions, seed, span, points)
     dataset = train.open_dataset(checkpoint, data, root)
     parts = {"train": datasets.subset(dataset.train, images, seed),
              "test": datasets.subset(dataset.test, images, seed)}
@@ -1365,17 +1360,17 @@ def landscape(ckpt: str, directions: typing.Literal["random", "pca"] = "random",
     print(table)
 
 
-def random_plane(network, seed, span, points):
-    """Two directions, the points along each, names for both, and no path."""
-    axes = [filter_normalized_direction(network, datasets.generator(seed, "landscape", number))
-            for number in (0, 1)]
-    along = spaced(-span, span, points)
-    return axes, along, along, ("first random direction", "second random direction"), None
+def plane_of(network, ckpt, directions, seed, span, points):
+    """(two directions, the points along each, two names, the path of training or None).
 
-
-def path_plane(network, ckpt, points):
-    """The plane in which the checkpoints of the run of `ckpt` lie best, as `random_plane`'s, with
-    their path; it reaches a quarter beyond the path."""
+    "random": filter-normalised, from −span to span. "pca": where the checkpoints of the run of
+    `ckpt` lie best; it reaches a quarter beyond their path.
+    """
+    if directions == "random":
+        axes = [filter_normalized_direction(network, datasets.generator(seed, "landscape", number))
+                for number in (0, 1)]
+        along = [spaced(-span, span, points)] * 2
+        return axes, *along, ("first random direction", "second random direction"), None
     files = [*folder_of(ckpt).glob("step-*.pth"), *folder_of(ckpt).glob("last.pth")]
     found = [networks.read(file) for file in datasets.progress(files, "reading checkpoints")]
     weights = {checkpoint["step"]: checkpoint["weights"] for checkpoint in found}
