@@ -387,8 +387,10 @@ def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10)
         colors = {predicted: COLORS[1], label: COLORS[0]}
         drawn = axes.barh([classes[index] for index in shown], shares, height=0.75,
                           color=[colors.get(index, "#BBBBBB") for index in shown])
-        axes.bar_label(drawn, [f"{share:.0%}  {scores[index]:+.1f}"
-                               for share, index in zip(shares, shown)], padding=2, fontsize=6.5)
+        texts = axes.bar_label(drawn, [f"{share:.0%}  {scores[index]:+.1f}" for share, index
+                                       in zip(shares, shown)], padding=2, fontsize=6.5)
+        for text, share in zip(texts, shares):
+            text.set_color("black" if share >= 0.005 else "#777777")
         axes.tick_params(axis="y", labelsize=7.5)
         axes.set(xlim=(0, 1.45), xticks=(), ylim=(bars - 0.4, -0.6))
         axes.spines[["top", "right", "bottom"]].set_visible(False)
