@@ -26,6 +26,7 @@ import typing
 from pathlib import Path
 
 import torch
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -136,9 +137,9 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
     with (_watched(network) as norms, torch.enable_grad(), BackwardRule(rule, bn),
           visualize.capture(network, [layer], stop=True) as outputs):
         network(images.clone())  # a clone, as a network may work in place from the start
-    found = outputs.get(layer)
-    if not isinstance(found, Tensor) or found.ndim not in (2, 4) or not found.requires_grad:
-        raise ValueError(f"layer={layer}: makes no tensor N×C×H×W or N×C of the images")
+    found = visualize.captured_maps(outputs, layer)
+    if not found.requires_grad:
+        raise ValueError(f"layer={layer}: does not depend on the images")
     start = found.detach().flatten(1)
     places = unit if isinstance(unit, Tensor) else strongest(found.detach(), unit)
     if places is not None:
@@ -186,12 +187,8 @@ def top_reconstructions(network, layer, images, checkpoint, units, top, rule="de
     patches and reconstructions, both units×top×3×h×w, 0…1, cut at the receptive fields (grey
     where the activation is 0), and the activations, units×top.
     """
-    values, numbers, (rows, columns) = visualize.top_activations(network, layer, images,
-                                                                 checkpoint, units, top)
-    fields = visualize.receptive_fields(network, layer, checkpoint["image_size"])
-    height, width = fields.shape[1:3]
-    places = ((torch.tensor(units)[:, None] * height + rows) * width + columns).flatten()
-    boxes, images = fields.flatten(0, 2)[places], images[numbers.flatten()]
+    values, images, places, boxes = visualize.top_fields(network, layer, images, checkpoint, units,
+                                                         top)
     device, signals = next(network.parameters()).device, []
     count = max(1, 2**18 // checkpoint["image_size"]**2)
     for chunk in datasets.progress(torch.arange(len(places)).split(count), f"back from {layer}"):
@@ -229,8 +226,6 @@ def draw_reconstructions(picture, descents, title, classes=()):
     `picture` is 3×S×S, 0…1, `descents` {layer: {"through" or "skip": Descent}}; with both of them
     the norms on the way down are plotted beside. `classes` name the logits.
     """
-    from matplotlib.patches import Rectangle
-
     both = len(next(iter(descents.values()))) > 1
     ratios = [1, 1, 1, 1, 2.2] if both else [1, 1, 1]
     title += "\ngrey is 0; each panel has its own scale, into which 99 % of the values fit"
@@ -249,9 +244,9 @@ def draw_reconstructions(picture, descents, title, classes=()):
             axes.imshow(cut.permute(1, 2, 0), interpolation="nearest")
             axes.set_title(text, fontsize=9)
             axes.set_axis_off()
-            if column == 0:
-                axes.add_patch(Rectangle((left - 0.5, top - 0.5), side, side, fill=False,
-                                         color=visualize.COLORS[1], linewidth=1.5))
+        figure.axes[-len(panels)].add_patch(Rectangle(
+            (left - 0.5, top - 0.5), side, side, fill=False, color=visualize.COLORS[1],
+            linewidth=1.5))
         if both:
             _draw_norms(figure, grid[row, -1], {bn: way.norms for bn, way in ways.items()})
     return figure
@@ -289,19 +284,16 @@ def draw_gallery(patches, back, values, units, title):
     """
     from torchvision.utils import make_grid
 
-    columns, rows = min(4, len(units)), math.ceil(len(units) / 4)
+    blocks = []
+    for tiles in zip(patches, back):
+        left, right = (make_grid(part, math.ceil(len(part) ** 0.5), padding=1, pad_value=1)
+                       for part in tiles)
+        gap = torch.ones(3, left.shape[1], left.shape[2] // 24)
+        blocks.append(torch.cat([left, gap, right], 2))
     title += "\nactivations, strongest patches, what comes back of each (0 is grey, own scale)"
-    figure = visualize.new_figure(max(3.4 * columns, 7), 1.95 * rows + 0.6, title)
-    for number, unit in enumerate(units):
-        left, right = (make_grid(tiles[number], math.ceil(len(tiles[number]) ** 0.5), padding=1,
-                                 pad_value=1) for tiles in (patches, back))
-        block = torch.cat([left, torch.ones(3, left.shape[1], left.shape[2] // 24), right], 2)
-        axes = figure.add_subplot(rows, columns, number + 1)
-        axes.imshow(block.permute(1, 2, 0), interpolation="nearest")
-        high, low = values[number, [0, -1]]
-        axes.set_title(f"unit {unit}: {high:.2g} … {low:.2g}", fontsize=9)
-        axes.set_axis_off()
-    return figure
+    titles = [f"unit {unit}: {high:.2g} … {low:.2g}"
+              for unit, (high, low) in zip(units, values[:, [0, -1]])]
+    return visualize.image_grid(blocks, titles, min(4, len(units)), title, cell=3.2)
 
 
 # ---------------------------------------------------------------------------- commands
@@ -349,14 +341,13 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
                 image: str | None = None, index: int = 0, unit: int | str = "strongest",
                 rule: str = "deconvnet", bn: str = "through", network: str | None = None,
                 weights: str | None = None, image_size: int | None = None, data: str | None = None,
-                root: str | None = None, out: str | None = None, format: str = "png",
+                root: str | None = None, out: str | None = None, format: visualize.Format = "png",
                 device: str = "auto"):
     """Draw what comes back from a unit of each of LAYERS: the strongest, one by number, or all.
 
     Of a picture file or test image. Rules: deconvnet, guided, gradient. Batch norms scale the
     signal (through), are left out (skip), or both, with the signal's norms on its way down.
     """
-    visualize.figure_path(ckpt, "", out, format)
     model, checkpoint = open_network(ckpt, network, weights, image_size, device)
     if network and not image:
         raise ValueError("a network from elsewhere comes without images: give --image=FILE")
@@ -375,22 +366,19 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
 def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...] = (16,),
             top: int = 9, rule: str = "deconvnet", bn: str = "through", network: str | None = None,
             weights: str | None = None, image_size: int | None = None, data: str | None = None,
-            root: str | None = None, out: str | None = None, format: str = "png",
+            root: str | None = None, out: str | None = None, format: visualize.Format = "png",
             device: str = "auto"):
     """Draw, for each of LAYER's units, its TOP strongest test-image patches and what comes back.
 
     `--units=16` are 16 units spread evenly over all of them; `--units=3,17` are those two.
     """
-    visualize.figure_path(ckpt, "", out, format)
+    visualize.need(top=top)
     model, checkpoint = open_network(ckpt, network, weights, image_size, device)
-    if top < 1:
-        raise ValueError(f"top={top}: must be at least 1")
     if network and not data:
         raise ValueError("a network from elsewhere comes without images: give --data")
     images = (datasets.load(data, root or "data", checkpoint["image_size"], val=0) if network
               else train.open_dataset(checkpoint, data, root)).test.images
-    (_, maps), = visualize.layer_batches(model, layer, images[:1], checkpoint)
-    units = visualize.choose_units(units, maps.shape[1])
+    units = visualize.choose_units(model, layer, checkpoint, units)
     found = top_reconstructions(model, layer, images, checkpoint, units, top, rule, bn)
     title = f"{network or visualize.title_of(checkpoint)}: {layer}, {rule}, bn {bn}"
     figure = draw_gallery(*found, units, title)

@@ -31,18 +31,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import nn
 
 import data as datasets
 import network as networks
 import train
 
-FORMATS = ("png", "svg", "pdf")
-DPI = 150  # of figures as PNG
 Format = typing.Literal["png", "svg", "pdf"]
+FORMATS = typing.get_args(Format)
+DPI = 150  # of figures as PNG
 # Okabe & Ito's colours, told apart by colour-blind readers; in grey print the markers do it.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+UNITS = {"loss": "cross-entropy", "accuracy": "share of images"}
 PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
 GREY = 0.85  # what lies outside the image
 
@@ -51,17 +56,16 @@ GREY = 0.85  # what lies outside the image
 
 
 def load_image(checkpoint, image=None, index=0, data=None, root=None):
-    """One picture for the network of `checkpoint`: (1×3×S×S uint8, title).
+    """One picture for the network of `checkpoint`, 1×3×S×S uint8, and what to call it.
 
-    It is the picture file `image`, resized to the network's images, or test image `index` of the
-    data the network was trained on (`data` and `root` name others).
+    It is the picture file `image`, or test image `index` of the data the network was trained on
+    (`data` and `root` name others).
     """
     if image is not None:
         return datasets.read_image(image, checkpoint["image_size"])[None], Path(image).name
     test = train.open_dataset(checkpoint, data, root).test
     if not 0 <= index < len(test.labels):
-        raise ValueError(f"index={index}: must be from 0 to {len(test.labels) - 1}, the last test "
-                         f"image")
+        raise ValueError(f"index={index}: must be from 0 to {len(test.labels) - 1}")
     name = checkpoint["classes"][test.labels[index]]
     return test.images[index:index + 1], f"test image {index}, class {name}"
 
@@ -74,63 +78,47 @@ def pictures(images, checkpoint):
 def inputs(images, checkpoint, device):
     """uint8 images as the network takes them, normalised and in its size, on `device`."""
     return datasets.normalize(images, tuple(checkpoint["mean"]), tuple(checkpoint["std"]),
-                     checkpoint["image_size"], device)
+                              checkpoint["image_size"], device)
 
 
-def image_grid(images, titles=None, columns=None, suptitle=None, scale="each", row_titles=None,
-               cell=None, cmap="viridis"):
+def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row_titles=None,
+               cell=None):
     """A figure with a grid of `images`: 3×H×W floats 0…1, or H×W maps drawn in colours.
 
     Pixels are enlarged as squares. Every map has the whole range of colours to itself (`scale`
     "each"), or all maps share one, shown by a colour bar ("shared"). `titles` has a text for
     each image, `row_titles` for each row; `cell` is a picture's side in inches.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
     images = [image.detach().float().cpu() for image in images]
-    maps = [image.flatten() for image in images if image.ndim == 2]
-    shared = Normalize(*_span(torch.cat(maps))) if maps and scale == "shared" else None
+    maps = torch.cat([torch.zeros(0), *(image.flatten() for image in images if image.ndim == 2)])
+    shared = Normalize(maps.min(), maps.max()) if len(maps) and scale == "shared" else None
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     cell = cell or min(1.4, max(0.6, 7 / columns))
-    pitch_x, pitch_y = 1.06, 1.06 + (0.19 / cell if titles else 0)  # in cells
+    # All lengths on the axes are in cells; a cell is 1 wide and as tall as the tallest picture.
+    tall = max(image.shape[-2] / image.shape[-1] for image in images)
+    pitch = tall + 0.06 + (0.19 / cell if titles else 0)
 
-    left, right = 0.9 if row_titles else 0.1, 0.7 if shared else 0.1  # from here on in inches
-    top = 0.15 + 0.2 * (1 + suptitle.count("\n")) if suptitle else 0.05
-    wide, high = columns * pitch_x * cell, rows * pitch_y * cell
-    content = left + wide + right
-    width = max(content, 0.2 + max(0.078 * len(line) for line in (suptitle or "").split("\n")))
-    height, left = top + high + 0.1, left + (width - content) / 2
-    figure = Figure((width, height))
-    axes = figure.add_axes((left / width, 0.1 / height, wide / width, high / height))
+    lines = suptitle.split("\n")
+    width = columns * 1.06 * cell + (0.9 if row_titles else 0) + (0.7 if shared else 0)
+    figure = new_figure(max(width, 0.087 * max(map(len, lines))) + 0.2,
+                        rows * pitch * cell + 0.2 * len(lines) + 0.2, suptitle)
+    axes = figure.add_subplot()
     for number, image in enumerate(images):
-        row, column = divmod(number, columns)
-        x, y = column * pitch_x, (row + 1) * pitch_y - 1
-        norm = None if image.ndim == 3 else shared or Normalize(*_span(image))
-        _draw_cell(axes, image, x, y, cmap, norm)
+        x, y = number % columns * 1.06, (number // columns + 1) * pitch - tall
+        edge = (tall - image.shape[-2] / image.shape[-1]) / 2
+        axes.imshow(image if image.ndim == 2 else image.permute(1, 2, 0).clamp(0, 1), "viridis",
+                    shared, extent=(x, x + 1, y + tall - edge, y + edge), interpolation="nearest")
         if titles:
             axes.text(x + 0.5, y - 0.03, titles[number], ha="center", va="bottom", fontsize=8)
-        if row_titles and column == 0:
-            axes.text(-0.08, y + 0.5, row_titles[row], ha="right", va="center", fontsize=8)
-    axes.set(xlim=(0, columns * pitch_x), ylim=(rows * pitch_y, 0))
-    axes.axis("off")
-    if suptitle:
-        figure.suptitle(suptitle, y=1 - 0.1 / height, va="top", fontsize=10)
+    axes.set(xlim=(0, columns * 1.06), ylim=(rows * pitch, 0), xticks=(), frame_on=False)
+    axes.set_yticks([(row + 1) * pitch - tall / 2 for row in range(rows if row_titles else 0)],
+                    row_titles or (), fontsize=8)
+    axes.tick_params(length=0)
     if shared:
-        place = figure.add_axes(((left + wide + 0.1) / width, 0.1 / height, 0.12 / width,
-                                 high / height))
-        figure.colorbar(ScalarMappable(shared, cmap), cax=place).ax.tick_params(labelsize=7)
+        bar = figure.colorbar(ScalarMappable(shared, "viridis"), ax=axes, aspect=30, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
     return figure
-
-
-def _draw_cell(axes, image, x, y, cmap, norm):
-    """Draw one picture, or a map where there is a `norm`, in the unit square at (x, y)."""
-    edge_y, edge_x = (0.5 - size / max(image.shape[-2:]) / 2 for size in image.shape[-2:])
-    pixels = image if norm else image.permute(1, 2, 0).clamp(0, 1)
-    axes.imshow(pixels, cmap=cmap, norm=norm, interpolation="nearest",
-                extent=(x + edge_x, x + 1 - edge_x, y + 1 - edge_y, y + edge_y))
 
 
 def _span(values):
@@ -141,13 +129,9 @@ def _span(values):
 
 def figure_path(ckpt, name, out=None, format="png"):
     """Where figure `name` of `ckpt` goes: its folder's `figures/`, or file or folder `out`."""
-    if format not in FORMATS:
-        raise ValueError(f"format={format}: must be one of {', '.join(FORMATS)}")
     if out is not None and Path(out).suffix[1:] in FORMATS:
         return Path(out)
-    if out is not None:
-        return Path(out) / f"{name}.{format}"
-    return folder_of(ckpt or ".") / "figures" / f"{name}.{format}"
+    return Path(out or folder_of(ckpt or ".") / "figures", f"{name}.{format}")
 
 
 def folder_of(ckpt):
@@ -179,28 +163,33 @@ def capture(network, layers, stop=False):
 
     They are copies, so that an activation in place behind a layer does not change them. A layer
     that is called several times leaves its last output. `stop` ends the block, quietly, as soon
-    as all the layers have been reached. The hooks come off whatever happens. ValueError for a
-    layer that returns something else than a tensor.
+    as all the layers have been reached. The hooks come off whatever happens.
     """
-    outputs, handles = {}, []
+    outputs = {}
 
     def keep(layer, output):
-        if not isinstance(output, torch.Tensor):
-            raise ValueError(f"layer={layer}: returns a {type(output).__name__}, not a tensor; "
-                             f"name a layer inside it")
-        outputs[layer] = output.clone()
+        outputs[layer] = output.clone() if isinstance(output, torch.Tensor) else output
         if stop and len(outputs) == len(layers):
             raise _Reached
 
-    try:
+    with contextlib.ExitStack() as hooks:
         for layer in layers:
-            handles.append(networks.find_layer(network, layer).register_forward_hook(
+            hooks.enter_context(networks.find_layer(network, layer).register_forward_hook(
                 lambda _module, _inputs, output, layer=layer: keep(layer, output)))
         with contextlib.suppress(_Reached):
             yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def captured_maps(outputs, layer):
+    """The output of `layer` that `capture` caught; ValueError if it is not N×C×H×W or N×C."""
+    if layer not in outputs:
+        raise ValueError(f"layer={layer}: is not used when the network runs")
+    maps = outputs[layer]
+    if not isinstance(maps, torch.Tensor) or maps.ndim not in (2, 4):
+        kind = "×".join(map(str, getattr(maps, "shape", ()))) or f"a {type(maps).__name__}"
+        raise ValueError(f"layer={layer}: returns {kind}, neither feature maps N×C×H×W nor "
+                         f"vectors N×C")
+    return maps
 
 
 @torch.no_grad()
@@ -211,12 +200,7 @@ def feature_maps(network, layer, images):
     """
     with capture(network, [layer], stop=True) as outputs:
         network(images)
-    if layer not in outputs:
-        raise ValueError(f"layer={layer}: is not used when the network runs")
-    maps = outputs[layer]
-    if maps.ndim not in (2, 4):
-        raise ValueError(f"layer={layer}: gives {'×'.join(map(str, maps.shape))}, neither feature "
-                         f"maps N×C×H×W nor vectors N×C")
+    maps = captured_maps(outputs, layer)
     return maps if maps.ndim == 4 else maps[:, :, None, None]
 
 
@@ -260,26 +244,24 @@ def receptive_fields(network, layer, image_size):
     NaN that look at it, through any strides, padding, pooling and branches. The box of a unit
     that looks at nothing is 0, 0, 0, 0.
     """
-    device, training, boxes = next(network.parameters()).device, network.training, []
+    device, training = next(network.parameters()).device, network.training
     chunks = torch.arange(image_size).split(max(1, 2**18 // image_size**2))
-    passes = list(itertools.product(chunks, (2, 3)))  # lines, and the axis across them
+    low, high = {2: image_size, 3: image_size}, {2: 0, 3: 0}  # along the images' axes 2 and 3
     network.eval()
     try:
         # Without cuDNN, whose fast algorithms work tile by tile and spread a NaN over the tile.
         with torch.backends.cudnn.flags(enabled=False):
-            for chunk, axis in datasets.progress(passes, "receptive fields"):
-                images = torch.zeros(len(chunk), 3, image_size, image_size, device=device)
-                images.transpose(1, axis)[torch.arange(len(chunk)), chunk] = torch.nan
-                seen = feature_maps(network, layer, images).isnan()
-                if not boxes:
-                    first = torch.full_like(seen[0], image_size, dtype=torch.int16)
-                    boxes = [first, first.clone(), first * 0, first * 0]
-                for line, units in zip(chunk.tolist(), seen):
-                    boxes[axis - 2].masked_fill_(units & (boxes[axis - 2] > line), line)
-                    boxes[axis].masked_fill_(units, line + 1)
+            for lines, axis in datasets.progress([*itertools.product(chunks, low)],
+                                                 "receptive fields"):
+                images = torch.zeros(len(lines), 3, image_size, image_size, device=device)
+                images.transpose(1, axis)[torch.arange(len(lines)), lines] = torch.nan
+                seen = feature_maps(network, layer, images).isnan().cpu()
+                number = lines.short().view(-1, 1, 1, 1)
+                low[axis] = number.where(seen, image_size).amin(0).clamp(max=low[axis])
+                high[axis] = (number + 1).where(seen, 0).amax(0).clamp(min=high[axis])
     finally:
         network.train(training)
-    boxes = torch.stack(boxes, -1).long().cpu()
+    boxes = torch.stack([low[2], low[3], high[2], high[3]], -1).long()
     return boxes * (boxes[..., 2:3] > 0)
 
 
@@ -298,29 +280,32 @@ def cut_patches(images, boxes):
     return patches
 
 
-def top_patches(network, layer, images, checkpoint, units, top):
-    """The image patches that excite `units` of `layer` most, cut at their receptive fields.
+def top_fields(network, layer, images, checkpoint, units, top):
+    """What the `units` of `layer` looked at where they were strongest, unit by unit.
 
-    Returns the patches, unit by unit, (units·top)×3×h×w, and the activations, units×top.
+    Returns the activations, units×top, and for each of these units·top the uint8 image, the place
+    in C·H·W of the feature maps, and the receptive field (see `receptive_fields`).
     """
     values, numbers, (rows, columns) = top_activations(network, layer, images, checkpoint, units,
                                                        top)
     fields = receptive_fields(network, layer, checkpoint["image_size"])
-    boxes = fields[torch.as_tensor(units)[:, None], rows, columns].flatten(0, 1)
-    return cut_patches(pictures(images[numbers.flatten()], checkpoint), boxes), values
+    height, width = fields.shape[1:3]
+    places = ((torch.tensor(units)[:, None] * height + rows) * width + columns).flatten()
+    return values, images[numbers.flatten()], places, fields.flatten(0, 2)[places]
 
 
-def choose_units(units, channels):
-    """Channel numbers from the flag `units`: one number is how many, evenly spread over all
-    `channels`; several are the units themselves."""
-    if len(units) == 1:
+def choose_units(network, layer, checkpoint, units):
+    """Channel numbers of `layer` from the flag `units`: one number is how many, evenly spread over
+    all channels; several are the units themselves."""
+    device = next(network.parameters()).device
+    blank = torch.zeros(1, 3, *[checkpoint["image_size"]] * 2, device=device)
+    channels = feature_maps(network, layer, blank).shape[1]
+    if len(units) == 1 and units[0] > 0:
         count = min(units[0], channels)
-        if count < 1:
-            raise ValueError(f"units={units[0]}: must be at least 1")
         return [number * channels // count for number in range(count)]
-    wrong = [unit for unit in units if not 0 <= unit < channels]
-    if wrong or not units:
-        raise ValueError(f"units={','.join(map(str, units))}: must be from 0 to {channels - 1}")
+    if len(units) < 2 or min(units) < 0 or max(units) >= channels:
+        raise ValueError(f"units={','.join(map(str, units))}: must be how many, or several from "
+                         f"0 to {channels - 1}")
     return list(units)
 
 
@@ -343,15 +328,13 @@ def precision_recall(scores, positive):
 
     `scores` N, `positive` N bool. Average precision is the sum of precision × rise in recall.
     """
-    order = scores.argsort(descending=True)
+    scores, order = scores.sort(descending=True)
     hits = positive[order].double().cumsum(0)
     # Images with the same score are accepted together: only the last of them is a threshold.
-    last = torch.ones_like(order, dtype=torch.bool)
-    last[:-1] = scores[order][1:] != scores[order][:-1]
+    last = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])
     precision = (hits / torch.arange(1, len(order) + 1))[last]
     recall = (hits / hits[-1].clamp(min=1))[last]
-    rise = recall.diff(prepend=recall.new_zeros(1))
-    return precision, recall, (precision * rise).sum().item()
+    return precision, recall, (precision * recall.diff(prepend=torch.zeros(1))).sum().item()
 
 
 def plot(figure, place, title, xlabel, ylabel):
@@ -368,8 +351,6 @@ def plot(figure, place, title, xlabel, ylabel):
 
 def log_scale(axes):
     """Make the vertical axis logarithmic, labelled with plain numbers."""
-    from matplotlib.ticker import LogFormatter
-
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter())
@@ -378,8 +359,6 @@ def log_scale(axes):
 
 def new_figure(width, height, title):
     """An empty figure, in inches, that lays itself out."""
-    from matplotlib.figure import Figure
-
     figure = Figure((width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.07)
     figure.suptitle(title, fontsize=11)
@@ -395,22 +374,24 @@ def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10)
     for number, (image, label, scores) in enumerate(zip(images, labels.tolist(), logits)):
         row, column = divmod(number, columns)
         predicted = scores.argmax().item()
+        right = predicted == label
         picture = figure.add_subplot(grid[row, 2 * column])
         picture.imshow(image.permute(1, 2, 0), interpolation="nearest")
         picture.axis("off")
-        verdict = "right" if predicted == label else f"taken for {classes[predicted]}"
+        verdict = "right" if right else f"taken for {classes[predicted]}"
         picture.set_title(f"{classes[label]}\n{verdict}", fontsize=9, loc="left",
-                          color="black" if predicted == label else COLORS[1])
+                          color="black" if right else COLORS[1])
         axes = figure.add_subplot(grid[row, 2 * column + 1])
         shown = scores.topk(bars).indices.sort().values.tolist()
         shares = scores.softmax(0)[shown].tolist()
-        colors = [COLORS[0] if index == label else COLORS[1] if index == predicted else "#BBBBBB"
-                  for index in shown]
-        axes.barh(range(bars), shares, color=colors, height=0.75)
-        for place, (index, share) in enumerate(zip(shown, shares)):
-            axes.text(share + 0.02, place, f"{share:.0%}  {scores[index]:+.1f}", va="center",
-                      fontsize=6.5, color="black" if share >= 0.005 else "#777777")
-        axes.set_yticks(range(bars), [classes[index] for index in shown], fontsize=7.5)
+        colors = {predicted: COLORS[1], label: COLORS[0]}
+        drawn = axes.barh([classes[index] for index in shown], shares, height=0.75,
+                          color=[colors.get(index, "#BBBBBB") for index in shown])
+        texts = axes.bar_label(drawn, [f"{share:.0%}  {scores[index]:+.1f}" for share, index
+                                       in zip(shares, shown)], padding=2, fontsize=6.5)
+        for text, share in zip(texts, shares):
+            text.set_color("black" if share >= 0.005 else "#777777")
+        axes.tick_params(axis="y", labelsize=7.5)
         axes.set(xlim=(0, 1.45), xticks=(), ylim=(bars - 0.4, -0.6))
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     return figure
@@ -418,28 +399,23 @@ def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10)
 
 def draw_confusion(matrix, classes, title):
     """The confusion matrix, as shares of each true class, beside every class's accuracy."""
-    count = len(classes)
-    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    count, few = len(classes), len(classes) <= 25
+    shares, size = matrix / matrix.sum(1, keepdim=True).clamp(min=1), 8 if few else 4
     side = max(5.0, 0.52 * min(count, 25))
     figure = new_figure(side + 3.4, side + 0.5, title)
-    grid = figure.add_gridspec(1, 2, width_ratios=(side, 2))
-    axes = figure.add_subplot(grid[0])
+    axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=(side, 2))
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    size = 8 if count <= 25 else 4
-    axes.set_xticks(range(count), classes, rotation=45 if count <= 25 else 90, fontsize=size,
-                    ha="right" if count <= 25 else "center")
+    axes.set_xticks(range(count), classes, fontsize=size, rotation=45 if few else 90,
+                    ha="right" if few else "center")
     axes.set_yticks(range(count), classes, fontsize=size)
     axes.set_xlabel("predicted class", fontsize=9)
     axes.set_ylabel("true class (its images are 100 %)", fontsize=9)
-    for row, column in itertools.product(range(count), repeat=2) if count <= 25 else ():
+    for row, column in itertools.product(range(count), repeat=2) if few else ():
         share = shares[row, column].item()
         axes.text(column, row, f"{share * 100:.0f}" if share >= 0.005 else "·", ha="center",
                   va="center", fontsize=8, color="black" if share > 0.5 else "white")
-    accuracy = shares.diagonal().tolist()
-    bars = figure.add_subplot(grid[1], sharey=axes)
-    bars.barh(range(count), accuracy, color=COLORS[0])
-    for place, share in enumerate(accuracy):
-        bars.text(share + 0.02, place, f"{share:.1%}", va="center", fontsize=size)
+    drawn = bars.barh(range(count), shares.diagonal(), color=COLORS[0])
+    bars.bar_label(drawn, fmt="{:.1%}", padding=2, fontsize=size)
     bars.set(xlim=(0, 1.3), xticks=(0, 1), xticklabels=("0", "100 %"))
     bars.set_title("accuracy of a class", fontsize=9)
     bars.tick_params(labelleft=False, left=False, labelsize=8)
@@ -470,22 +446,20 @@ def draw_pr_curves(curves, classes, title):
 
 def group_runs(runs):
     """{label: [metrics of each run]}: runs whose settings differ only in seed and name are one."""
-    groups = {}
-    for run in runs:
-        metrics, settings = train.read_metrics(run), {"run": str(run)}
+    groups, labelled = {}, {}
+    for run in map(Path, runs):
+        settings = {"run": str(run)}
         with contextlib.suppress(OSError, ValueError):
-            settings = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+            settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
         same = {name: value for name, value in settings.items()
                 if name not in ("seed", "name", "out", "device", "root")}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append((Path(run).name, metrics))
-    labelled = {}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     for members in groups.values():
-        label = members[0][0]
-        if len(members) > 1:
-            label += f" and {len(members) - 1} more seed{'s' if len(members) > 2 else ''}"
+        more = len(members) - 1
+        label = members[0].name + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
         while label in labelled:  # runs of the same name in different folders
             label += "′"
-        labelled[label] = [metrics for _, metrics in members]
+        labelled[label] = [train.read_metrics(run) for run in members]
     return labelled
 
 
@@ -496,30 +470,26 @@ def draw_curves(groups, x="epoch"):
     to the highest.
     """
     figure = new_figure(10, 4.2, "training (dashed) and validation (solid)")
-    labels = {"epoch": "epoch", "step": "step", "seconds": "time / s"}
-    panels = [plot(figure, (1, 2, 1), "loss", labels[x], "cross-entropy"),
-              plot(figure, (1, 2, 2), "accuracy", labels[x], "share of images")]
-    for number, (label, members) in enumerate(groups.items()):
-        length = min(len(metrics[x]) for metrics in members)
-        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-        columns = {name: torch.tensor([metrics[name][:length] for metrics in members])
-                   for name in train.COLUMNS}
-        at = columns[x].cumsum(1) if x == "seconds" else columns[x]
-        for axes, kind in zip(panels, ("loss", "accuracy")):
-            for part, style in (("train", "--"), ("val", "-")):
+    for place, (kind, unit) in enumerate(UNITS.items(), 1):
+        axes = plot(figure, (1, 2, place), kind, "time / s" if x == "seconds" else x, unit)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        for number, (label, members) in enumerate(groups.items()):
+            length = min(len(metrics[x]) for metrics in members)
+            columns = {name: torch.tensor([metrics[name][:length] for metrics in members])
+                       for name in (x, f"val/{kind}", f"train/{kind}")}
+            at = (columns[x].cumsum(1) if x == "seconds" else columns[x]).mean(0)
+            color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+            for part, style in (("val", "-"), ("train", "--")):
                 values = columns[f"{part}/{kind}"]
                 if values.isnan().all():
                     continue
-                solid = part == "val" or columns[f"val/{kind}"].isnan().all()
-                axes.plot(at.mean(0), values.mean(0), style, color=color, linewidth=1.5,
-                          marker=marker, markevery=max(1, length // 8), markersize=4,
-                          label=label if solid else None)
+                axes.plot(at, values.mean(0), style, color=color, linewidth=1.5, marker=marker,
+                          markevery=max(1, length // 8), markersize=4, label=label)
+                label = None  # one entry in the legend
                 if len(members) > 1:
-                    axes.fill_between(at.mean(0), values.amin(0), values.amax(0), color=color,
-                                      alpha=0.2, linewidth=0)
-    for axes in panels:
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    panels[1].legend(fontsize=8, frameon=False)
+                    axes.fill_between(at, values.amin(0), values.amax(0), color=color, alpha=0.2,
+                                      linewidth=0)
+    axes.legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -534,13 +504,11 @@ def filter_normalized_direction(network, random):
     """
     direction = {}
     for name, weight in network.named_parameters():
-        if weight.ndim <= 1:
-            direction[name] = torch.zeros_like(weight)
-            continue
-        noise = torch.randn(weight.shape, generator=random).to(weight.device)
-        norms = [tensor.detach().flatten(1).norm(dim=1) for tensor in (weight, noise)]
-        ratio = norms[0] / norms[1].clamp(min=1e-12)
-        direction[name] = noise * ratio.view(-1, *[1] * (weight.ndim - 1))
+        direction[name] = torch.zeros_like(weight)
+        if weight.ndim > 1:
+            noise = F.normalize(torch.randn(weight.shape, generator=random).flatten(1))
+            norms = weight.detach().flatten(1).norm(dim=1, keepdim=True)
+            direction[name] = (noise.to(weight.device) * norms).view_as(weight)
     return direction
 
 
@@ -551,26 +519,23 @@ def principal_directions(network, path):
     coordinates relative to the network, n×2), after Li et al. (2018), section 7.2. Biases and
     batch norm stay as they are, as in `filter_normalized_direction`.
     """
-    moving = {name: weight.detach() for name, weight in network.named_parameters()
-              if weight.ndim > 1}
     if len(path) < 3:
         raise ValueError(f"directions=pca: needs at least 3 checkpoints, there are {len(path)} "
                          f"(train with --keep=0 keeps all)")
-    steps = torch.stack([torch.cat([(weights[name] - weight.cpu()).flatten().float()
-                                    for name, weight in moving.items()]) for weights in path])
+    own = dict(network.named_parameters())
+    moving = [name for name, weight in own.items() if weight.ndim > 1]
+    steps = torch.stack([torch.cat([(weights[name] - own[name].detach().cpu()).flatten().float()
+                                    for name in moving]) for weights in path])
     centred = steps - steps.mean(0)
     variance, vectors = torch.linalg.eigh((centred @ centred.T).double())
     if variance[-2] <= 1e-9 * variance[-1]:
         raise ValueError("directions=pca: the weights of the checkpoints lie in one line")
-    axes = vectors[:, [-1, -2]].T.float() @ centred
-    axes /= axes.norm(dim=1, keepdim=True)
+    axes = F.normalize(vectors[:, [-1, -2]].T.float() @ centred)
     directions = []
     for axis in axes:
-        parts = axis.split([weight.numel() for weight in moving.values()])
-        moved = {name: part.view(weight.shape).to(weight.device)
-                 for (name, weight), part in zip(moving.items(), parts)}
-        directions.append({name: moved.get(name, torch.zeros_like(weight))
-                           for name, weight in network.named_parameters()})
+        parts = dict(zip(moving, axis.split([own[name].numel() for name in moving])))
+        directions.append({name: parts[name].view_as(weight).to(weight.device) if name in parts
+                           else torch.zeros_like(weight) for name, weight in own.items()})
     return directions, (variance[[-1, -2]] / variance.sum()).tolist(), steps @ axes.T
 
 
@@ -592,30 +557,29 @@ def moved(network, directions, amounts):
 
 def loss_at(network, directions, amounts, parts, checkpoint):
     """{"train/loss": …, "train/accuracy": …, "test/loss": …} of `parts` ({"train": split, …})
-    where the weights are moved along `directions` by `amounts`; batch norm uses its stored
-    statistics."""
-    exact = {**checkpoint, "settings": {**checkpoint["settings"], "precision": "fp32"}}
-    values = {}
+    where the weights are moved along `directions` by `amounts`, in full precision."""
+    checkpoint, values = {**checkpoint, "settings": {"precision": "fp32"}}, {}
     with moved(network, directions, amounts):
         for name, split in parts.items():
-            logits = train.predict(network, split.images, exact)
+            logits = train.predict(network, split.images, checkpoint)
             result = train.score(logits, split.labels, logits.shape[1])
-            values |= {f"{name}/loss": result["loss"], f"{name}/accuracy": result["accuracy"]}
+            values |= {f"{name}/{kind}": result[kind] for kind in ("loss", "accuracy")}
     return values
 
 
 def read_table(path):
-    """The rows of the CSV file `path` as dictionaries of text; [] when there is none."""
+    """The rows of the CSV file `path`, dictionaries of texts and floats; [] when there is none."""
     if not path.exists():
         return []
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, quoting=csv.QUOTE_NONNUMERIC))
 
 
 def write_table(path, rows):
     """Write `rows`, dictionaries with the same names, to the CSV file `path`, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     writer.writerows(rows)
     networks.write_atomically(path, text.getvalue())
@@ -626,13 +590,13 @@ def evaluate_points(path, points, evaluate, description):
 
     Rows are kept in the CSV file `path` as they come, and not computed when they are there.
     """
-    keys = [tuple(f"{value:.6g}" for value in point) for point in points]
-    rows = {(row["x"], row["y"]): row for row in read_table(path)}
-    missing = {key: point for key, point in zip(keys, points) if key not in rows}
-    for key, point in datasets.progress(missing.items(), description, len(missing)):
-        rows[key] = {"x": key[0], "y": key[1], **evaluate(point)}
+    keys = {tuple(f"{value:.6g}" for value in point): point for point in points}
+    rows = {tuple(f"{row[axis]:.6g}" for axis in "xy"): row for row in read_table(path)}
+    missing = [key for key in keys if key not in rows]
+    for key in datasets.progress(missing, description):
+        rows[key] = {**dict(zip("xy", keys[key])), **evaluate(keys[key])}
         write_table(path, [*rows.values()])
-    return {key: {name: float(value) for name, value in rows[key].items()} for key in keys}
+    return {key: rows[key] for key in keys}
 
 
 def fingerprint(network, *settings):
@@ -653,16 +617,15 @@ def grid_values(rows, xs, ys, column):
 def draw_landscape_line(rows, title):
     """Loss and accuracy along one direction, from `evaluate_points`' rows."""
     figure = new_figure(9, 3.8, title)
-    for place, kind in enumerate(("loss", "accuracy"), 1):
+    rows = sorted(rows, key=lambda row: row["x"])
+    for place, (kind, unit) in enumerate(UNITS.items(), 1):
         axes = plot(figure, (1, 2, place), kind, "distance along the direction, in filter norms",
-                    {"loss": "cross-entropy", "accuracy": "share of images"}[kind])
-        for (name, style), color in zip({"train": "--", "test": "-"}.items(), COLORS):
-            line = sorted((row["x"], row[f"{name}/{kind}"]) for row in rows)
-            axes.plot(*zip(*line), style, color=color, linewidth=1.8,
-                      label=PART_NAMES[name])
-        if kind == "loss":
-            log_scale(axes)
-            axes.legend(fontsize=8, frameon=False)
+                    unit)
+        for part, style, color in (("train", "--", COLORS[0]), ("test", "-", COLORS[1])):
+            axes.plot([row["x"] for row in rows], [row[f"{part}/{kind}"] for row in rows], style,
+                      color=color, linewidth=1.8, label=PART_NAMES[part])
+    log_scale(figure.axes[0])
+    figure.axes[0].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -671,8 +634,6 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
 
     Both share one logarithmic scale. `path` is a list of points (x, y), drawn as a line.
     """
-    from matplotlib.colors import LogNorm
-
     figure = new_figure(5.2 * len(parts) + 0.8, 5.1, title)
     low, high = _span(torch.stack([*parts.values()]).clamp(min=1e-4))
     levels = torch.logspace(math.log10(low), math.log10(high), 17).tolist()
@@ -687,13 +648,12 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
             axes.plot(0, 0, "+", color="white", markersize=11, markeredgewidth=2)
             axes.set_aspect("equal")
             continue
-        axes.plot(*zip(*path), "-o", color=COLORS[1], markersize=4, linewidth=1.5,
-                  markeredgecolor="white", markeredgewidth=0.6)
+        axes.plot(*zip(*path), "-o", color=COLORS[1], markersize=4, markeredgecolor="white",
+                  markeredgewidth=0.6)
         for text, point in (("start", path[0]), ("end", path[-1])):
             axes.annotate(text, point, (6, 6), textcoords="offset points", fontsize=9,
                           color="white", fontweight="bold")
-    bar = figure.colorbar(filled, ax=figure.axes, shrink=0.8, format="%.3g",
-                          ticks=levels[::4])
+    bar = figure.colorbar(filled, ax=figure.axes, shrink=0.8, format="%.3g", ticks=levels[::4])
     bar.set_label("cross-entropy (logarithmic)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.ax.minorticks_off()
@@ -705,17 +665,16 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
     figure = new_figure(5.4 * len(parts), 5.0, title)
     logs = {name: values.clamp(min=1e-4).log10() for name, values in parts.items()}
     low, high = _span(torch.stack([*logs.values()]))
-    x, y = torch.meshgrid(torch.as_tensor(xs), torch.as_tensor(ys), indexing="xy")
+    x, y = torch.meshgrid(torch.tensor(xs), torch.tensor(ys), indexing="xy")
     for place, (name, values) in enumerate(logs.items(), 1):
         axes = figure.add_subplot(1, len(parts), place, projection="3d")
-        axes.plot_surface(x.numpy(), y.numpy(), values.numpy(), cmap="viridis", vmin=low,
-                          vmax=high, rcount=len(ys), ccount=len(xs), edgecolor="black",
-                          linewidth=0.15)
-        axes.set_zlim(low, high)
-        axes.zaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
+        axes.plot_surface(x.numpy(), y.numpy(), values.numpy(), cmap="viridis", vmin=low, vmax=high,
+                          rcount=len(ys), ccount=len(xs), edgecolor="black", linewidth=0.15)
+        axes.set(zlim=(low, high))
         axes.set_title(f"{PART_NAMES[name]} loss (logarithmic height)", fontsize=10)
         axes.set_xlabel(labels[0], fontsize=8)
         axes.set_ylabel(labels[1], fontsize=8)
+        axes.zaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
         axes.tick_params(labelsize=7)
         axes.view_init(35, -60)
     return figure
@@ -723,13 +682,15 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
 
 # ---------------------------------------------------------------------------- smoothness
 
+MEASURES = ("loss_low", "loss_high", "change_low", "change_high", "beta")
+
 
 def along_gradient(loss_of, weights, sizes):
     """How smooth the loss is ahead, along its gradient (Santurkar et al. 2018, figure 4).
 
     `loss_of` maps a dictionary of tensors such as `weights` to a scalar. For every step size η
-    of `sizes` the weights are moved by −η·gradient; returns the lowest and highest `loss` there,
-    the lowest and highest l2 `change` of the gradient (its predictiveness), and `beta`, the
+    of `sizes` the weights are moved by −η·gradient; returns the lowest and highest loss there,
+    the lowest and highest l2 change of the gradient (its predictiveness), and "beta", the
     effective β-smoothness: the largest change of the gradient per distance moved.
     """
     def loss_and_gradient(point):
@@ -738,18 +699,17 @@ def along_gradient(loss_of, weights, sizes):
         return loss.item(), torch.autograd.grad(loss, [*point.values()])
 
     def norm(tensors):
-        return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt()
+        return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
 
     _, gradient = loss_and_gradient(weights)
-    length, losses, changes, betas = norm(gradient).item(), [], [], []
+    losses, changes, betas = [], [], []
     for size in sizes:
         loss, ahead = loss_and_gradient({name: weight - size * slope for (name, weight), slope
                                          in zip(weights.items(), gradient)})
         losses.append(loss)
-        changes.append(norm([a - b for a, b in zip(ahead, gradient)]).item())
-        betas.append(changes[-1] / max(size * length, 1e-30))
-    return {"loss_low": min(losses), "loss_high": max(losses), "change_low": min(changes),
-            "change_high": max(changes), "beta": max(betas)}
+        changes.append(norm(after - before for after, before in zip(ahead, gradient)))
+        betas.append(changes[-1] / max(size * norm(gradient), 1e-30))
+    return dict(zip(MEASURES, (min(losses), max(losses), min(changes), max(changes), max(betas))))
 
 
 def batch_loss(network, images, labels):
@@ -768,7 +728,7 @@ def smoothness_run(model, lr, dataset, device, steps, batch_size, seed, every=0)
     """Train `model` for `steps` with SGD (momentum 0.9, constant `lr`): a row for each step.
 
     With `every`, each so many steps the row has `along_gradient`'s measures too, for eight step
-    sizes from half to four times `lr`, on the very mini-batch of the step.
+    sizes from half to four times `lr`, on the very mini-batch of the step; NaN in other rows.
     """
     torch.manual_seed(seed)
     size = networks.image_size_of(model)
@@ -777,11 +737,11 @@ def smoothness_run(model, lr, dataset, device, steps, batch_size, seed, every=0)
                                ("flip", "crop"), seed, size, device)
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9)
     sizes = [lr / 2 * 8 ** (number / 7) for number in range(8)]
-    stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
+    stream = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
     rows = []
     for step in datasets.progress(range(steps), f"{model}, learning rate {lr:g}"):
         images, labels = next(stream)
-        measures = dict.fromkeys(("loss_low", "loss_high", "change_low", "change_high", "beta"))
+        measures = dict.fromkeys(MEASURES, math.nan)
         if every and step % every == 0:
             measures = along_gradient(batch_loss(network, images, labels),
                                       dict(network.named_parameters()), sizes)
@@ -797,28 +757,25 @@ def draw_smoothness(rows, models, title):
     """Four plots over the steps, all `models` in each: the band of losses over separate runs,
     and the three measures along the gradient. `rows` are `smoothness_run`'s."""
     figure = new_figure(11, 7.5, title)
-    names = ("loss over separate runs, one for each learning rate",
-             "variation of the loss along the gradient",
-             "gradient predictiveness: change of the gradient",
-             "effective β-smoothness along the gradient")
-    units = ("training loss", "loss ahead", "l2 distance", "largest change / distance moved")
-    panels = [plot(figure, (2, 2, place), name, "step", unit)
-              for place, (name, unit) in enumerate(zip(names, units), 1)]
+    panels = [plot(figure, (2, 2, place), name, "step", unit) for place, (name, unit) in enumerate((
+        ("loss over separate runs, one for each learning rate", "training loss"),
+        ("variation of the loss along the gradient", "loss ahead"),
+        ("gradient predictiveness: change of the gradient", "l2 distance"),
+        ("effective β-smoothness along the gradient", "largest change / distance moved")), 1)]
     for number, model in enumerate(models):
-        mine = [row for row in rows if row["model"] == model]
-        runs = {lr: [row["loss"] for row in mine if row["lr"] == lr]
-                for lr in sorted({row["lr"] for row in mine})}
-        losses = torch.tensor([*runs.values()]).nan_to_num(torch.inf)
-        ahead = [row for row in mine if row["beta"] is not None]
-        at = [row["step"] for row in ahead]
-        bands = [(range(losses.shape[1]), losses.amin(0), losses.amax(0))]
-        bands += [(at, *([row[f"{kind}_{end}"] for row in ahead] for end in ("low", "high")))
-                  for kind in ("loss", "change")]
+        losses, ahead = {}, []
+        for row in (row for row in rows if row["model"] == model):
+            losses.setdefault(row["step"], []).append(math.inf if math.isnan(row["loss"])
+                                                      else row["loss"])
+            ahead += [row] if not math.isnan(row["beta"]) else []
+        bands = [(list(losses), [*map(min, losses.values())], [*map(max, losses.values())])]
+        at, *measures = zip(*([row["step"], *(row[name] for name in MEASURES)] for row in ahead))
+        bands += [(at, *measures[:2]), (at, *measures[2:4])]
         style = {"color": COLORS[number % len(COLORS)], "label": model}
-        for axes, (x, low, high) in zip(panels, bands):
-            axes.fill_between(x, low, high, alpha=0.45, linewidth=0.8,
+        for axes, band in zip(panels, bands):
+            axes.fill_between(*band, alpha=0.45, linewidth=0.8,
                               hatch=("", "////", "....")[number % 3], **style)
-        panels[3].plot(at, [row["beta"] for row in ahead], ("-", "--", ":")[number % 3], **style)
+        panels[3].plot(at, measures[4], ("-", "--", ":")[number % 3], **style)
     for axes in panels:
         log_scale(axes)
         axes.legend(fontsize=8, frameon=False)
@@ -828,88 +785,102 @@ def draw_smoothness(rows, models, title):
 # ---------------------------------------------------------------------------- lab reports
 
 STYLE = """
-body { margin: 0; padding: 3rem 1.25rem 4rem; background: #fff; color: #1a1a1a;
-  font: 1.0625rem/1.55 Charter, "Bitstream Charter", "Iowan Old Style", Georgia, serif; }
+body { margin: 0; padding: 3rem 1.25rem; color: #1a1a1a; font: 1.0625rem/1.55 Georgia, serif; }
 main > * { max-width: 40rem; margin: 0 auto 1rem; }
-main > figure, main > div { max-width: 62rem; margin-block: 1.5rem 2rem; overflow-x: auto; }
+main > div, p:has(img) { max-width: 62rem; overflow-x: auto; }
+main > div, p:has(img) + p { margin-bottom: 2rem; }
 h1 { font-size: 2rem; line-height: 1.2; font-weight: normal; }
-h2 { font-size: 1.25rem; line-height: 1.3; margin-top: 2.75rem; }
 h1 + p { margin-bottom: 2rem; padding: .9rem 0; border: solid #999; border-width: 1px 0; }
-pre { padding-left: 1rem; border-left: 2px solid #bbb; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: .8rem/1.5 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
-table { border-collapse: collapse; border-bottom: 1.5px solid; margin: auto; font-size: .875rem;
+h2 { font-size: 1.25rem; line-height: 1.3; margin-top: 2.75rem; }
+pre { padding-left: 1rem; border-left: 2px solid #bbb; font-size: .8rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+table { border-collapse: collapse; border-block: 2px solid; margin: auto; font-size: .875rem;
   min-width: min(40rem, 100%); line-height: 1.35; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem 0 .25rem .9rem; border-top: 1px solid #e2e2e2; text-align: left;
+th, td { padding: .25rem .45rem; border-bottom: 1px solid #e2e2e2; text-align: left;
   vertical-align: baseline; white-space: nowrap; }
-th { border-top: 1.5px solid; border-bottom: 1px solid; }
-th:first-child, td:first-child { padding-left: 0; }
 td:last-child { min-width: 7rem; white-space: normal; }
-.number { text-align: right; }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto .5rem; }
-caption, figcaption { font-size: .875rem; line-height: 1.4; color: #444; text-align: left; }
-caption { padding-bottom: .5rem; }
-figcaption { max-width: 40rem; margin: auto; }
+img { display: block; max-width: 100%; height: auto; margin: auto; }
+p:has(+ div), p:has(img) + p { font-size: .875rem; line-height: 1.4; color: #444; }
+p:has(+ div), p:has(img) { margin-bottom: .5rem; }
 @page { size: A4; margin: 20mm 22mm; }
 @media print {
   body { padding: 0; font-size: 10.5pt; }
-  main > *, main > figure, main > div, figcaption { max-width: none; overflow: visible; }
+  main > *, main > div, p:has(img) { max-width: none; overflow: visible; }
   table { width: 100%; font-size: 8.5pt; }
-  figure, tr, pre, h1 + p, div:not(:has(tr:nth-child(16))) { break-inside: avoid; }
-  h1, h2, caption { break-after: avoid; }
+  tr, pre, h1 + p, div:not(:has(tr:nth-child(16))) { break-inside: avoid; }
+  h1, h2, p:has(+ div), p:has(img) { break-after: avoid; }
   img { max-height: 105mm; width: auto; }
 }
 """
 
 
-def as_html(title, blocks):
-    """A report as one page that needs no other file.
+class Report:
+    """A lab report in the making: Markdown in `folder`, beside its `figures`, and as one page."""
 
-    `blocks` are (kind, content, caption): a heading, a text or a command; a table, its rows with
-    the head first; or a figure, the path of a PNG file.
-    """
-    parts, escape = [], html.escape
-    for kind, content, caption in blocks:
-        if kind == "figure":
-            png, caption = content.read_bytes(), escape(caption)
-            width = int.from_bytes(png[16:20], "big") * 96 // DPI  # as large as it was drawn
-            parts.append(f'<figure><img width="{width}" alt="{caption}" src="data:image/png;base64,'
-                         f'{base64.b64encode(png).decode()}">\n'
-                         f'<figcaption>{caption}</figcaption></figure>')
-        elif kind == "table":
-            marks = [' class="number"' * number for number in numeric_columns(content)]
-            head, *rows = ["<tr>" + "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell
-                                            in zip(marks, row)) + "</tr>\n"
-                           for tag, row in zip(["th"] + ["td"] * len(content), content)]
-            parts.append(f"<div><table><caption>{escape(caption)}</caption>\n<thead>{head}"
-                         f"</thead><tbody>{''.join(rows)}</tbody></table></div>")
-        else:
-            tag = {"heading": "h2", "text": "p", "command": "pre"}[kind]
-            parts.append(f"<{tag}>{escape(content)}</{tag}>")
-    body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
+    def __init__(self, folder, title, lead):
+        self.folder, self.title = Path(folder), title
+        self.parts, self.tables, self.figures = [f"# {plain(title)}", plain(lead)], 0, []
+
+    def section(self, title):
+        """Begin a section."""
+        self.parts.append(f"## {plain(title)}")
+
+    def text(self, text):
+        """Add a paragraph."""
+        self.parts.append(plain(text))
+
+    def command(self, *lines):
+        """Add command lines."""
+        self.parts.append("\n".join(["```sh", *lines, "```"]))
+
+    def table(self, rows, caption):
+        """Add a table of texts, its head first; columns of numbers are set to the right."""
+        self.tables += 1
+        rule = ["---:" if number else "---" for number in numeric_columns(rows)]
+        head, *rows = ([plain(cell) for cell in row] for row in rows)
+        self.parts += [plain(f"Table {self.tables}. {caption}"), "\n".join(
+            f"| {' | '.join(row)} |" for row in (head, rule, *rows))]
+
+    def figure(self, name, drawn, caption):
+        """Add a matplotlib figure, or the PNG file it is `drawn` in, as `name` in `figures`."""
+        path = self.folder / "figures" / f"{name}.png"
+        if isinstance(drawn, Figure):
+            save_figure(drawn, None, name, path)
+        elif drawn != path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            networks.write_atomically(path, drawn.read_bytes())
+        self.figures.append(path)
+        caption = plain(f"Figure {len(self.figures)}. {caption}")
+        self.parts += [f"![{caption}](<figures/{path.name}>)", caption]
+
+    def write(self):
+        """Write report.html and report.md and print their paths."""
+        text = "\n\n".join(self.parts) + "\n"
+        for name, content in (("report.html", page(self.title, text, self.figures)),
+                              ("report.md", text)):
+            networks.write_atomically(self.folder / name, content)
+            print(self.folder / name)
+
+
+def plain(text):
+    """Text as Markdown that means nothing but itself."""
+    return re.sub(r"[\\`*|\[\]]|\b_|_\b", r"\\\g<0>", html.escape(text, quote=False))
+
+
+def page(title, markdown, figures):
+    """Markdown as one HTML page that holds its PNG files `figures` and needs no other file."""
+    from markdown_it import MarkdownIt
+
+    reader = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table")
+    body = reader.render(markdown)
+    body = body.replace("<table>", "<div><table>").replace("</table>", "</table></div>")
+    for png in (path.read_bytes() for path in figures):
+        width = int.from_bytes(png[16:20], "big") * 96 // DPI  # as large as it was drawn
+        body = re.sub('<img src="figures[^"]*"', f'<img width="{width}" src="data:image/png;base64,'
+                      f'{base64.b64encode(png).decode()}"', body, count=1)
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<meta name="viewport" '
-            f'content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-            f'<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n')
-
-
-def as_markdown(title, blocks):
-    """The same report as Markdown, to lie beside the folder `figures`."""
-    def plain(text):
-        return re.sub(r"[\\`*|\[\]]|\b_|_\b", r"\\\g<0>", html.escape(text, quote=False))
-
-    parts = [f"# {plain(title)}"]
-    for kind, content, caption in blocks:
-        if kind == "table":
-            rule = ["---:" if number else "---" for number in numeric_columns(content)]
-            head, *rows = ([plain(cell) for cell in row] for row in content)
-            parts += [plain(caption), "\n".join(f"| {' | '.join(row)} |"
-                                                for row in (head, rule, *rows))]
-        elif kind == "figure":
-            parts += [f"![{plain(caption)}](<figures/{content.name}>)", plain(caption)]
-        elif kind == "command":
-            parts.append(f"```sh\n{content}\n```")
-        else:
-            parts.append("## " * (kind == "heading") + plain(content))
-    return "\n\n".join(parts) + "\n"
+            f'content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
+            f"<style>{STYLE}</style></head>\n<body><main>\n{body}</main></body></html>\n")
 
 
 def numeric_columns(rows):
@@ -947,8 +918,8 @@ def finished(run):
                                                      name=place.name))
 
 
-def report_of_run(run, figures, **given):
-    """(title, blocks) of the report of a run. `given` are --data, --root and --device."""
+def report_of_run(run, folder, **given):
+    """The `Report` of a run. `given` are the flags data, root and device."""
     result = finished(run)
     if not result:
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
@@ -964,57 +935,58 @@ def report_of_run(run, figures, **given):
         f", the best of them on the validation images ({result['val/accuracy']:.2%})")
     hardware = {"device": result["device"], "time": duration(result["seconds"]),
                 **result["versions"], "commit": result["commit"] or "unknown"}
-    return f"{config.model} on {name}", [
-        ("text", f"{config.model} ({options}{thousands(result['parameters'])} parameters) was "
-         f"trained on {thousands(len(dataset.train.labels))} images of {name}: {result['epochs']} "
-         f"epoch{'s' * (result['epochs'] > 1)}, {hardware['time']} on {result['device']}. It "
-         f"classifies {thousands(right)} of {thousands(count)} test images correctly, "
-         f"{right / count:.2%}. Its weights are those of epoch {checkpoint['epoch']}{best}."),
-        *setup_blocks(config, name, dataset, network, checkpoint),
-        ("heading", "Training"),
-        ("figure", save_figure(draw_curves(group_runs([run])), None, "report-curves", figures),
-         "Loss and accuracy after each epoch. Training images are counted as the network learns "
-         "from them: augmented, and with dropout where there is any."),
-        *prediction_blocks(dataset.test, checkpoint, logits, figures),
-        *inside_blocks(run, network, dataset.test, checkpoint, logits, figures, given),
-        ("heading", "Hardware, versions, and how to make it again"),
-        ("table", [("what", "value"), *hardware.items()], "Where the network was trained."),
-        ("text", "The first command trains the network, the second makes this report. Folders "
-                 "from elsewhere have only their last names here."),
-        ("command", portable(shlex.split(result["command"])) + "\n" + portable(
-            ["python", "visualize.py", "report", str(config.folder)]))]
+    report = Report(
+        folder, f"{config.model} on {name}",
+        f"{config.model} ({options}{thousands(result['parameters'])} parameters) was trained on "
+        f"{thousands(len(dataset.train.labels))} images of {name}: {result['epochs']} "
+        f"epoch{'s' * (result['epochs'] > 1)}, {hardware['time']} on {result['device']}. It "
+        f"classifies {thousands(right)} of {thousands(count)} test images correctly, "
+        f"{right / count:.2%}. Its weights are those of epoch {checkpoint['epoch']}{best}.")
+    add_setup(report, config, name, dataset, network, checkpoint)
+    report.section("Training")
+    report.figure("report-curves", draw_curves(group_runs([run])),
+                  "Loss and accuracy after each epoch. Training images are counted as the network "
+                  "learns from them: augmented, and with dropout where there is any.")
+    add_predictions(report, dataset.test, checkpoint, logits)
+    add_inside(report, run, network, dataset.test, checkpoint, logits, given)
+    report.section("Hardware, versions, and how to make it again")
+    report.table([("what", "value"), *hardware.items()], "Where the network was trained.")
+    report.text("The first command trains the network, the second makes this report. Folders from "
+                "elsewhere have only their last names here.")
+    report.command(portable(shlex.split(result["command"])),
+                   portable(["python", "visualize.py", "report", str(config.folder)]))
+    return report
 
 
-def setup_blocks(config, name, dataset, network, checkpoint):
+def add_setup(report, config, name, dataset, network, checkpoint):
     """Images, settings and structure of a run."""
     sizes = ", ".join(f"{thousands(len(split.labels))} {PART_NAMES[part]}" for part in PART_NAMES
                       if (split := getattr(dataset, part)))
     mean, std = (" ".join(f"{value:.4f}" for value in checkpoint[kind]) for kind in ("mean", "std"))
+    side = checkpoint["image_size"]
+    report.section("Images and settings")
+    report.text(f"{name}: {sizes} images of {len(dataset.classes)} classes. The network takes them "
+                f"at {side}×{side} pixels, less the mean {mean} and divided by the standard "
+                f"deviation {std} of the training images' pixels.")
     meanings = {entry.name: entry.metadata["help"] for entry in dataclasses.fields(config)}
     values = {key: ",".join(map(str, value)) or "none" if isinstance(value, (list, tuple))
               else str(value).lower()
               for key, value in {**dataclasses.asdict(config), **config.all_settings()}.items()
               if key == "epochs" or key not in (*train.MAY_CHANGE, "options")}
-    side = checkpoint["image_size"]
+    values |= {"data": name, "image_size": str(side)}
+    report.table([("setting", "value", "meaning"), *(
+        (key, value, meanings.get(key, f"option of {config.model}"))
+        for key, value in values.items())], "The settings that bear on the outcome.")
     rows = networks.stages(network, side)
     rows.append(("total", (), *(sum(row[place] for row in rows) for place in (2, 3))))
-    return [
-        ("heading", "Images and settings"),
-        ("text", f"{name}: {sizes} images of {len(dataset.classes)} classes. The network takes "
-                 f"them at {side}×{side} pixels, less the mean {mean} and divided by the standard "
-                 f"deviation {std} of the training images' pixels."),
-        ("table", [("setting", "value", "meaning"), *(
-            (key, value, meanings.get(key, f"option of {config.model}"))
-            for key, value in {**values, "data": name, "image_size": str(side)}.items())],
-         "The settings that bear on the outcome."),
-        ("heading", "Structure"),
-        ("table", [("stage", "output", "parameters", "multiply-adds"), *(
-            (stage, "×".join(map(str, shape)), thousands(parameters), thousands(operations))
-            for stage, shape, parameters, operations in rows)],
-         "The stages of the network; multiply-adds are those of one image.")]
+    report.section("Structure")
+    report.table([("stage", "output", "parameters", "multiply-adds"), *(
+        (stage, "×".join(map(str, shape)), *map(thousands, counts))
+        for stage, shape, *counts in rows)],
+        "The stages of the network; multiply-adds are those of one image.")
 
 
-def prediction_blocks(test, checkpoint, logits, figures):
+def add_predictions(report, test, checkpoint, logits):
     """Accuracy of each class, confusion matrix, and predictions that are right and wrong."""
     classes, right = checkpoint["classes"], logits.argmax(1) == test.labels
     matrix = confusion_matrix(test.labels, logits.argmax(1), len(classes))
@@ -1023,25 +995,23 @@ def prediction_blocks(test, checkpoint, logits, figures):
                                        matrix - matrix.diagonal().diag()):
         rows.append((name, f"{line.sum()}", f"{hits}", f"{hits / line.sum().clamp(min=1):.1%}",
                      f"{classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "–"))
-    blocks = [("heading", "Predictions"),
-              ("table", rows, "Accuracy of each class on the test images."),
-              ("figure", save_figure(draw_confusion(matrix, classes, ""), None, "report-confusion",
-                                     figures),
-               "Which classes, in rows, are taken for which, in columns.")]
+    report.section("Predictions")
+    report.table(rows, "Accuracy of each class on the test images.")
+    report.figure("report-confusion", draw_confusion(matrix, classes, ""),
+                  "Which classes, in rows, are taken for which, in columns.")
     order = torch.randperm(len(right), generator=datasets.generator(0, "predictions"))
     for name, kept in (("right", right), ("wrong", ~right)):
-        if kept.any():
-            some = order[kept[order]][:4]
-            figure = draw_predictions(pictures(test.images[some], checkpoint), test.labels[some],
-                                      logits[some], classes, "")
-            blocks.append(("figure", save_figure(figure, None, f"report-{name}", figures),
-                           f"Predictions that are {name}, drawn at random: probability and logit "
-                           f"of each class. Blue is the true class, orange what it was taken for."))
-    return blocks
+        some = order[kept[order]][:4]
+        if len(some):
+            drawn = draw_predictions(pictures(test.images[some], checkpoint), test.labels[some],
+                                     logits[some], classes, "")
+            report.figure(f"report-{name}", drawn, f"Predictions that are {name}, drawn at random: "
+                          f"probability and logit of each class. Blue is the true class, orange "
+                          f"what it was taken for.")
 
 
-def inside_blocks(run, network, test, checkpoint, logits, figures, given):
-    """Filters, feature maps and deconvnet reconstructions."""
+def add_inside(report, run, network, test, checkpoint, logits, given):
+    """Filters, feature maps and deconvnet reconstructions, each drawn by its command."""
     index = (logits.argmax(1) == test.labels).int().argmax().item()  # the first that is right
     image = f"test image {index} ({checkpoint['classes'][test.labels[index]]})"
     sides = {name: shape[-1] for name, shape, *_ in networks.stages(
@@ -1050,33 +1020,32 @@ def inside_blocks(run, network, test, checkpoint, logits, figures, given):
     layers = [name for name, side in sides.items() if side > 1] or [*sides]
     first, middle, last = layers[0], layers[len(layers) // 2], layers[-1]
     layers = [*dict.fromkeys([first, middle, last])]
-    blocks = [("heading", "Inside the network")]
+    place = report.folder / "figures"
 
-    def add(name, caption, draw, *words, **options):
-        path = figures / f"report-{name}.png"
-        draw(*words, out=str(path), **options)
-        blocks.append(("figure", path, caption))
+    def draw(name, caption, command, **flags):
+        path = place / f"report-{name}.png"
+        if command in COMMANDS:
+            COMMANDS[command](str(run), out=str(path), **flags)
+        else:
+            train.run_script("deconv.py", command, str(run), f"--out={path}", *(
+                f"--{key}={value}" for key, value in flags.items() if value is not None))
+        report.figure(f"report-{name}", path, caption)
 
-    def deconv(*words, **options):
-        train.run_script("deconv.py", *words, *(f"--{name}={value}" for name, value
-                                                in options.items() if value is not None))
-
-    run = str(run)
-    add("filters", f"The filters of {first}, in the colours to which they answer.", filters, run,
-        first)
+    report.section("Inside the network")
+    draw("filters", f"The filters of {first}, in the colours to which they answer.", "filters",
+         layer=first)
     for layer in dict.fromkeys([first, last]):
-        add(f"features-{layer}", f"What {layer} makes of {image}.", features, run, (layer,),
-            index=index, maps=35, **given)
-    add("reconstruct", f"What in {image} excites the strongest unit of {', '.join(layers)}, found "
-        f"by a deconvnet (Zeiler & Fergus 2014).", deconv, "reconstruct", run, index=index,
-        layers=",".join(layers), **given)
-    add("gallery", f"Units of {last}: the test images' patches that excite them most, and what a "
-        f"deconvnet brings back of each.", deconv, "gallery", run, layer=last, units=3, **given)
-    return blocks
+        draw(f"features-{layer}", f"What {layer} makes of {image}.", "features", layers=(layer,),
+             index=index, maps=35, **given)
+    draw("reconstruct", f"What in {image} excites the strongest unit of {', '.join(layers)}, found "
+         f"by a deconvnet (Zeiler & Fergus 2014).", "reconstruct", index=index,
+         layers=",".join(layers), **given)
+    draw("gallery", f"Units of {last}: the test images' patches that excite them most, and what a "
+         f"deconvnet brings back of each.", "gallery", layer=last, units=3, **given)
 
 
-def report_of_lab(what, runs, figures):
-    """(title, blocks) of a lab report: the experiments `what`, whose runs are in folder `runs`."""
+def report_of_lab(what, runs, folder):
+    """The `Report` of the experiments `what`, whose runs are in the folder `runs`."""
     try:
         entries = train.read_experiments(what)
     except ValueError as error:
@@ -1087,24 +1056,32 @@ def report_of_lab(what, runs, figures):
     claims = [row for row in rows if row["reported"] is not None]
     known = [row for row in claims if row["measured"] is not None]
     met = sum(row["measured"] >= row["reported"] for row in known)
-    images = " and ".join(sorted({row["images"] for row in rows if "images" in row}))
+    images = " and ".join(sorted({row["images"] for row in rows if "seconds" in row}))
     places = "; ".join(sorted({f"{row['device']}, commit {row['commit']}" for row in rows
-                               if "device" in row}))
-    return book["reports"].get(what, f"Experiments: {what}"), [
-        ("text", f"Of {len(claims)} reported accuracies, {len(known)} were measured again; {met} "
-                 f"of these were met or beaten. The reported ones are on the original CIFAR-10, "
-                 f"the measured ones on {images or 'nothing yet'}."),
-        ("heading", "Reported and measured"),
-        ("table", [("id", "run", "accuracy", "reported", "measured", "difference", "epochs",
-                    "time", "images", "note"), *map(lab_cells, rows)],
-         "Accuracies in per cent; of several seeds the mean ± standard deviation. Time is that of "
-         "one run."),
-        *(block for entry in entries for block in entry_blocks(entry, runs, figures)),
-        ("heading", "Hardware, and how to make it again"),
-        ("text", f"Measured on: {places or 'nothing yet'}."),
-        ("command", portable(["python", "train.py", "reproduce", what, *(
-            f"--{name}={value}" for name, value in flags.items())]) +
-         f"\npython visualize.py report {what}")]
+                               if "seconds" in row}))
+    report = Report(
+        folder, book["reports"].get(what, f"Experiments: {what}"),
+        f"Of {len(claims)} reported accuracies, {len(known)} were measured again; {met} of these "
+        f"were met or beaten. The reported ones are on the original CIFAR-10, the measured ones on "
+        f"{images or 'nothing yet'}.")
+    report.section("Reported and measured")
+    report.table([("id", "run", "accuracy", "reported", "measured", "difference", "epochs", "time",
+                   "images", "note"), *map(lab_cells, rows)],
+                 "Accuracies in per cent; of several seeds the mean ± standard deviation. Time is "
+                 "that of one run.")
+    for entry in entries:
+        add_entry(report, entry, runs)
+    report.section("Hardware, and how to make it again")
+    report.text(f"Measured on: {places or 'nothing yet'}.")
+    report.command(portable(["python", "train.py", "reproduce", what, *(
+        f"--{name}={value}" for name, value in flags.items())]),
+        f"python visualize.py report {what}")
+    return report
+
+
+def with_seeds(folder):
+    """The folder of a run and those of its repetitions with other seeds."""
+    return [folder, *sorted(folder.parent.glob(f"{folder.name}-seed*"))]
 
 
 def lab_rows(entry, runs, flags):
@@ -1114,14 +1091,13 @@ def lab_rows(entry, runs, flags):
     """
     rows = []
     for name, line in entry.get("runs", {}).items():
-        first = train.run_folder_of(entry["id"], name, runs)
-        found = [first, *sorted(first.parent.glob(f"{first.name}-seed*"))]
-        done = [result for result in map(finished, found) if result]
+        folder = train.run_folder_of(entry["id"], name, runs)
+        done = [result for result in map(finished, with_seeds(folder)) if result]
         if not done:
+            state = "not finished" if folder.exists() else "not measured"
             claims = entry.get("reported", {}).get(name, {"test": None})
             rows += [{"run": name, "accuracy": part, "reported": claim, "measured": None,
-                      "state": "not finished" if first.exists() else "not measured"}
-                     for part, claim in claims.items()]
+                      "state": state} for part, claim in claims.items()]
             continue
         words = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:])
         planned = train.Config.create(**train.parse_flags(words))
@@ -1135,48 +1111,47 @@ def lab_rows(entry, runs, flags):
                  for row in train.compare(entry, name, done)]
     rows = rows or [{"accuracy": "figures", "reported": None, "measured": None}]
     rows[0]["note"] = entry.get("note", "")
-    return [{**row, "id": entry["id"]} for row in rows]
+    return [{"run": "–", "note": "", "epochs": "–", "images": "–", "state": "–", **row,
+             "id": entry["id"]} for row in rows]
 
 
 def lab_cells(row):
     """A row of `lab_rows` as text."""
     claim, value = row["reported"], row["measured"]
     std = f" ± {row['std']:.2f}" if row.get("std") is not None else ""
-    return (row["id"], row.get("run", "–"), row.get("accuracy", "–"),
-            "–" if claim is None else f"{claim:.2f}",
-            row.get("state", "–") if value is None else f"{value:.2f}{std}",
+    return (row["id"], row["run"], row["accuracy"], "–" if claim is None else f"{claim:.2f}",
+            row["state"] if value is None else f"{value:.2f}{std}",
             "–" if None in (claim, value) else f"{value - claim:+.2f}".replace("-", "−"),
-            row.get("epochs", "–"), duration(row["seconds"]) if "seconds" in row else "–",
-            row.get("images", "–"), row.get("note", ""))
+            row["epochs"], duration(row["seconds"]) if "seconds" in row else "–", row["images"],
+            row["note"])
 
 
-def entry_blocks(entry, runs, figures):
+def add_entry(report, entry, runs):
     """An experiment of a lab report: note, command lines, curves in one plot, other figures."""
     def fill(text, show=str):
         return re.sub(r"\{(?:([^{}/]+)/)?([^{}]+)\}", lambda match: show(str(train.run_folder_of(
             match[1] or entry["id"], match[2], runs))), text)
 
     lines, drawn = [*entry.get("runs", {}).values()], entry.get("figures", ())
+    report.section(f"{entry['id']}  {entry['shows']}")
+    if "note" in entry:
+        report.text(f"Note: {entry['note']}.")
+    report.command(*(portable(shlex.split(fill(line, shlex.quote))) for line in (*lines, *drawn)))
     names = [f"{{{name}}}" for name in entry.get("runs", {})]
     names += re.findall(r"\{.+?\}", " ".join(line for line in drawn if " curves " in line))
-    folders = [folder for first in dict.fromkeys(Path(fill(name)) for name in names)
-               for folder in (first, *sorted(first.parent.glob(f"{first.name}-seed*")))
-               if train.read_rows(folder)]
-    blocks = [("heading", f"{entry['id']}  {entry['shows']}"),
-              *([("text", f"Note: {entry['note']}.")] if "note" in entry else []),
-              ("command", "\n".join(portable(shlex.split(fill(line, shlex.quote)))
-                                    for line in (*lines, *drawn)))]
+    folders = [folder for first in dict.fromkeys(map(fill, names))
+               for folder in with_seeds(Path(first)) if train.read_rows(folder)]
     if folders:
-        path = save_figure(draw_curves(group_runs(folders)), None, f"{entry['id']}-curves", figures)
-        blocks.append(("figure", path, f"{entry['id']}: loss and accuracy after each epoch."))
+        report.figure(f"{entry['id']}-curves", draw_curves(group_runs(folders)),
+                      f"{entry['id']}: loss and accuracy after each epoch.")
+    found = {}  # several lines may have drawn one figure
     for line in drawn:
         command, run = line.split()[2], re.search(r"\{.+?\}", line)
         place = Path(fill(run[0]), "figures") if run else Path(runs, f"{entry['id']}-{command}")
-        for path in sorted(place.glob(f"{command}*.png")) if command != "curves" else ():
-            copy = figures / f"{entry['id']}-{path.name}"
-            networks.write_atomically(copy, path.read_bytes())
-            blocks.append(("figure", copy, f"{entry['id']}: {path.stem}, {place.parent.name}."))
-    return list({block[1]: block for block in blocks}.values())  # several lines, one figure
+        if command != "curves":
+            found |= dict.fromkeys(sorted(place.glob(f"{command}*.png")), place.parent.name)
+    for path, name in found.items():
+        report.figure(f"{entry['id']}-{path.stem}", path, f"{entry['id']}: {path.stem}, {name}.")
 
 
 # ---------------------------------------------------------------------------- commands
@@ -1188,22 +1163,18 @@ def title_of(checkpoint):
     return f"{name}, epoch {checkpoint['epoch']}"
 
 
-def open_test(ckpt, device, data, root, out, format):
-    """(network, checkpoint, test split), after `out` and `format` have been checked."""
-    figure_path(ckpt, "", out, format)
+def open_test(ckpt, device, data, root):
+    """Network, checkpoint, and the test split of its data set (or of another)."""
     network, checkpoint = train.open_checkpoint(ckpt, device)
     return network, checkpoint, train.open_dataset(checkpoint, data, root).test
 
 
-def need_one(**counts):
-    """ValueError naming the first of `counts` that is not above 0."""
-    for name, value in counts.items():
+def need(out=None, **least):
+    """ValueError naming the first of the flags `least` that is not above 0; or `out`, if given, as
+    a file: a command that draws several figures needs a folder."""
+    for name, value in least.items():
         if value <= 0:
             raise ValueError(f"{name}={value}: must be above 0")
-
-
-def need_folder(out):
-    """Commands that draw several figures cannot write them all into one file."""
     if out is not None and Path(out).suffix[1:] in FORMATS:
         raise ValueError(f"out={out}: this command draws several figures; name a folder")
 
@@ -1211,21 +1182,20 @@ def need_folder(out):
 def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: int = 0,
             out: str | None = None, format: Format = "png"):
     """Draw COUNT random training images with their classes, and the data set's figures."""
-    need_one(count=count)
-    figure_path(None, "", out, format)
+    need(count=count)
     dataset = datasets.load(data, root, val=0)
     images, labels = dataset.train
     chosen = torch.randperm(len(labels), generator=datasets.generator(seed, "samples"))[:count]
     statistics = {"pixel mean": dataset.mean, "pixel std": dataset.std,
                   "mean of the per-image stds": datasets.mean_of_image_stds(images)}
-    facts = " · ".join(f"{name} {' '.join(f'{value:.4f}' for value in values)}"
-                       for name, values in statistics.items())
-    title = (f"{Path(data).name}: {len(labels)} training and {len(dataset.test.labels)} test "
-             f"images of {len(dataset.classes)} classes\n{facts}")
-    figure = image_grid(images[chosen].float() / 255,
-                        [dataset.classes[label] for label in labels[chosen]],
-                        min(count, 5), title)
-    return save_figure(figure, None, f"samples-{Path(data).name}", out, format)
+    name, title = Path(data).name, " · ".join(
+        f"{what} {' '.join(f'{value:.4f}' for value in values)}"
+        for what, values in statistics.items())
+    figure = image_grid(images[chosen] / 255, [dataset.classes[label] for label in labels[chosen]],
+                        min(count, 5), f"{name}: {len(labels)} training and "
+                        f"{len(dataset.test.labels)} test images of {len(dataset.classes)} "
+                        f"classes\n{title}")
+    save_figure(figure, None, f"samples-{name}", out, format)
 
 
 def curves(*runs: str, x: typing.Literal["epoch", "step", "seconds"] = "epoch",
@@ -1238,106 +1208,99 @@ def curves(*runs: str, x: typing.Literal["epoch", "step", "seconds"] = "epoch",
     runs = [run for word in runs for run in word.split(",")]
     if not runs:
         raise ValueError("curves: name one run folder or more")
-    return save_figure(draw_curves(group_runs(runs), x), runs[0], "curves", out, format)
+    save_figure(draw_curves(group_runs(runs), x), runs[0], "curves", out, format)
 
 
 def predictions(ckpt: str, only: typing.Literal["all", "wrong", "right"] = "all", count: int = 8,
                 seed: int = 0, out: str | None = None, format: Format = "png",
                 data: str | None = None, root: str | None = None, device: str = "auto"):
     """Draw COUNT random test images with true and predicted class, probabilities and logits."""
-    need_one(count=count)
-    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
+    need(count=count)
+    network, checkpoint, test = open_test(ckpt, device, data, root)
     order = torch.randperm(len(test.labels), generator=datasets.generator(seed, "predictions"))
-    if only == "all":
-        order = order[:count]
-    logits = predict(network, test.images[order], checkpoint)
-    right = logits.argmax(1) == test.labels[order]
-    kept = {"all": torch.ones_like(right), "wrong": ~right, "right": right}[only].nonzero()[:count]
+    order = order[:count] if only == "all" else order
+    images, labels = test.images[order], test.labels[order]
+    logits = predict(network, images, checkpoint)
+    right = logits.argmax(1) == labels
+    kept = {"all": right | ~right, "wrong": ~right, "right": right}[only].nonzero()[:count, 0]
     if not len(kept):
         raise ValueError(f"only={only}: there is no such test image")
-    chosen, logits = order[kept[:, 0]], logits[kept[:, 0]]
     figure = draw_predictions(
-        pictures(test.images[chosen], checkpoint), test.labels[chosen], logits,
-        checkpoint["classes"], f"{title_of(checkpoint)}: probabilities and logits\n"
-                               f"blue: the true class, orange: what it was taken for")
-    return save_figure(figure, ckpt, f"predictions-{only}", out, format)
+        pictures(images[kept], checkpoint), labels[kept], logits[kept], checkpoint["classes"],
+        f"{title_of(checkpoint)}: probabilities and logits\n"
+        f"blue: the true class, orange: what it was taken for")
+    save_figure(figure, ckpt, f"predictions-{only}", out, format)
 
 
 def confusion(ckpt: str, out: str | None = None, format: Format = "png", data: str | None = None,
               root: str | None = None, device: str = "auto"):
     """Draw the confusion matrix over the test images, and the accuracy of each class."""
-    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
+    network, checkpoint, test = open_test(ckpt, device, data, root)
     predicted = predict(network, test.images, checkpoint).argmax(1)
     matrix = confusion_matrix(test.labels, predicted, len(checkpoint["classes"]))
-    accuracy = matrix.diagonal().sum() / matrix.sum()
     figure = draw_confusion(matrix, checkpoint["classes"],
-                            f"{title_of(checkpoint)}: {accuracy:.2%} of {len(test.labels)} test "
-                            f"images right; per cent of each true class")
-    return save_figure(figure, ckpt, "confusion", out, format)
+                            f"{title_of(checkpoint)}: {matrix.trace() / matrix.sum():.2%} of "
+                            f"{len(predicted)} test images right; per cent of each true class")
+    save_figure(figure, ckpt, "confusion", out, format)
 
 
 def pr_curves(ckpt: str, out: str | None = None, format: Format = "png", data: str | None = None,
               root: str | None = None, device: str = "auto"):
     """Draw every class's precision against recall over the test images."""
-    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
+    network, checkpoint, test = open_test(ckpt, device, data, root)
     shares = predict(network, test.images, checkpoint).softmax(1)
-    lines = [precision_recall(shares[:, number], test.labels == number)
-             for number in range(len(checkpoint["classes"]))]
+    lines = [precision_recall(scores, test.labels == label)
+             for label, scores in enumerate(shares.T)]
     mean = sum(line[2] for line in lines) / len(lines)
     figure = draw_pr_curves(lines, checkpoint["classes"],
                             f"{title_of(checkpoint)}: average precision of each class (mean "
                             f"{mean:.3f}), other classes in grey")
-    return save_figure(figure, ckpt, "pr_curves", out, format)
+    save_figure(figure, ckpt, "pr_curves", out, format)
 
 
 def filters(ckpt: str, layer: str = "conv1", channel: str = "rgb", out: str | None = None,
             format: Format = "png"):
     """Draw the filters of LAYER's first convolution: `--channel=rgb`, or the number of an input
     channel."""
-    figure_path(ckpt, "", out, format)
     network, checkpoint = train.open_checkpoint(ckpt, "cpu")
-    found = [module for module in networks.find_layer(network, layer).modules()
-             if isinstance(module, nn.Conv2d)]
-    if not found:
+    weights = next((module.weight.detach() for module in networks.find_layer(
+        network, layer).modules() if isinstance(module, nn.Conv2d)), None)
+    if weights is None:
         raise ValueError(f"layer={layer}: has no convolution")
-    weights = found[0].weight.detach()
-    allowed = [*map(str, range(weights.shape[1])), *["rgb"] * (weights.shape[1] == 3)]
-    if channel not in allowed:
-        raise ValueError(f"channel={channel}: must be from 0 to {weights.shape[1] - 1}, or rgb "
-                         f"for a layer that sees the image's three channels")
+    channels = weights.shape[1]
     title = f"{title_of(checkpoint)}: {layer}, {len(weights)} filters"
-    if channel == "rgb":
+    if channel == "rgb" and channels == 3:
         images = 0.5 + weights / (2 * weights.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12))
         title += "\nin RGB, each on its own scale, grey is 0"
-    else:
+    elif channel in map(str, range(channels)):
         images = weights[:, int(channel)]
         title += f"\ninput channel {channel}, all on one scale"
-    figure = image_grid(images, suptitle=title, scale="shared")
-    return save_figure(figure, ckpt, f"filters-{layer}-{channel}", out, format)
+    else:
+        raise ValueError(f"channel={channel}: must be from 0 to {channels - 1}, or rgb for a layer "
+                         f"that sees the image's three channels")
+    save_figure(image_grid(images, suptitle=title, scale="shared"), ckpt,
+                f"filters-{layer}-{channel}", out, format)
 
 
 def features(ckpt: str, layers: tuple[str, ...] = ("conv1",), image: str | None = None,
              index: int = 0, maps: int = 64, out: str | None = None, format: Format = "png",
              data: str | None = None, root: str | None = None, device: str = "auto"):
     """Draw the first MAPS feature maps of each of LAYERS for one picture, one figure a layer."""
-    need_one(maps=maps, layers=len(layers))
-    figure_path(ckpt, "", out, format)
-    if len(layers) > 1:
-        need_folder(out)
+    need(out if len(layers) > 1 else None, maps=maps, layers=len(layers))
     network, checkpoint = train.open_checkpoint(ckpt, device)
     for layer in layers:
         networks.find_layer(network, layer)
     picture, name = load_image(checkpoint, image, index, data, root)
-    device = next(network.parameters()).device
+    pixels = inputs(picture, checkpoint, next(network.parameters()).device)
     for layer in layers:
-        shown = feature_maps(network, layer, inputs(picture, checkpoint, device))[0].cpu()
-        count, side = min(maps, len(shown)), "×".join(map(str, shown.shape[1:]))
-        scale, said = ("each", "each on its own scale") if shown[0].numel() > 1 else (
-            "shared", "all on one scale")
-        title = (f"{title_of(checkpoint)}: {layer} of {name}\n"
-                 f"{count} of {len(shown)} maps, {side}, {said}")
-        figure = image_grid([*pictures(picture, checkpoint), *shown[:count]],
-                            ["image", *map(str, range(count))], suptitle=title, scale=scale)
+        shown = feature_maps(network, layer, pixels)[0].cpu()
+        count, vector = min(maps, len(shown)), shown[0].numel() == 1
+        figure = image_grid(
+            [*pictures(picture, checkpoint), *shown[:count]], ["image", *map(str, range(count))],
+            scale="shared" if vector else "each",
+            suptitle=f"{title_of(checkpoint)}: {layer} of {name}\n{count} of {len(shown)} maps, "
+                     f"{'×'.join(map(str, shown.shape[1:]))}, "
+                     f"{'all on one scale' if vector else 'each on its own scale'}")
         save_figure(figure, ckpt, f"features-{layer}", out, format)
 
 
@@ -1346,19 +1309,17 @@ def patches(ckpt: str, layer: str, units: tuple[int, ...] = (16,), top: int = 9,
             root: str | None = None, device: str = "auto"):
     """Draw the TOP test-image patches that excite each of LAYER's units most, cut exactly at
     their receptive fields. `--units=16` are 16 units of all; `--units=3,17` are those two."""
-    need_one(top=top)
-    network, checkpoint, test = open_test(ckpt, device, data, root, out, format)
-    device = next(network.parameters()).device
-    channels = feature_maps(network, layer, inputs(test.images[:1], checkpoint, device)).shape[1]
-    units = choose_units(units, channels)
-    cut, values = top_patches(network, layer, test.images, checkpoint, units, top)
+    need(top=top)
+    network, checkpoint, test = open_test(ckpt, device, data, root)
+    units = choose_units(network, layer, checkpoint, units)
+    values, images, _, boxes = top_fields(network, layer, test.images, checkpoint, units, top)
     columns = values.shape[1]
     figure = image_grid(
-        cut, columns=columns, cell=0.62, row_titles=[
+        cut_patches(pictures(images, checkpoint), boxes), None, columns, cell=0.62, row_titles=[
             f"unit {unit}\n{peaks[0]:.2f} … {peaks[-1]:.2f}" for unit, peaks in zip(units, values)],
         suptitle=f"{title_of(checkpoint)}: {layer}, the {columns} patches of {len(test.labels)} "
                  f"test images\nthat excite a unit most")
-    return save_figure(figure, ckpt, f"patches-{layer}", out, format)
+    save_figure(figure, ckpt, f"patches-{layer}", out, format)
 
 
 def landscape(ckpt: str, directions: typing.Literal["random", "pca"] = "random",
@@ -1372,31 +1333,27 @@ def landscape(ckpt: str, directions: typing.Literal["random", "pca"] = "random",
     Values are kept in a CSV file as they come: the same command goes on where it was stopped,
     and draws at once when all are there.
     """
-    need_folder(out)
-    path = figure_path(ckpt, "landscape", out, format)
-    need_one(images=images, span=span)
+    need(out, images=images, span=span)
     if points < 3:
         raise ValueError(f"points={points}: must be at least 3")
     network, checkpoint = train.open_checkpoint(ckpt, device)
-    plane = random_plane(network, seed, span, points) if directions == "random" else path_plane(
-        network, ckpt, points)
-    axes, xs, ys, labels, trail = plane
+    axes, xs, ys, labels, trail = plane_of(network, ckpt, directions, seed, span, points)
     dataset = train.open_dataset(checkpoint, data, root)
-    parts = {"train": some_images(dataset.train, images, seed),
-             "test": some_images(dataset.test, images, seed)}
-    key = fingerprint(network, directions, seed, images, dataset.name, trail)
-    table = path.with_name(f"landscape-{directions}-{key}.csv")
-
-    def evaluate(point):
-        return loss_at(network, axes, point, parts, checkpoint)
-
+    parts = {"train": datasets.subset(dataset.train, images, seed),
+             "test": datasets.subset(dataset.test, images, seed)}
+    key = fingerprint(network, dataset.name, images, seed, trail)
+    table = figure_path(ckpt, "", out).with_name(f"landscape-{directions}-{key}.csv")
     title = (f"{title_of(checkpoint)}: loss on {len(parts['train'].labels)} training and "
              f"{len(parts['test'].labels)} test images")
+
+    def values_at(places):
+        return evaluate_points(table, places, lambda point: loss_at(
+            network, axes, point, parts, checkpoint), f"loss at {len(places)} points")
+
     if directions == "random":
-        line = [(x, 0.0) for x in spaced(-span, span, 2 * points - 1)]
-        rows = evaluate_points(table, line, evaluate, "loss on a line")
-        save_figure(draw_landscape_line(rows.values(), title), ckpt, "landscape-line", out, format)
-    rows = evaluate_points(table, [*itertools.product(xs, ys)], evaluate, "loss on a grid")
+        line = values_at([(x, 0.0) for x in spaced(-span, span, 2 * points - 1)])
+        save_figure(draw_landscape_line(line.values(), title), ckpt, "landscape-line", out, format)
+    rows = values_at([*itertools.product(xs, ys)])
     grids = {name: grid_values(rows, xs, ys, f"{name}/loss") for name in parts}
     save_figure(draw_landscape_contours(xs, ys, grids, title, labels, trail), ckpt,
                 f"landscape-contours-{directions}", out, format)
@@ -1405,38 +1362,31 @@ def landscape(ckpt: str, directions: typing.Literal["random", "pca"] = "random",
     print(table)
 
 
-def random_plane(network, seed, span, points):
-    """Two directions, the points along each, names for both, and no path."""
-    axes = [filter_normalized_direction(network, datasets.generator(seed, "landscape", number))
-            for number in (0, 1)]
-    along = spaced(-span, span, points)
-    return axes, along, along, ("first random direction", "second random direction"), None
+def plane_of(network, ckpt, directions, seed, span, points):
+    """(two directions, the points along each, two names, the path of training or None).
 
-
-def path_plane(network, ckpt, points):
-    """The plane in which the checkpoints of the run of `ckpt` lie best, as `random_plane`'s, with
-    their path; it reaches a quarter beyond the path."""
-    folder = folder_of(ckpt)
-    files = [*folder.glob("step-*.pth"), *folder.glob("last.pth")]
+    "random": filter-normalised, from −span to span. "pca": where the checkpoints of the run of
+    `ckpt` lie best; it reaches a quarter beyond their path.
+    """
+    if directions == "random":
+        axes = [filter_normalized_direction(network, datasets.generator(seed, "landscape", number))
+                for number in (0, 1)]
+        along = [spaced(-span, span, points)] * 2
+        return axes, *along, ("first random direction", "second random direction"), None
+    files = [*folder_of(ckpt).glob("step-*.pth"), *folder_of(ckpt).glob("last.pth")]
     found = [networks.read(file) for file in datasets.progress(files, "reading checkpoints")]
-    by_step = {checkpoint["step"]: checkpoint["weights"] for checkpoint in found}
-    axes, shares, trail = principal_directions(network, [by_step[step] for step in sorted(by_step)])
-    edges = [(low - (high - low) / 4, high + (high - low) / 4)
-             for low, high in (_span(trail[:, 0]), _span(trail[:, 1]))]
+    weights = {checkpoint["step"]: checkpoint["weights"] for checkpoint in found}
+    axes, shares, trail = principal_directions(network, [weights[step] for step in sorted(weights)])
+    along = [spaced(low - (high - low) / 4, high + (high - low) / 4, points)
+             for low, high in map(_span, trail.T)]
     labels = [f"principal direction {number} ({share:.1%} of the variance)"
               for number, share in enumerate(shares, 1)]
-    return axes, *(spaced(*ends, points) for ends in edges), labels, trail.tolist()
+    return axes, *along, labels, trail.tolist()
 
 
 def spaced(low, high, count):
     """`count` numbers from `low` to `high`; if they are symmetric and odd, 0 is exactly there."""
     return [(low * (count - 1 - place) + high * place) / (count - 1) for place in range(count)]
-
-
-def some_images(split, count, seed):
-    """`count` images of a split, chosen by `seed`."""
-    chosen = torch.randperm(len(split.labels), generator=datasets.generator(seed, "some"))[:count]
-    return datasets.Split(split.images[chosen], split.labels[chosen])
 
 
 def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cifar10",
@@ -1449,15 +1399,13 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
     and Santurkar et al.'s (2018) three measures along the gradient of a step, taken each EVERY
     steps of the run at the first of LRS. Finished runs are kept in a CSV file beside the figure.
     """
-    path = figure_path(None, "smoothness", out, format)
-    need_one(steps=steps, every=every, batch_size=batch_size, models=len(models), lrs=len(lrs),
-             lr=min(lrs, default=0))
+    need(steps=steps, every=every, batch_size=batch_size, models=len(models), lrs=len(lrs),
+         lr=min(lrs, default=0))
     for model in models:
         networks.options_of(model)
-    settings = (data, steps, every, batch_size, lrs[0], seed)
-    table = path.with_name(f"smoothness-{fingerprint(nn.Module(), settings)}.csv")
-    rows = [{name: value if name == "model" else float(value) if value else None
-             for name, value in row.items()} for row in read_table(table)]
+    key = fingerprint(nn.Module(), data, seed, steps, every, batch_size, lrs[0])
+    table = figure_path(None, "", out).with_name(f"smoothness-{key}.csv")
+    rows = read_table(table)
     done = {(row["model"], row["lr"]) for row in rows}
     missing = [run for run in itertools.product(models, lrs) if run not in done]
     dataset, place = missing and datasets.load(data, root, val=0), train.choose_device(device)
@@ -1465,11 +1413,11 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
         rows += smoothness_run(model, lr, dataset, place, steps, batch_size, seed,
                                every if lr == lrs[0] else 0)
         write_table(table, rows)
-    shown = [row for row in rows if row["lr"] in lrs]
     title = (f"{Path(data).name}, batches of {batch_size}; bands: learning rates "
              f"{', '.join(f'{lr:g}' for lr in sorted(lrs))}; along the gradient: at {lrs[0]:g}, "
              f"steps of {lrs[0] / 2:g} to {4 * lrs[0]:g}")
-    save_figure(draw_smoothness(shown, models, title), None, "smoothness", out, format)
+    figure = draw_smoothness([row for row in rows if row["lr"] in lrs], models, title)
+    save_figure(figure, None, "smoothness", out, format)
     print(table)
 
 
@@ -1480,33 +1428,26 @@ def projector(ckpt: str, layer: str | None = None, count: int = 1000, out: str |
     their means. It goes to `projector/LAYER` in the run's folder, or to OUT."""
     from torch.utils.tensorboard import SummaryWriter
 
-    need_one(count=count)
+    need(count=count)
     network, checkpoint = train.open_checkpoint(ckpt, device)
-    layer = layer or penultimate(network)
+    leaves = [name for name, module in network.named_modules() if not [*module.children()]]
+    last = [network.get_submodule(name) for name in leaves].index(networks.last_linear(network))
+    layer = layer or leaves[last - 1]
     networks.find_layer(network, layer)
-    test = some_images(train.open_dataset(checkpoint, data, root).test, count, 0)
-    classes = checkpoint["classes"]
+    test = datasets.subset(train.open_dataset(checkpoint, data, root).test, count, seed=0)
     vectors = torch.cat([maps.mean((2, 3)).float().cpu() for _, maps
                          in layer_batches(network, layer, test.images, checkpoint)])
-    predicted = predict(network, test.images, checkpoint).argmax(1)
+    predicted, classes = predict(network, test.images, checkpoint).argmax(1), checkpoint["classes"]
     labels = [[classes[label], classes[guess], "right" if label == guess else "wrong"]
-              for label, guess in zip(test.labels.tolist(), predicted.tolist())]
-    sprites = datasets.resize(test.images.float() / 255, min(test.images.shape[3], 64))
+              for label, guess in zip(test.labels, predicted)]
+    sprites = datasets.resize(test.images / 255, min(test.images.shape[3], 64)).clamp(0, 1)
     place = Path(out) if out else folder_of(ckpt) / "projector" / layer
     quiet = contextlib.redirect_stdout(io.StringIO())  # it announces what it writes anew
     with quiet, SummaryWriter(str(place)) as board:
-        board.add_embedding(vectors, labels, sprites.clamp(0, 1), tag=layer,
+        board.add_embedding(vectors, labels, sprites, tag=layer,
                             metadata_header=["class", "predicted", "verdict"])
     print(place)
     print(f"tensorboard --logdir {place}   (then: Projector)")
-
-
-def penultimate(network):
-    """The name of the module whose output the last linear layer takes."""
-    leaves = [(name, module) for name, module in network.named_modules()
-              if not next(module.children(), None)]
-    place = [module for _, module in leaves].index(networks.last_linear(network))
-    return leaves[place - 1][0]
 
 
 def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
@@ -1518,18 +1459,11 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     to the run's folder, to RUNS/WHAT, or to OUT. `--data` and `--root` say where a run's images
     are if they have moved.
     """
-    folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
     if Path(what).is_dir():
-        title, blocks = report_of_run(Path(what), folder / "figures", data=data, root=root,
-                                      device=device)
+        made = report_of_run(Path(what), out or what, data=data, root=root, device=device)
     else:
-        title, blocks = report_of_lab(what, runs, folder / "figures")
-    counts = {"table": itertools.count(1), "figure": itertools.count(1)}
-    blocks = [(kind, content, f"{kind.capitalize()} {next(counts[kind])}. {caption[0]}"
-               if kind in counts else "") for kind, content, *caption in blocks]
-    for name, render in (("report.html", as_html), ("report.md", as_markdown)):
-        networks.write_atomically(folder / name, render(title, blocks))
-        print(folder / name)
+        made = report_of_lab(what, runs, out or Path(runs, what))
+    made.write()
 
 
 COMMANDS = {command.__name__: command for command in (
