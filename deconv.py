@@ -26,7 +26,6 @@ import typing
 from pathlib import Path
 
 import torch
-from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -226,6 +225,8 @@ def draw_reconstructions(picture, descents, title, classes=()):
     `picture` is 3×S×S, 0…1, `descents` {layer: {"through" or "skip": Descent}}; with both of them
     the norms on the way down are plotted beside. `classes` name the logits.
     """
+    from matplotlib.patches import Rectangle
+
     both = len(next(iter(descents.values()))) > 1
     ratios = [1, 1, 1, 1, 2.2] if both else [1, 1, 1]
     title += "\ngrey is 0; each panel has its own scale, into which 99 % of the values fit"

@@ -31,10 +31,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from torch import nn
 
 import data as datasets
@@ -91,7 +87,8 @@ def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row
     """
     images = [image.detach().float().cpu() for image in images]
     maps = torch.cat([torch.zeros(0), *(image.flatten() for image in images if image.ndim == 2)])
-    shared = Normalize(maps.min(), maps.max()) if len(maps) and scale == "shared" else None
+    shared = len(maps) > 0 and scale == "shared"
+    limits = {"vmin": maps.min(), "vmax": maps.max()} if shared else {}
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     cell = cell or min(1.4, max(0.6, 7 / columns))
@@ -107,8 +104,9 @@ def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row
     for number, image in enumerate(images):
         x, y = number % columns * 1.06, (number // columns + 1) * pitch - tall
         edge = (tall - image.shape[-2] / image.shape[-1]) / 2
-        axes.imshow(image if image.ndim == 2 else image.permute(1, 2, 0).clamp(0, 1), "viridis",
-                    shared, extent=(x, x + 1, y + tall - edge, y + edge), interpolation="nearest")
+        drawn = axes.imshow(image if image.ndim == 2 else image.permute(1, 2, 0).clamp(0, 1),
+                            "viridis", extent=(x, x + 1, y + tall - edge, y + edge),
+                            interpolation="nearest", **limits)
         if titles:
             axes.text(x + 0.5, y - 0.03, titles[number], ha="center", va="bottom", fontsize=8)
     axes.set(xlim=(0, columns * 1.06), ylim=(rows * pitch, 0), xticks=(), frame_on=False)
@@ -116,8 +114,7 @@ def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row
                     row_titles or (), fontsize=8)
     axes.tick_params(length=0)
     if shared:
-        bar = figure.colorbar(ScalarMappable(shared, "viridis"), ax=axes, aspect=30, pad=0.02)
-        bar.ax.tick_params(labelsize=7)
+        figure.colorbar(drawn, ax=axes, aspect=30, pad=0.02).ax.tick_params(labelsize=7)
     return figure
 
 
@@ -351,6 +348,8 @@ def plot(figure, place, title, xlabel, ylabel):
 
 def log_scale(axes):
     """Make the vertical axis logarithmic, labelled with plain numbers."""
+    from matplotlib.ticker import LogFormatter
+
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter())
@@ -359,6 +358,8 @@ def log_scale(axes):
 
 def new_figure(width, height, title):
     """An empty figure, in inches, that lays itself out."""
+    from matplotlib.figure import Figure  # slow to import
+
     figure = Figure((width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.07)
     figure.suptitle(title, fontsize=11)
@@ -641,7 +642,8 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
     for place, (name, values) in enumerate(parts.items(), 1):
         axes = plot(figure, (1, len(parts), place), f"{PART_NAMES[name]} loss", *labels)
         shown = values.clamp(low, high)
-        filled = axes.contourf(xs, ys, shown, levels, cmap="viridis", norm=LogNorm(low, high))
+        filled = axes.contourf(xs, ys, shown, levels, cmap="viridis", norm="log",
+                               vmin=low, vmax=high)
         lines = axes.contour(xs, ys, shown, levels[1:-1], colors="white", linewidths=0.5)
         axes.clabel(lines, lines.levels[::2], fmt="%.2g", fontsize=7)
         if path is None:
@@ -844,7 +846,7 @@ class Report:
     def figure(self, name, drawn, caption):
         """Add a matplotlib figure, or the PNG file it is `drawn` in, as `name` in `figures`."""
         path = self.folder / "figures" / f"{name}.png"
-        if isinstance(drawn, Figure):
+        if not isinstance(drawn, Path):
             save_figure(drawn, None, name, path)
         elif drawn != path:
             path.parent.mkdir(parents=True, exist_ok=True)
