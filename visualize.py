@@ -679,6 +679,7 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
         axes.zaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
         axes.tick_params(labelsize=7)
         axes.view_init(35, -60)
+        axes.set_box_aspect(None, zoom=0.8)  # leaves room for the labels
     return figure
 
 
@@ -1059,8 +1060,8 @@ def report_of_lab(what, runs, folder):
     known = [row for row in claims if row["measured"] is not None]
     met = sum(row["measured"] >= row["reported"] for row in known)
     images = " and ".join(sorted({row["images"] for row in rows if "seconds" in row}))
-    places = "; ".join(sorted({f"{row['device']}, commit {row['commit']}" for row in rows
-                               if "seconds" in row}))
+    places = "; ".join(sorted({f"{row['device']}, commit {row['commit'] or 'unknown'}"
+                               for row in rows if "seconds" in row}))
     report = Report(
         folder, book["reports"].get(what, f"Experiments: {what}"),
         f"Of {len(claims)} reported accuracies, {len(known)} were measured again; {met} of these "
