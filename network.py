@@ -217,9 +217,9 @@ class WhiteningConv(nn.Conv2d):
             self.weight.copy_(torch.cat([filters, -filters]))
 
 
-def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (64, 256, 256),
+def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (64, 128, 256),
              activation: str = "gelu"):
-    """A network for time to accuracy, after airbench94 (Jordan 2024, section 3).
+    """A network for time to accuracy, after airbench94 (Jordan 2024, section 3), less wide.
 
     A whitening convolution, then stages of two 3×3 convolutions, the first of which is pooled;
     the strongest answer of each feature map goes to `fc`. Any image size from 9 on.

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -304,6 +305,16 @@ def test_bad_command_lines_exit_2_with_one_line(words, complaint, tmp_path):
     done = run_script(*words, cwd=tmp_path)
     assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_benchmark_compares_the_loop_with_its_bounds(capsys):
+    train.benchmark(rounds=1, seconds=0.02, batch_size=16)
+    text = capsys.readouterr().out
+    rows = re.findall(r"([abcd]): [\w ]+ │ (\d+) ", text)
+    assert [name for name, _ in rows] == list("abcd") and all(int(rate) > 0 for _, rate in rows)
+    assert re.search(r"a/b \d\.\d+ +a/c \d+\.\d+", text)
+    with pytest.raises(ValueError, match="batch_size"):
+        train.benchmark(batch_size=0)
 
 
 def test_sweep(tmp_path, monkeypatch):
