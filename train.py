@@ -286,7 +286,7 @@ class Muon(torch.optim.Optimizer):
         step = orthogonalize(rows.flatten(1)).view_as(rows).permute(0, 3, 1, 2)
         norm = parameter.norm()
         parameter.sub_(step * (lr * norm / step.norm().clamp(min=1e-12)))
-        parameter.mul_(norm / parameter.norm())
+        parameter.mul_(norm / parameter.norm().clamp(min=1e-12))
 
 
 def orthogonalize(matrix, steps=5):
