@@ -418,7 +418,7 @@ class Batches:
     """
 
     def __init__(self, split, mean, std, batch_size, augment=(), seed=0, image_size=None,
-                 device="cpu", rank=0, world=1, crop=CROP):
+                 device="cpu", rank=0, world=1):
         unknown = [name for name in augment if name not in AUGMENTATIONS]
         if unknown:
             raise ValueError(f"augment={','.join(augment)}: no augmentation {unknown[0]!r}; "
@@ -432,7 +432,7 @@ class Batches:
         self.labels = split.labels.to(self.device)
         self.mean, self.std = tuple(mean), tuple(std)
         self.size = split.images.shape[3]
-        self.margin = round(self.size * crop) if "crop" in augment else 0
+        self.margin = round(self.size * CROP) if "crop" in augment else 0
         self.side = self.size + 2 * self.margin
         # One row of `windows` for every pixel: the `size` pixels from there to the right. They
         # overlap in memory, so a crop is a gather of contiguous bytes and nothing is copied twice.
