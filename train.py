@@ -1301,9 +1301,15 @@ def write_sweep(folder, choices, results):
     print(folder / "sweep.csv", folder / "sweep.md", sep="\n")
 
 
+def experiments_book():
+    """All that experiments.toml says."""
+    path = Path(__file__).with_name("experiments.toml")
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 def read_experiments(what="all"):
     """The entries of experiments.toml that `what` means: an id, a report's name, or `all`."""
-    book = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text(encoding="utf-8"))
+    book = experiments_book()
     entries = [entry for entry in book["experiment"]
                if what in ("all", entry["id"], entry["report"])]
     if not entries:
@@ -1440,14 +1446,22 @@ def comparison_markdown(path):
         measured = {(row["id"], row["run"], row["accuracy"]): row for row in csv.DictReader(file)}
     lines = ["| id | run | accuracy of | reported % | measured % | images | note |",
              "|---|---|---|---|---|---|---|"]
+    reasons = experiments_book()["images"]
     for entry in read_experiments():
+        note = entry.get("note", "")
         for name in entry.get("runs", {}):
             for part, claim in entry.get("reported", {}).get(name, {"test": None}).items():
                 row = measured.get((entry["id"], name, part))
-                figure = "not measured" if row is None else row["measured"] + (
-                    f" ± {row['std']}" if row["std"] else "")
+                figure, images = "not measured", ""
+                if row:
+                    figure = row["measured"] + (f" ± {row['std']}" if row["std"] else "")
+                    images = row["data"]
+                    if claim and float(row["measured"]) < claim:
+                        reason = f"below the report: {reasons.get(images, 'not explained')}"
+                        note = f"{note}; {reason}" if note else reason
                 lines.append(f"| {entry['id']} | {name} | {part} | {claim or '–'} | {figure} | "
-                             f"{row['data'] if row else ''} | {entry.get('note', '')} |")
+                             f"{images} | {note} |")
+                note = ""
     return "\n".join(lines) + "\n"
 
 

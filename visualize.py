@@ -25,7 +25,6 @@ import json
 import math
 import re
 import shlex
-import tomllib
 import typing
 from pathlib import Path
 
@@ -1053,7 +1052,7 @@ def report_of_lab(what, runs, folder):
         entries = train.read_experiments(what)
     except ValueError as error:
         raise ValueError(f"no folder {what}; {error}") from error
-    book = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text(encoding="utf-8"))
+    book = train.experiments_book()
     flags = {}
     rows = [row for entry in entries for row in lab_rows(entry, runs, flags)]
     claims = [row for row in rows if row["reported"] is not None]
