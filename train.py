@@ -337,11 +337,8 @@ class Workers:
         if self.world == 1:
             return
         flat = torch.cat([tensor.flatten().double() for tensor in tensors])
-        try:
+        with together():
             distributed.all_reduce(flat)
-        except RuntimeError as error:
-            raise ConnectionError("another process of this run is gone; the same command with "
-                                  "--resume goes on from the last checkpoint") from error
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view_as(tensor))
 
@@ -352,6 +349,26 @@ class Workers:
         votes = like.new_full((1,), bool(flag))
         self.sum_([votes])
         return votes.item() > 0
+
+    def meet(self):
+        """Wait until all processes have come here.
+
+        A process that exits right after an exchange may abort, while Gloo's threads let go of its
+        tensors; this exchanges none.
+        """
+        if self.world > 1:
+            with together():
+                distributed.barrier()
+
+
+@contextlib.contextmanager
+def together():
+    """A context in which the loss of another process is a ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError("another process of this run is gone; the same command with "
+                              "--resume goes on from the last checkpoint") from error
 
 
 @contextlib.contextmanager
@@ -830,7 +847,9 @@ def train(config, resume=False, overwrite=False):
                     if workers.any(stop, state.totals):
                         raise Stopped(*stop[:1])
             folder.wait()
-            return finish(state, dataset, folder, workers)
+            result = finish(state, dataset, folder, workers)
+            workers.meet()
+            return result
         except Stopped as stopped:
             folder.wait()
             say(f"stopped at step {state.step}; saved. The same command with --resume goes on")
