@@ -49,7 +49,7 @@ def test_structure_table_of_resnet18_imagenet():
 
 def test_whitening_decorrelates_the_patches_it_was_fitted_to():
     mixed = torch.randn(50, 3, 8, 8) * torch.tensor([1.0, 0.5, 2.0])[:, None, None]
-    images = 3 * (torch.nn.functional.avg_pool2d(mixed, 3, 1) + mixed[:, :1, 1:-1, 1:-1])
+    images = 30 * (torch.nn.functional.avg_pool2d(mixed, 3, 1) + mixed[:, :1, 1:-1, 1:-1])
     layer = network.WhiteningConv()
     layer.fit(images)
     with torch.no_grad():
