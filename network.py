@@ -226,11 +226,15 @@ def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (64, 128,
     """A network for time to accuracy, after airbench94 (Jordan 2024, section 3), less wide.
 
     A whitening convolution, then stages of two 3×3 convolutions, the first of which is pooled;
-    the strongest answer of each feature map goes to `fc`. Any image size from 9 on.
+    the strongest answer of each feature map goes to `fc`, whatever the size of the images.
     """
     network = nn.Sequential()
     network.conv1 = nn.Sequential(WhiteningConv(), activation_layer(activation))
     inputs = network.conv1[0].out_channels
+    if image_size <= 2 ** len(channels):
+        raise ValueError("nothing is left of them")
+    if len(channels) * max(channels, default=0) ** 2 > 2**24:
+        raise ValueError("more memory than is reasonable")
     for number, width in enumerate(channels, 2):
         first, second = conv_bn(inputs, width, 3), conv_bn(width, width, 3)
         network.add_module(f"conv{number}_x", nn.Sequential(
@@ -353,6 +357,19 @@ def build(name, classes=10, image_size=None, **options):
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{name} cannot take {image_size}×{image_size} images with {options}: "
                          f"{str(error).splitlines()[0]}") from error
+
+
+def check_size(network, size):
+    """ValueError unless `network` takes images of size×size as well as those it was built for."""
+    training, device = network.training, next(network.parameters()).device
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, size, size, device=device))
+    except RuntimeError as error:
+        raise ValueError(f"the network was built for images of another size and cannot take "
+                         f"{size}×{size} ones") from error
+    finally:
+        network.train(training)
 
 
 def find_layer(network, layer):

@@ -936,6 +936,8 @@ def new_state(config, description, device):
     network = networks.build(config.model, len(description["classes"]), description["image_size"],
                              **config.options)
     network = network.to(device, memory_format=torch.channels_last)
+    if config.early_size:
+        networks.check_size(network, config.early_size)
     if config.compile:
         network.compile()
     sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64,

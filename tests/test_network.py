@@ -60,6 +60,16 @@ def test_whitening_decorrelates_the_patches_it_was_fitted_to():
     assert layer.weight.grad is None and not layer.weight.requires_grad
 
 
+def test_speednet_takes_images_of_any_size_that_leaves_something():
+    for size in (9, 24, 40):
+        images = torch.zeros(2, 3, size, size, device="meta")
+        assert on_meta("speednet", image_size=size).eval()(images).shape == (2, 10)
+    with pytest.raises(ValueError, match="8×8"):
+        on_meta("speednet", image_size=8)
+    with pytest.raises(ValueError, match="memory"):
+        on_meta("speednet", image_size=64, channels=(2048,) * 5)
+
+
 def test_multiply_adds_of_lenet_by_hand():
     by_hand = 28 * 28 * 6 * 75 + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
     assert network.multiply_adds(on_meta("lenet"), 32) == by_hand

@@ -165,6 +165,12 @@ def test_speednet_sees_small_images_first_and_goes_on_where_it_stopped(tmp_path,
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_early_size_needs_a_network_that_takes_any_size(tmp_path):
+    with pytest.raises(ValueError, match="16×16"):
+        train.train(tiny(tmp_path, early_size=16))
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
 def test_run_folder_and_result(tmp_path):
     config = tiny(tmp_path)
     result = train.train(config)
