@@ -228,13 +228,13 @@ def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (64, 128,
     A whitening convolution, then stages of two 3×3 convolutions, the first of which is pooled;
     the strongest answer of each feature map goes to `fc`, whatever the size of the images.
     """
-    network = nn.Sequential()
-    network.conv1 = nn.Sequential(WhiteningConv(), activation_layer(activation))
-    inputs = network.conv1[0].out_channels
     if image_size <= 2 ** len(channels):
         raise ValueError("nothing is left of them")
     if len(channels) * max(channels, default=0) ** 2 > 2**24:
         raise ValueError("more memory than is reasonable")
+    network = nn.Sequential()
+    network.conv1 = nn.Sequential(WhiteningConv(), activation_layer(activation))
+    inputs = network.conv1[0].out_channels
     for number, width in enumerate(channels, 2):
         first, second = conv_bn(inputs, width, 3), conv_bn(width, width, 3)
         network.add_module(f"conv{number}_x", nn.Sequential(
