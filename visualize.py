@@ -25,6 +25,7 @@ import json
 import math
 import re
 import shlex
+import textwrap
 import typing
 from pathlib import Path
 
@@ -832,7 +833,9 @@ class Report:
         self.parts.append(plain(text))
 
     def command(self, *lines):
-        """Add command lines."""
+        """Add command lines; long ones go on in a next line, as a shell takes them."""
+        lines = [line if "'" in line else " \\\n    ".join(textwrap.wrap(
+            line, 70, break_long_words=False, break_on_hyphens=False)) for line in lines]
         self.parts.append("\n".join(["```sh", *lines, "```"]))
 
     def table(self, rows, caption):
@@ -1071,6 +1074,9 @@ def report_of_lab(what, runs, folder):
                    "images", "note"), *map(lab_cells, rows)],
                  "Accuracies in per cent; of several seeds the mean ± standard deviation. Time is "
                  "that of one run.")
+    for name, reason in book["images"].items():
+        if any(row["images"].startswith(name) for row in rows):
+            report.text(f"{name}: {reason}.")
     for entry in entries:
         add_entry(report, entry, runs)
     report.section("Hardware, and how to make it again")

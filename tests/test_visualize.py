@@ -373,4 +373,4 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
     assert len(parsed.links) == 1 and parsed.headings[1].startswith("4.1 ")
     assert re.search(r"\| 4.1 \| base \| test \| 64.86 \| [\d.]+ \| −", text)
     assert "| 4.2 | conv2_25 | test | 68.07 | not measured |" in text
-    assert "reproduce cnn-trials --data=shapes --limit=40 --epochs=1" in page
+    assert "reproduce cnn-trials --data=shapes --limit=40 \\\n    --epochs=1" in page
