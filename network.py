@@ -221,12 +221,12 @@ class WhiteningConv(nn.Conv2d):
             self.weight.copy_(torch.cat([filters, -filters]))
 
 
-def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (64, 128, 256),
+def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (48, 128, 256),
              activation: str = "gelu"):
-    """A network for time to accuracy, after airbench94 (Jordan 2024, section 3), less wide.
+    """A network for time to accuracy, after airbench (Jordan 2024, section 3), less wide.
 
-    A whitening convolution, then stages of two 3×3 convolutions, the first of which is pooled;
-    the strongest answer of each feature map goes to `fc`, whatever the size of the images.
+    A whitening convolution, then stages of a 3×3 convolution, which is pooled, and a residual
+    block; the strongest answer of each feature map goes to `fc`, whatever the images' size.
     """
     if image_size <= 2 ** len(channels):
         raise ValueError("nothing is left of them")
@@ -236,10 +236,10 @@ def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (64, 128,
     network.conv1 = nn.Sequential(WhiteningConv(), activation_layer(activation))
     inputs = network.conv1[0].out_channels
     for number, width in enumerate(channels, 2):
-        first, second = conv_bn(inputs, width, 3), conv_bn(width, width, 3)
+        convolution, norm = conv_bn(inputs, width, 3)
         network.add_module(f"conv{number}_x", nn.Sequential(
-            first[0], nn.MaxPool2d(2), first[1], activation_layer(activation),
-            *second, activation_layer(activation)))
+            convolution, nn.MaxPool2d(2), norm, activation_layer(activation),
+            BasicBlock(width, width, 1, activation, projection_shortcut)))
         inputs = width
     network.pool = nn.AdaptiveMaxPool2d(1)
     network.flatten = nn.Flatten()

@@ -195,7 +195,7 @@ RECIPES = {
     **dict.fromkeys(("vgg_a_bn", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"), _VGG_BN),
     **dict.fromkeys(("resnet18", "resnet34", "resnet50"), _RESNET),
     **dict.fromkeys(("resnet20", "resnet56"), _THIN_RESNET),
-    "speednet": {"epochs": 14, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
+    "speednet": {"epochs": 17, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
                  "momentum": 0.6, "weight_decay": 0.0, "schedule": "linear", "warmup": 0.0,
                  "label_smoothing": 0.2, "augment": ("alternating_flip", "crop"),
                  "early_size": 24, "val": 0, "tta": "full"},
@@ -1586,6 +1586,9 @@ def usual_steps(config, dataset, state, steps, device):
     source.target_transform = None
     known = {"crop": transforms.RandomCrop(32, padding=4),
              "flip": transforms.RandomHorizontalFlip()}
+    if unknown := [name for name in config.augment if name not in known]:
+        raise ValueError(f"augment={unknown[0]}: torchvision has none to compare with; there are "
+                         f"{', '.join(known)}")
     source.transform = transforms.Compose(
         [*(known[name] for name in config.augment), transforms.ToTensor(),
          transforms.Normalize(dataset.mean, dataset.std)])

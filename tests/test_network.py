@@ -16,7 +16,7 @@ PARAMETERS = {
     "trial_4conv": 702_799, "trial_4conv_late_pool": 1_635_919, "vgg_a": 9_750_922,
     "vgg11": 9_225_610, "resnet18": 11_173_962, "resnet34": 21_282_122, "resnet50": 23_520_842,
     "resnet20": 269_722, "resnet56": 853_018, "resnet18_imagenet": 11_181_642,
-    "speednet": 1_160_984,
+    "speednet": 1_881_784,
 }
 
 
