@@ -232,15 +232,19 @@ def _folder(folder, root, image_size, skip_bad):
             return classes, *(Split(_channels_last(parts[f"{name}_images"].clone()),
                                     parts[f"{name}_labels"].clone()) for name in files)
     splits = _decode(files, image_size, skip_bad)
-    root.mkdir(parents=True, exist_ok=True)
     saved = {f"{name}_images": part.images.permute(0, 2, 3, 1) for name, part in splits.items()}
     saved |= {f"{name}_labels": part.labels for name, part in splits.items()}
     partial = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
+        root.mkdir(parents=True, exist_ok=True)
         torch.save(saved, partial)
         os.replace(partial, cache)
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
+        print(f"{cache}: cannot be written ({getattr(error, 'strerror', None) or 'disk full?'}); "
+              f"the images will be read again the next time", file=sys.stderr)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return classes, *splits.values()
 
 

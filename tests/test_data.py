@@ -160,6 +160,21 @@ def test_folder_is_read_and_cached(tmp_path):
     assert data.load(str(folder), tmp_path / "cache", val=0).train.images[0, 0, 0, 0] == 9
 
 
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path, monkeypatch, capsys):
+    folder = write_images(tmp_path / "images")
+    (tmp_path / "file").touch()
+    assert len(data.load(str(folder), tmp_path / "file", val=0).train.labels) == 6
+
+    def full_disk(_saved, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 1088 vs 982")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert len(data.load(str(folder), tmp_path / "cache", val=0).train.labels) == 6
+    assert not [*(tmp_path / "cache").iterdir()]
+    assert capsys.readouterr().err.count("cannot be written") == 2
+
+
 def test_folder_of_other_sizes_is_resized(tmp_path):
     folder = write_images(tmp_path / "images", size=(40, 30))
     assert data.load(str(folder), tmp_path, 16, val=0).train.images.shape == (6, 3, 16, 16)
