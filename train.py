@@ -1348,6 +1348,8 @@ def reproduce(what: str = "all", data: str | None = None, root: str | None = Non
     `--epochs` take the place of what the entries say; `--seeds` repeats every run. Ends in a
     table of reported and measured accuracies; `--results=FILE` keeps them in a CSV file.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}: must be at least 1")
     given = {name: value for name, value in
              (("data", data), ("root", root), ("limit", limit), ("epochs", epochs))
              if value is not None}
@@ -1448,6 +1450,7 @@ def keep_results(path, rows):
     writer = csv.DictWriter(text, list(rows[0] if rows else kept[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(kept)
+    path.parent.mkdir(parents=True, exist_ok=True)
     networks.write_atomically(path, text.getvalue())
 
 
@@ -1498,6 +1501,8 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
     (d) a large matrix product. Prints median images/s, the ratios a/b and a/c, and the share of
     (d)'s arithmetic rate. Network, optimizer, batch size, augmentation and images are the same.
     """
+    if rounds < 1 or seconds <= 0:
+        raise ValueError(f"rounds={rounds}, seconds={seconds:g}: must be above 0")
     place = choose_device(device)
     config = Config.create(model, data=data, root=root, batch_size=batch_size, augment=augment,
                            epochs=1, val=0, precision=precision, device=device, save_every=1e6,

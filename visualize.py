@@ -861,6 +861,7 @@ class Report:
     def write(self):
         """Write report.html and report.md and print their paths."""
         text = "\n\n".join(self.parts) + "\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name, content in (("report.html", page(self.title, text, self.figures)),
                               ("report.md", text)):
             networks.write_atomically(self.folder / name, content)

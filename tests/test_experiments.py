@@ -22,6 +22,8 @@ def test_ids_are_unique_and_selections_work():
     assert len(train.read_experiments("cnn-trials")) == 11
     with pytest.raises(ValueError, match=r"9\.9.*cnn-trials"):
         train.read_experiments("9.9")
+    with pytest.raises(ValueError, match="seeds=0"):
+        train.reproduce("4.1", seeds=0)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["id"])

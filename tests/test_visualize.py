@@ -366,6 +366,12 @@ def test_the_report_of_a_run_has_every_section_and_needs_no_other_file(finished,
     assert "of 40 test images correctly" in page and str(finished.parent) not in page
 
 
+def test_a_lab_report_of_nothing_says_so(tmp_path):
+    visualize.report("4.9", runs=str(tmp_path / "none"))
+    _, _, text = read_report(tmp_path / "none" / "4.9")
+    assert "0 were measured again" in text and "| 72.82 | not measured |" in text
+
+
 def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "4.1-base")
     visualize.report("cnn-trials", runs=str(tmp_path))
