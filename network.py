@@ -23,11 +23,10 @@ import io
 import itertools
 import math
 import os
-import sys
 import typing
 import zipfile
 from collections import OrderedDict
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
@@ -583,7 +582,7 @@ def list_networks():
     Console().print(table)
 
 
-def summary(model, classes=10, image_size=None, **options):
+def summary(model: str, classes: int = 10, image_size: int | None = None, **options):
     """Print the structure table of MODEL: stage, output shape, parameters, multiply-adds."""
     from rich.console import Console
     from rich.table import Table
@@ -602,11 +601,14 @@ def summary(model, classes=10, image_size=None, **options):
 
 
 if __name__ == "__main__":
-    import fire
+    import data as datasets  # for its command line; imported, this module knows no other
 
-    os.environ["PAGER"] = "cat"  # help is printed, not paged
-    try:
-        fire.Fire({"list": list_networks, "summary": summary})
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    @wraps(summary)
+    def summary_of_flags(model, classes, image_size, **flags):
+        """`summary` with options as text."""
+        known = options_of(model)
+        summary(model, classes, image_size, **{
+            name: datasets.parse_value(name, text, known[name][0]) if name in known else text
+            for name, text in flags.items()})
+
+    datasets.command_line({"list": list_networks, "summary": summary_of_flags})

@@ -1,6 +1,9 @@
 """Networks: shapes and parameter counts of the papers and reports; checkpoints that stay whole."""
 
 import io
+import re
+import runpy
+import sys
 import zipfile
 
 import pytest
@@ -198,3 +201,13 @@ def test_a_disk_error_leaves_the_file_before_it(tmp_path, monkeypatch):
         network.save(tmp_path / "a.pth", checkpoint_of())
     assert (tmp_path / "a.pth").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("line", [
+    "nix", "summary", "summary 3", "summary lenet extra", "summary lenet --image_size=abc",
+    "summary lenet --dropout=x", "summary vgg_a --nix=3", "list --x=3"])
+def test_a_mistaken_command_is_one_line(line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["network.py", *line.split()])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(network.__file__, run_name="__main__")
+    assert re.fullmatch("error: .+\n", capsys.readouterr().err)
