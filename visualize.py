@@ -1077,7 +1077,7 @@ def report_of_lab(what, runs, folder):
                  "that of one run.")
     for name, reason in book["images"].items():
         if any(row["images"].startswith(name) for row in rows):
-            report.text(f"{name}: {reason}.")
+            report.text(f"Where figures on {name} lie below the report's: {reason}.")
     for entry in entries:
         add_entry(report, entry, runs)
     report.section("Hardware, and how to make it again")
