@@ -23,6 +23,7 @@ import io
 import itertools
 import math
 import os
+import sys
 import typing
 import zipfile
 from collections import OrderedDict
@@ -302,7 +303,7 @@ def image_size_of(name):
 
 def options_of(name):
     """The options of network `name`: {option: (type, default)}."""
-    if name not in NETWORKS:
+    if not isinstance(name, str) or name not in NETWORKS:
         raise ValueError(f"model={name}: no such network; known: {', '.join(NETWORKS)}")
     constructor = NETWORKS[name]
     function = getattr(constructor, "func", constructor)
@@ -323,7 +324,7 @@ def check_options(name, options):
         "activation": (lambda value: value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
         "dropout": (lambda value: isinstance(value, (int, float)) and 0 <= value < 1,
                     "at least 0 and less than 1"),
-        "batch_norm": (lambda value: isinstance(value, bool), "true or false"),
+        "batch_norm": (lambda value: isinstance(value, bool), "True or False"),
         "width": (lambda value: value is None or is_width(value, 256), "from 1 to 256"),
     }
     for option, value in options.items():
@@ -348,9 +349,10 @@ def build(name, classes=10, image_size=None, **options):
     """
     check_options(name, options)
     image_size = image_size_of(name) if image_size is None else image_size
-    if not (1 <= image_size <= 1024 and 1 <= classes <= 100_000):
-        raise ValueError(f"image_size={image_size}, classes={classes}: must be from 1 to 1024, "
-                         f"and from 1 to 100000")
+    if not (isinstance(image_size, int) and 1 <= image_size <= 1024
+            and isinstance(classes, int) and 1 <= classes <= 100_000):
+        raise ValueError(f"image_size={image_size}, classes={classes}: must be whole numbers from "
+                         f"1 to 1024, and from 1 to 100000")
     try:
         return NETWORKS[name](classes=classes, image_size=image_size, **options)
     except (RuntimeError, ValueError) as error:
@@ -582,12 +584,13 @@ def list_networks():
     Console().print(table)
 
 
-def summary(model: str, classes: int = 10, image_size: int | None = None, **options):
+def summary(model, classes=10, image_size=None, **options):
     """Print the structure table of MODEL: stage, output shape, parameters, multiply-adds."""
     from rich.console import Console
     from rich.table import Table
 
-    image_size = image_size or image_size_of(model)
+    check_options(model, options)
+    image_size = image_size_of(model) if image_size is None else image_size
     with torch.device("meta"):
         network = build(model, classes, image_size, **options)
     table = Table("layer", "output", "parameters", "multiply-adds",
@@ -601,14 +604,25 @@ def summary(model: str, classes: int = 10, image_size: int | None = None, **opti
 
 
 if __name__ == "__main__":
-    import data as datasets  # for its command line; imported, this module knows no other
+    import fire
 
-    @wraps(summary)
-    def summary_of_flags(model, classes, image_size, **flags):
-        """`summary` with options as text."""
-        known = options_of(model)
-        summary(model, classes, image_size, **{
-            name: datasets.parse_value(name, text, known[name][0]) if name in known else text
-            for name, text in flags.items()})
+    os.environ["PAGER"] = "cat"  # help is printed, not paged
+    calls, told = [], io.StringIO()
 
-    datasets.command_line({"list": list_networks, "summary": summary_of_flags})
+    def later(function):
+        """`function`, to be called once Fire has made sense of the whole line."""
+        return wraps(function)(
+            lambda *values, **flags: calls.append(partial(function, *values, **flags)))
+
+    try:
+        with contextlib.redirect_stderr(told):
+            fire.Fire({"list": later(list_networks), "summary": later(summary)})
+        for call in calls:
+            call()
+    except (ValueError, fire.core.FireExit) as error:
+        if {"-h", "--help"} & set(sys.argv):
+            print(told.getvalue() or __doc__)
+            sys.exit(0)
+        reason = told.getvalue().partition("\n")[0].removeprefix("ERROR: ") or error
+        print(f"error: {reason} (see: python network.py --help)", file=sys.stderr)
+        sys.exit(2)

@@ -204,8 +204,8 @@ def test_a_disk_error_leaves_the_file_before_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line", [
-    "nix", "summary", "summary 3", "summary lenet extra", "summary lenet --image_size=abc",
-    "summary lenet --dropout=x", "summary vgg_a --nix=3", "list --x=3"])
+    "nix", "summary", "summary [3]", "summary lenet extra", "summary lenet --image_size=abc",
+    "summary lenet --dropout=x", "summary vgg_a --batch_norm=true", "list --x=3"])
 def test_a_mistaken_command_is_one_line(line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["network.py", *line.split()])
     with pytest.raises(SystemExit, match="2"):
