@@ -1329,14 +1329,23 @@ def experiments_book():
 
 
 def read_experiments(what="all"):
-    """The entries of experiments.toml that `what` means: an id, a report's name, or `all`."""
+    """The entries of experiments.toml that `what` means: an id, a report's name, or `all`.
+
+    An id and a run's name, such as 2.7/adam, mean that entry with this run only.
+    """
     book = experiments_book()
+    what, _, run = what.partition("/")
     entries = [entry for entry in book["experiment"]
                if what in ("all", entry["id"], entry["report"])]
     if not entries:
         raise ValueError(f"{what}: no such experiment; there are all, "
                          f"{', '.join([*book['reports'], *(e['id'] for e in book['experiment'])])}")
-    return entries
+    if not run:
+        return entries
+    lines = {entry["id"]: entry.get("runs", {}) for entry in entries}.get(what, {})
+    if run not in lines:
+        raise ValueError(f"{what}/{run}: no such run; {what} has {', '.join(lines) or 'none'}")
+    return [{**entries[0], "runs": {run: lines[run]}, "figures": ()}]
 
 
 def reproduce(what: str = "all", data: str | None = None, root: str | None = None,
@@ -1344,9 +1353,10 @@ def reproduce(what: str = "all", data: str | None = None, root: str | None = Non
               out: str = "runs/reproduce", results: str | None = None):
     """Run the experiments of the lab reports: WHAT is an id such as 4.11, a report, or all.
 
-    Finished runs are skipped and stopped ones resumed. `--data`, `--root`, `--limit` and
-    `--epochs` take the place of what the entries say; `--seeds` repeats every run. Ends in a
-    table of reported and measured accuracies; `--results=FILE` keeps them in a CSV file.
+    An id and a run's name (2.7/adam) mean this run alone, without figures. Finished runs are
+    skipped and stopped ones resumed. `--data`, `--root`, `--limit` and `--epochs` take the place
+    of what the entries say; `--seeds` repeats every run. Ends in a table of reported and measured
+    accuracies; `--results=FILE` keeps each of them in a CSV file once it is known.
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: must be at least 1")
@@ -1361,14 +1371,15 @@ def reproduce(what: str = "all", data: str | None = None, root: str | None = Non
         for name in entry.get("runs", {}):
             done = [run_experiment(entry["id"], name, lines[entry["id"], name],
                                    {**given, "seed": seed}, out) for seed in range(seeds)]
-            rows += compare(entry, name, done)
+            measured = compare(entry, name, done)
+            rows += measured
+            if results:
+                keep_results(Path(results), measured)
         for line in entry.get("figures", ()):
             for run in re.findall(r"\{(\S+)/(\S+)\}", line):  # of other entries: made if missing
                 run_experiment(*run, lines[run], {**given, "seed": 0}, out)
             draw_experiment(entry["id"], line, given, out)
     print_comparison(rows)
-    if results:
-        keep_results(Path(results), rows)
 
 
 def run_folder_of(experiment, name, out, seed=0):

@@ -20,8 +20,12 @@ def test_ids_are_unique_and_selections_work():
     assert len(set(ids)) == len(ids)
     assert [entry["id"] for entry in train.read_experiments("4.11")] == ["4.11"]
     assert len(train.read_experiments("cnn-trials")) == 11
-    with pytest.raises(ValueError, match=r"9\.9.*cnn-trials"):
-        train.read_experiments("9.9")
+    only, = train.read_experiments("2.7/adam")
+    assert list(only["runs"]) == ["adam"] and not only["figures"]
+    for wrong, answer in (("9.9", r"9\.9.*cnn-trials"), ("2.7/x", "2.7/x.*batch22, adam, large"),
+                          ("2.1/x", "none"), ("all/x", "none")):
+        with pytest.raises(ValueError, match=answer):
+            train.read_experiments(wrong)
     with pytest.raises(ValueError, match="seeds=0"):
         train.reproduce("4.1", seeds=0)
 
