@@ -109,7 +109,8 @@ class Config:
     lr: float = setting(0.05, "highest learning rate", (0, 1e4))
     momentum: float = setting(0.9, "of sgd, muon and rmsprop", (0, 1))
     nesterov: bool = setting(False, "Nesterov momentum, for sgd")
-    weight_decay: float = setting(5e-4, "L2 penalty; decoupled for adamw", (0, 1e3))
+    weight_decay: float = setting(5e-4, "L2 penalty; decoupled for adamw, none on muon's "
+                                  "filters", (0, 1e3))
     schedule: str = setting("cosine", "", SCHEDULES)
     warmup: float = setting(1.0, "epochs of linear warm-up", (0, 1e6))
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", (0, 1))
@@ -256,8 +257,9 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the filters of convolutions, Nesterov SGD for all else.
 
     The momentum of a layer's filters, a matrix of one row a filter, is replaced by the nearest
-    orthogonal matrix. A step moves the filters by `lr` times their norm, which stays as it was.
-    torch.optim.Muon does not take filters, and leaves all else to a second optimizer.
+    orthogonal matrix. A step moves the filters by `lr` times their norm, which stays as it was, so
+    `weight_decay` is for all else only. torch.optim.Muon does not take filters, and leaves all
+    else to a second optimizer.
     """
 
     def __init__(self, parameters, lr, momentum, weight_decay):
@@ -275,7 +277,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient = parameter.grad.add(parameter, alpha=weight_decay)
+        gradient = parameter.grad.add(parameter, alpha=0 if parameter.ndim == 4 else weight_decay)
         buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
         step = gradient.add_(buffer, alpha=momentum)
         if parameter.ndim != 4:
@@ -1514,6 +1516,7 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
     """
     if rounds < 1 or seconds <= 0:
         raise ValueError(f"rounds={rounds}, seconds={seconds:g}: must be above 0")
+    usual_transforms(augment)
     place = choose_device(device)
     config = Config.create(model, data=data, root=root, batch_size=batch_size, augment=augment,
                            epochs=1, val=0, precision=precision, device=device, save_every=1e6,
@@ -1591,6 +1594,18 @@ def bare_steps(config, state, images, labels, steps, device):
     return timed(step, device, steps) * steps
 
 
+def usual_transforms(augment):
+    """torchvision's transforms of PIL images that do what `augment` names."""
+    from torchvision import transforms
+
+    known = {"crop": transforms.RandomCrop(32, padding=4),
+             "flip": transforms.RandomHorizontalFlip()}
+    if unknown := [name for name in augment if name not in known]:
+        raise ValueError(f"augment={unknown[0]}: torchvision has none to compare with; there are "
+                         f"{', '.join(known)}, none")
+    return [known[name] for name in augment]
+
+
 def usual_steps(config, dataset, state, steps, device):
     """Seconds for `steps` steps fed by PIL transforms and a DataLoader with two workers."""
     from torchvision import datasets as sources
@@ -1600,13 +1615,8 @@ def usual_steps(config, dataset, state, steps, device):
     source.data = dataset.train.images[:steps * config.batch_size].permute(0, 2, 3, 1).numpy()
     source.targets = dataset.train.labels.tolist()
     source.target_transform = None
-    known = {"crop": transforms.RandomCrop(32, padding=4),
-             "flip": transforms.RandomHorizontalFlip()}
-    if unknown := [name for name in config.augment if name not in known]:
-        raise ValueError(f"augment={unknown[0]}: torchvision has none to compare with; there are "
-                         f"{', '.join(known)}")
     source.transform = transforms.Compose(
-        [*(known[name] for name in config.augment), transforms.ToTensor(),
+        [*usual_transforms(config.augment), transforms.ToTensor(),
          transforms.Normalize(dataset.mean, dataset.std)])
     loader = torch.utils.data.DataLoader(source, config.batch_size, shuffle=True, num_workers=2,
                                          drop_last=True)

@@ -125,19 +125,21 @@ def test_orthogonalize():
 def test_muon_moves_filters_by_a_share_of_their_norm_and_all_else_as_nesterov_sgd():
     filters, bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 3, 2, 2), (8,)))
     twin = torch.nn.Parameter(bias.detach().clone())
+    free = torch.nn.Parameter(filters.detach().clone())  # without weight decay
+    without = train.Muon([free], lr=0.1, momentum=0.9, weight_decay=0.0)
     muon = train.Muon([filters, bias], lr=0.1, momentum=0.9, weight_decay=0.01)
     sgd = torch.optim.SGD([twin], lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
     for _ in range(3):
         before = filters.detach().clone()
         for parameter in (filters, bias):
             parameter.grad = torch.randn_like(parameter)
-        twin.grad = bias.grad.clone()
-        muon.step()
-        sgd.step()
+        twin.grad, free.grad = bias.grad.clone(), filters.grad.clone()
+        for optimizer in (muon, sgd, without):
+            optimizer.step()
         assert filters.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
         moved = (filters - before).norm() / before.norm()
         assert 0.09 < moved < 0.11
-    assert torch.allclose(bias, twin)
+    assert torch.allclose(bias, twin) and torch.equal(filters, free)
 
 
 def test_speednet_sees_small_images_first_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -321,6 +323,8 @@ def test_benchmark_compares_the_loop_with_its_bounds(capsys):
     assert re.search(r"a/b \d\.\d+ +a/c \d+\.\d+", text)
     with pytest.raises(ValueError, match="batch_size"):
         train.benchmark(batch_size=0)
+    with pytest.raises(ValueError, match=r"augment=cutout.*crop, flip"):
+        train.benchmark(augment=("flip", "cutout"))
 
 
 def test_sweep(tmp_path, monkeypatch):
