@@ -293,16 +293,18 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix, steps=5):
     """The orthogonal matrix nearest to `matrix`, roughly: its singular values become about 1.
 
-    Newton-Schulz iteration with the quintic polynomial of Jordan et al. 2024, in bfloat16 on CUDA.
+    Newton-Schulz iteration with the quintic polynomial of Jordan et al. 2024. It runs on the
+    matrix's Gram matrix, which is much smaller than the filters of most layers.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    if wide := x.shape[0] > x.shape[1]:
-        x = x.T
-    x = x / x.norm().clamp(min=1e-12)
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / wide.norm().clamp(min=1e-12)
+    gram = wide @ wide.T
+    identity = product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if wide else x).to(matrix.dtype)
+        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    wide = product @ wide
+    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
 
 # ---------------------------------------------------------------------------- device, processes

@@ -120,6 +120,12 @@ def test_orthogonalize():
     diagonal = torch.diag(torch.tensor([3.0, -2.0]))  # nearest orthogonal matrix: its signs
     assert torch.allclose(train.orthogonalize(diagonal), diagonal.sign(), atol=0.35)
     assert not train.orthogonalize(torch.zeros(3, 4)).any()
+    matrix = torch.randn(5, 20)
+    published = matrix / matrix.norm()
+    for _ in range(5):
+        gram = published @ published.T
+        published = 3.4445 * published + (-4.7750 * gram + 2.0315 * gram @ gram) @ published
+    assert torch.allclose(train.orthogonalize(matrix), published, atol=1e-4)
 
 
 def test_muon_moves_filters_by_a_share_of_their_norm_and_all_else_as_nesterov_sgd():
