@@ -1062,9 +1062,7 @@ def finish(state, dataset, folder, workers):
     if workers.rank:
         return None
     kept = folder.path / ("best.pth" if dataset.val else "last.pth")
-    network = state.network
-    networks.load_weights(network, networks.read(kept))
-    network.eval()
+    network, _ = open_checkpoint(kept, folder.config.device)
     logits = predict(network, dataset.test.images, folder.description)
     test = score(logits, dataset.test.labels, len(dataset.classes))
     with_tta = None

@@ -113,6 +113,14 @@ def test_every_optimizer_lowers_the_loss_and_resumes(optimizer, tmp_path):
     assert len(train.read_metrics(config.folder)["epoch"]) == 2
 
 
+def test_a_compiled_network_trains_to_the_end(tmp_path, monkeypatch):
+    compile_it = torch.nn.Module.compile  # without the C++ compiler that the default asks for
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_it(self, backend="eager"))
+    plain, compiled = (train.train(tiny(tmp_path, name=name, compile=name == "compiled"))
+                       for name in ("plain", "compiled"))
+    assert compiled["test/loss"] == pytest.approx(plain["test/loss"], rel=1e-4)
+
+
 def test_orthogonalize():
     for shape in ((16, 54), (54, 16)):
         values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape)))
