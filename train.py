@@ -1460,7 +1460,7 @@ def keep_results(path, rows):
     order = [entry["id"] for entry in read_experiments()]
     kept = sorted([*kept, *rows], key=lambda row: order.index(row["id"]))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0] if rows else kept[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(kept)
     path.parent.mkdir(parents=True, exist_ok=True)
