@@ -1344,7 +1344,7 @@ def read_experiments(what="all"):
                          f"{', '.join([*book['reports'], *(e['id'] for e in book['experiment'])])}")
     if not run:
         return entries
-    lines = {entry["id"]: entry.get("runs", {}) for entry in entries}.get(what, {})
+    lines = entries[0].get("runs", {}) if what == entries[0]["id"] else {}
     if run not in lines:
         raise ValueError(f"{what}/{run}: no such run; {what} has {', '.join(lines) or 'none'}")
     return [{**entries[0], "runs": {run: lines[run]}, "figures": ()}]
