@@ -1351,19 +1351,21 @@ def read_experiments(what="all"):
 
 
 def reproduce(what: str = "all", data: str | None = None, root: str | None = None,
-              limit: int | None = None, epochs: int | None = None, seeds: int = 1,
-              out: str = "runs/reproduce", results: str | None = None):
+              limit: int | None = None, epochs: int | None = None, precision: str | None = None,
+              seeds: int = 1, out: str = "runs/reproduce", results: str | None = None):
     """Run the experiments of the lab reports: WHAT is an id such as 4.11, a report, or all.
 
     An id and a run's name (2.7/adam) mean this run alone, without figures. Finished runs are
-    skipped and stopped ones resumed. `--data`, `--root`, `--limit` and `--epochs` take the place
-    of what the entries say; `--seeds` repeats every run. Ends in a table of reported and measured
-    accuracies; `--results=FILE` keeps each of them in a CSV file once it is known.
+    skipped and stopped ones resumed. `--data`, `--root`, `--limit`, `--epochs` and `--precision`
+    take the place of what the entries say; `--seeds` repeats every run. Ends in a table of
+    reported and measured accuracies; `--results=FILE` keeps each of them in a CSV file once it is
+    known.
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: must be at least 1")
     given = {name: value for name, value in
-             (("data", data), ("root", root), ("limit", limit), ("epochs", epochs))
+             (("data", data), ("root", root), ("limit", limit), ("epochs", epochs),
+              ("precision", precision))
              if value is not None}
     lines = {(entry["id"], name): line for entry in read_experiments()
              for name, line in entry.get("runs", {}).items()}
@@ -1420,6 +1422,7 @@ def draw_experiment(experiment, line, given, out):
 def compare(entry, name, done):
     """Rows of a comparison: what was reported of a run, and what its seeds measured."""
     reported = entry.get("reported", {}).get(name, {"test": None})
+    settings = done[0]["settings"]
     rows = []
     for part, claim in reported.items():
         measured = [100 * result[f"{part}/accuracy"] for result in done
@@ -1430,7 +1433,8 @@ def compare(entry, name, done):
             "std": round(statistics.stdev(measured), 2) if len(measured) > 1 else None,
             "seeds": len(done), "epochs": done[0]["epochs"],
             "seconds": round(statistics.mean(result["seconds"] for result in done), 1),
-            "device": done[0]["device"], "data": Path(done[0]["settings"]["data"]).name,
+            "device": done[0]["device"] + ", bf16" * (settings["precision"] == "bf16"),
+            "data": Path(settings["data"]).name,
             "commit": done[0]["commit"]})
     return rows
 
