@@ -1350,6 +1350,11 @@ def read_experiments(what="all"):
     return [{**entries[0], "runs": {run: lines[run]}, "figures": ()}]
 
 
+def flags_of(line):
+    """{name: text} of the flags of a command line."""
+    return dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:])
+
+
 def reproduce(what: str = "all", data: str | None = None, root: str | None = None,
               limit: int | None = None, epochs: int | None = None, precision: str | None = None,
               seeds: int = 1, out: str = "runs/reproduce", results: str | None = None):
@@ -1394,7 +1399,7 @@ def run_folder_of(experiment, name, out, seed=0):
 def run_experiment(experiment, name, line, given, out):
     """The result of one run of an experiment, made now or before."""
     folder = run_folder_of(experiment, name, out, given["seed"])
-    flags = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:])
+    flags = flags_of(line)
     values = {**parse_flags(flags), **given, "out": str(folder.parent), "name": folder.name}
     if "limit" in flags and "limit" in given:
         values["limit"] = min(int(flags["limit"]), given["limit"])
@@ -1490,12 +1495,15 @@ def comparison_markdown(path):
     reasons = experiments_book()["images"]
     for entry in read_experiments():
         note = entry.get("note", "")
-        for name in entry.get("runs", {}):
+        for name, line in entry.get("runs", {}).items():
+            planned = Config.create(**parse_flags(flags_of(line))).epochs
             for part, claim in entry.get("reported", {}).get(name, {"test": None}).items():
                 row = measured.get((entry["id"], name, part))
                 figure, images = "not measured", ""
                 if row:
                     figure = row["measured"] + (f" ± {row['std']}" if row["std"] else "")
+                    if int(row["epochs"]) != planned:
+                        figure += f" after {row['epochs']} of {planned} epochs"
                     images = row["data"]
                     if claim and float(row["measured"]) < claim:
                         reason = f"below the report: {reasons.get(images, 'not explained')}"

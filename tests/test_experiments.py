@@ -33,10 +33,9 @@ def test_ids_are_unique_and_selections_work():
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["id"])
 def test_every_run_is_a_valid_line_and_every_claim_belongs_to_a_run(entry):
     for line in entry.get("runs", {}).values():
-        start, script, *words = shlex.split(line)
+        start, script, *_ = shlex.split(line)
         assert (start, script) == ("python", "train.py")
-        train.Config.create(**train.parse_flags(
-            dict(word.removeprefix("--").split("=", 1) for word in words)))
+        train.Config.create(**train.parse_flags(train.flags_of(line)))
     assert set(entry.get("reported", {})) <= set(entry.get("runs", {}))
     assert entry.get("runs") or entry.get("figures")
 
