@@ -1,5 +1,6 @@
 """experiments.toml: every line can be run; results.csv and README's table say the same."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -57,3 +58,14 @@ def test_the_readme_shows_what_was_measured():
     table = train.comparison_markdown(ROOT / "results.csv")
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")
     assert table.count("\n") > len(ENTRIES)
+
+
+def test_a_row_measured_after_fewer_epochs_or_in_bf16_says_so(tmp_path):
+    entry, = train.read_experiments("1.1/lenet")
+    config = train.Config.create(data="cifar10-jpeg", precision="bf16")
+    result = {"test/accuracy": 0.5, "epochs": 1, "seconds": 9.0, "device": "cpu", "commit": "abc",
+              "settings": dataclasses.asdict(config)}
+    row, = train.compare(entry, "lenet", [result])
+    assert row["device"] == "cpu, bf16" and row["measured"] == 50
+    train.keep_results(tmp_path / "results.csv", [row])
+    assert "| 50.0 after 1 of 2 epochs |" in train.comparison_markdown(tmp_path / "results.csv")
