@@ -1355,6 +1355,11 @@ def flags_of(line):
     return dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:])
 
 
+def config_of(line):
+    """The settings that a command line of `train.py` asks for."""
+    return Config.create(**parse_flags(flags_of(line)))
+
+
 def reproduce(what: str = "all", data: str | None = None, root: str | None = None,
               limit: int | None = None, epochs: int | None = None, precision: str | None = None,
               seeds: int = 1, out: str = "runs/reproduce", results: str | None = None):
@@ -1496,7 +1501,7 @@ def comparison_markdown(path):
     for entry in read_experiments():
         note = entry.get("note", "")
         for name, line in entry.get("runs", {}).items():
-            planned = Config.create(**parse_flags(flags_of(line))).epochs
+            planned = config_of(line).epochs
             for part, claim in entry.get("reported", {}).get(name, {"test": None}).items():
                 row = measured.get((entry["id"], name, part))
                 figure, images = "not measured", ""

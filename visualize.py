@@ -1108,7 +1108,7 @@ def lab_rows(entry, runs, flags):
             rows += [{"run": name, "accuracy": part, "reported": claim, "measured": None,
                       "state": state} for part, claim in claims.items()]
             continue
-        planned = train.Config.create(**train.parse_flags(train.flags_of(line)))
+        planned = train.config_of(line)
         config = train.Config.from_json(done[0]["settings"])
         flags |= {key: getattr(config, key) for key in ("data", "limit", "epochs")
                   if getattr(config, key) != getattr(planned, key)}

@@ -36,7 +36,7 @@ def test_every_run_is_a_valid_line_and_every_claim_belongs_to_a_run(entry):
     for line in entry.get("runs", {}).values():
         start, script, *_ = shlex.split(line)
         assert (start, script) == ("python", "train.py")
-        train.Config.create(**train.parse_flags(train.flags_of(line)))
+        train.config_of(line)
     assert set(entry.get("reported", {})) <= set(entry.get("runs", {}))
     assert entry.get("runs") or entry.get("figures")
 
