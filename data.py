@@ -460,13 +460,15 @@ class Batches:
         """Steps an epoch."""
         return len(self.labels) // self.batch_size
 
-    def plan(self, epoch):
+    def plan(self, epoch, crop=True):
         """The whole epoch's choices, in order: first pixel of each crop, label, cutout corner."""
         random, count = generator(self.seed, epoch), len(self.labels)
         order = torch.randperm(count, generator=random)
         mirrored = torch.rand(count, generator=random) < 0.5
         shift = torch.randint(0, 2 * self.margin + 1, (2, count), generator=random)
         corner = torch.randint(0, self.size, (2, count), generator=random)
+        if not crop:
+            shift.fill_(self.margin)
         if "alternating_flip" in self.augment:  # every image is seen both ways in two epochs
             first = torch.rand(count, generator=generator(self.seed, "flip")) < 0.5
             mirrored = first[order] ^ bool(epoch % 2)
@@ -477,9 +479,12 @@ class Batches:
         order = order.to(self.device)
         return first_pixel.to(self.device), self.labels[order], corner.to(self.device)
 
-    def epoch(self, epoch, start=0, size=None):
-        """Yield the batches of `epoch` from step `start` on, of side `size` if that is given."""
-        first_pixel, labels, corner = self.plan(epoch)
+    def epoch(self, epoch, start=0, size=None, crop=True):
+        """Yield the batches of `epoch` from step `start` on, of side `size` if that is given.
+
+        Without `crop` no image is moved, whatever the augmentation.
+        """
+        first_pixel, labels, corner = self.plan(epoch, crop)
         scale, shift = _row_constants(self.mean, self.std, self.size, self.device)
         for step in range(start, len(self)):
             mine = slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size,

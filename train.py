@@ -100,6 +100,7 @@ class Config:
     image_size: int | None = setting(None, "side of the network's images; none: its own", (1, 1024))
     early_size: int | None = setting(None, "side in the early epochs; none: the same", (1, 1024))
     early: float = setting(0.5, "share of the epochs that see images of early_size", (0, 1))
+    uncropped: int = setting(0, "last epochs that see whole images, as the test does", (0, 1e6))
     val: int | None = setting(None, "training images held out; none: a tenth", (0, 1e9))
     limit: int | None = setting(None, "use so many training and so many test images", (1, 1e9))
     skip_bad: bool = setting(False, "leave out image files that cannot be read")
@@ -468,7 +469,9 @@ def train_epoch(state, batches, config, workers, folder, progress, stop):
     saved_at = time.monotonic()
     done = state.step - state.epoch * len(batches)
     size = config.early_size if state.epoch < config.early * config.epochs else None
-    for place, (images, labels) in enumerate(batches.epoch(state.epoch, done, size), done + 1):
+    crop = state.epoch < config.epochs - config.uncropped
+    epoch = batches.epoch(state.epoch, done, size, crop)
+    for place, (images, labels) in enumerate(epoch, done + 1):
         lr = learning_rate(state.step, config.epochs * len(batches), config.warmup * len(batches),
                            config.lr, config.schedule)
         train_step(state, images, labels, config, workers, lr, batches.batch_size)

@@ -112,6 +112,14 @@ def test_crop_and_flip_against_slices_of_the_padded_image():
     assert len({flip for _, _, flip in places}) == 2 and len(places) > 10
 
 
+def test_without_crop_no_image_is_moved():
+    split = split_of_noise()
+    batches = batches_of(split, ("crop",), batch_size=20)
+    images, labels = next(batches.epoch(0, crop=False))
+    assert torch.allclose(images, split.images[labels].float() / 127.5 - 1, atol=1e-5)
+    assert torch.equal(labels, next(batches.epoch(0))[1])
+
+
 def test_alternating_flip_shows_each_image_both_ways_in_two_epochs():
     split = split_of_noise()
     batches = batches_of(split, ("alternating_flip",), batch_size=20)

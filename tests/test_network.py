@@ -19,7 +19,7 @@ PARAMETERS = {
     "trial_4conv": 702_799, "trial_4conv_late_pool": 1_635_919, "vgg_a": 9_750_922,
     "vgg11": 9_225_610, "resnet18": 11_173_962, "resnet34": 21_282_122, "resnet50": 23_520_842,
     "resnet20": 269_722, "resnet56": 853_018, "resnet18_imagenet": 11_181_642,
-    "speednet": 1_881_784,
+    "speednet": 1_881_760,
 }
 
 
@@ -56,11 +56,16 @@ def test_whitening_decorrelates_the_patches_it_was_fitted_to():
     layer = network.WhiteningConv()
     layer.fit(images)
     with torch.no_grad():
-        layer.bias.zero_()
         outputs = layer(images).transpose(0, 1).flatten(1)
     assert torch.allclose(outputs[:12].cov(), torch.eye(12), atol=0.05)
     assert torch.allclose(outputs[12:], -outputs[:12], atol=1e-5)
     assert layer.weight.grad is None and not layer.weight.requires_grad
+
+
+def test_mixed_pool_is_the_mean_of_maximum_and_average():
+    images = torch.tensor([[0.0, 4, 1], [0, 0, 1], [9, 9, 9]]).reshape(1, 1, 3, 3)
+    assert network.MixedPool(2)(images).item() == (4 + 1) / 2
+    assert network.MixedPool()(images).item() == pytest.approx((9 + 33 / 9) / 2)
 
 
 def test_speednet_takes_images_of_any_size_that_leaves_something():

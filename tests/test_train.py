@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import network
 import train
 
@@ -179,6 +180,18 @@ def test_speednet_sees_small_images_first_and_goes_on_where_it_stopped(tmp_path,
     train.train(cut, resume=True)
     assert sizes == [16] * 6 + [32]
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_last_epochs_see_whole_images(tmp_path, monkeypatch):
+    seen, plan = [], data.Batches.plan
+
+    def spy(batches, epoch, crop):
+        seen.append((epoch, crop))
+        return plan(batches, epoch, crop)
+
+    monkeypatch.setattr(data.Batches, "plan", spy)
+    train.train(tiny(tmp_path, epochs=3, uncropped=2))
+    assert seen == [(0, True), (1, False), (2, False)]
 
 
 def test_early_size_needs_a_network_that_takes_any_size(tmp_path):
