@@ -197,10 +197,10 @@ RECIPES = {
     **dict.fromkeys(("vgg_a_bn", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"), _VGG_BN),
     **dict.fromkeys(("resnet18", "resnet34", "resnet50"), _RESNET),
     **dict.fromkeys(("resnet20", "resnet56"), _THIN_RESNET),
-    "speednet": {"epochs": 17, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
+    "speednet": {"epochs": 18, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
                  "momentum": 0.6, "weight_decay": 0.0, "schedule": "linear", "warmup": 0.0,
                  "label_smoothing": 0.2, "augment": ("alternating_flip", "crop"),
-                 "early_size": 24, "val": 0, "tta": "full"},
+                 "early_size": 24, "uncropped": 2, "val": 0, "tta": "full"},
     "resnet18_imagenet": {**_RESNET, "epochs": 30, "augment": ("flip", "crop")},
 }
 # What a resumed run may be told anew; all else would make it another run.
