@@ -200,7 +200,7 @@ RECIPES = {
     "speednet": {"epochs": 18, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
                  "momentum": 0.6, "weight_decay": 0.0, "schedule": "linear", "warmup": 0.0,
                  "label_smoothing": 0.2, "augment": ("alternating_flip", "crop"),
-                 "early_size": 24, "uncropped": 2, "val": 0, "tta": "full"},
+                 "early_size": 24, "early": 0.55, "uncropped": 2, "val": 0, "tta": "full"},
     "resnet18_imagenet": {**_RESNET, "epochs": 30, "augment": ("flip", "crop")},
 }
 # What a resumed run may be told anew; all else would make it another run.
