@@ -100,7 +100,7 @@ class Config:
     image_size: int | None = setting(None, "side of the network's images; none: its own", (1, 1024))
     early_size: int | None = setting(None, "side in the early epochs; none: the same", (1, 1024))
     early: float = setting(0.5, "share of the epochs that see images of early_size", (0, 1))
-    uncropped: int = setting(0, "last epochs that see whole images, as the test does", (0, 1e6))
+    uncropped: int = setting(0, "last epochs whose images are not cropped", (0, 1e6))
     val: int | None = setting(None, "training images held out; none: a tenth", (0, 1e9))
     limit: int | None = setting(None, "use so many training and so many test images", (1, 1e9))
     skip_bad: bool = setting(False, "leave out image files that cannot be read")
