@@ -10,15 +10,19 @@ it holds, and how they are changed, depends on (seed, epoch, step) alone.
 """
 
 import contextlib
+import csv
 import functools
 import hashlib
+import html
 import inspect
 import io
 import itertools
+import json
 import math
 import os
 import re
 import sys
+import time
 import types
 import typing
 import warnings
@@ -78,20 +82,31 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
     `limit` keeps so many training, validation and test images. Raises ValueError for a setting
     that makes no sense and OSError for files that are missing or cannot be read.
     """
-    if data in ("cifar10", "cifar100"):
-        classes, train, test = _cifar(data, root)
-    elif data == "shapes":
-        classes, train, test = SHAPES, draw_shapes(10_000, seed=1), draw_shapes(2_000, seed=2)
-    else:
-        classes, train, test = _folder(Path(data), Path(root), image_size, skip_bad)
+    classes, (train, test) = _read_parts(("train", "test"), data, root, image_size, skip_bad)
     train, held_out = split_off(train, len(train.labels) // 10 if val is None else val, seed)
-    if limit is not None:
-        if limit < 1:
-            raise ValueError(f"limit={limit}: at least one image is needed")
-        train, test = (subset(part, limit, seed) for part in (train, test))
-        held_out = held_out and subset(held_out, limit, seed)
+    train, test = (subset(split, limit, seed) for split in (train, test))
+    held_out = held_out and subset(held_out, limit, seed)
     mean, std = pixel_statistics(train.images)
-    return Dataset(data, tuple(classes), train, held_out, test, mean, std)
+    return Dataset(data, classes, train, held_out, test, mean, std)
+
+
+def load_split(part, data="cifar10", root="data", image_size=None, seed=0, limit=None,
+               skip_bad=False):
+    """Load one part, "train" or "test", of a data set: (class names, `Split`). See `load`."""
+    classes, (split,) = _read_parts((part,), data, root, image_size, skip_bad)
+    return classes, subset(split, limit, seed)
+
+
+def _read_parts(parts, data, root, image_size, skip_bad):
+    """The class names, and a `Split` for each of `parts`, from the source that `data` names."""
+    if data in ("cifar10", "cifar100"):
+        classes, splits = _cifar(data, root, parts)
+    elif data == "shapes":
+        sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed
+        classes, splits = SHAPES, [draw_shapes(*sizes[part]) for part in parts]
+    else:
+        classes, splits = _folder(Path(data), Path(root), image_size, skip_bad, parts)
+    return tuple(classes), splits
 
 
 def split_off(split, count, seed):
@@ -104,13 +119,13 @@ def split_off(split, count, seed):
                          f"less than the {len(split.labels)} training images")
     if count == 0:
         return split, None
+    # Each class is shuffled; then images are dealt in turn, one of every class a round.
     order = torch.randperm(len(split.labels), generator=generator(seed, "val"))
-    # Rank every image within its class in the shuffled order; the lowest ranks are held out.
-    shuffled = split.labels[order]
-    by_class = torch.argsort(shuffled, stable=True)
-    sizes = torch.bincount(shuffled)
-    rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[shuffled[by_class]]
-    held = order[by_class[torch.argsort(rank, stable=True)[:count]]].sort().values
+    turn, classes = torch.empty_like(order), split.labels.unique()
+    for number, label in enumerate(classes):
+        members = order[split.labels[order] == label]
+        turn[members] = torch.arange(len(members)) * len(classes) + number
+    held = turn.argsort()[:count].sort().values
     keep = torch.ones(len(order), dtype=torch.bool)
     keep[held] = False
     return (Split(split.images[keep], split.labels[keep]),
@@ -118,8 +133,11 @@ def split_off(split, count, seed):
 
 
 def subset(split, count, seed):
-    """`count` images of `split` (all if it has no more), balanced by class, chosen by `seed`."""
-    if count >= len(split.labels):
+    """`count` images of `split`, balanced by class, chosen by `seed`; all of them for None, or
+    if it has no more. ValueError for none at all."""
+    if count is not None and count < 1:
+        raise ValueError(f"limit={count}: at least one image is needed")
+    if count is None or count >= len(split.labels):
         return split
     return split_off(split, count, seed)[1]
 
@@ -163,32 +181,32 @@ def _channels_last(images):
     return images.permute(0, 3, 1, 2)
 
 
-def _cifar(name, root):
+def _cifar(name, root, parts):
     from torchvision import datasets
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             try:
-                parts = [source(root, train=train) for train in (True, False)]
+                found = [source(root, train=part == "train") for part in parts]
             except RuntimeError:  # not there yet, or damaged
-                parts = [source(root, train=train, download=True) for train in (True, False)]
+                found = [source(root, train=part == "train", download=True) for part in parts]
     except Exception as error:  # torchvision reports a failed download in many ways
         raise FileNotFoundError(
             f"{name} is not in {root!r} and cannot be downloaded ({str(error).splitlines()[0]}). "
             f"Put {source.filename} (MD5 {source.tgz_md5}) from {source.url} into {root!r}, or go "
             f"on without it: --data=shapes (built in) or --data=FOLDER (train/<class>/*, "
             f"test/<class>/*)") from error
-    splits = [Split(_channels_last(torch.from_numpy(part.data)), torch.tensor(part.targets))
-              for part in parts]
-    return parts[0].classes, *splits
+    return found[0].classes, [Split(_channels_last(torch.from_numpy(part.data)),
+                                    torch.tensor(part.targets)) for part in found]
 
 
-def read_image(path, size=None):
+def read_image(path, size=None, only_larger=False):
     """Read any picture file as a 3×H×W uint8 RGB tensor; `size` resizes it to size×size.
 
-    EXIF rotation is applied, transparency is laid on white, of an animation the first frame is
-    taken, 16-bit grey is scaled to 8 bits. Raises OSError naming a file that cannot be decoded.
+    With `only_larger` a square picture that is smaller stays as it is. EXIF rotation is applied,
+    transparency is laid on white, of an animation the first frame is taken, 16-bit grey is scaled
+    to 8 bits. Raises OSError naming a file that cannot be decoded.
     """
     from PIL import Image, ImageOps
 
@@ -206,7 +224,9 @@ def read_image(path, size=None):
                     white = Image.new("RGBA", image.size, "white")
                     image = Image.alpha_composite(white, image)
                 image = image.convert("RGB")
-                if size and image.size != (size, size):
+                fits = image.width == image.height and (
+                    image.width == size or (only_larger and image.width < (size or math.inf)))
+                if size and not fits:
                     image = image.resize((size, size), Image.Resampling.LANCZOS)
                 width, height = image.size
                 pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
@@ -217,8 +237,9 @@ def read_image(path, size=None):
     return pixels.view(height, width, 3).permute(2, 0, 1)
 
 
-def _folder(folder, root, image_size, skip_bad):
-    """Images of `folder`, from a cache file in `root` when nothing has changed since it was made.
+def _folder(folder, root, image_size, skip_bad, parts):
+    """Class names and the `parts` of `folder`, from a cache file in `root` when nothing
+    has changed since it was made.
 
     Images larger than `image_size`, or not square, are resized to it; smaller square ones are
     kept as they are when all have one size, and enlarged batch by batch on the device.
@@ -228,12 +249,12 @@ def _folder(folder, root, image_size, skip_bad):
     cache = root / f"folder-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
     if cache.exists():
         with contextlib.suppress(Exception):  # a damaged cache is made again
-            parts = torch.load(cache, weights_only=True, mmap=True)
-            return classes, *(Split(_channels_last(parts[f"{name}_images"].clone()),
-                                    parts[f"{name}_labels"].clone()) for name in files)
+            saved = torch.load(cache, weights_only=True, mmap=True)
+            return classes, [Split(_channels_last(saved[f"{part}_images"].clone()),
+                                   saved[f"{part}_labels"].clone()) for part in parts]
     splits = _decode(files, image_size, skip_bad)
-    saved = {f"{name}_images": part.images.permute(0, 2, 3, 1) for name, part in splits.items()}
-    saved |= {f"{name}_labels": part.labels for name, part in splits.items()}
+    saved = {f"{name}_images": split.images.permute(0, 2, 3, 1) for name, split in splits.items()}
+    saved |= {f"{name}_labels": split.labels for name, split in splits.items()}
     partial = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -245,7 +266,7 @@ def _folder(folder, root, image_size, skip_bad):
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-    return classes, *splits.values()
+    return classes, [splits[part] for part in parts]
 
 
 def _list_folder(folder):
@@ -266,12 +287,12 @@ def _list_folder(folder):
                          f"in one of them only: {', '.join(odd) or 'none at all'}")
     files = {"train": [], "test": []}
     for part, label in itertools.product(files, range(len(classes["train"]))):
-        place = folder / part / classes["train"][label]
-        with os.scandir(place) as entries:
+        class_folder = folder / part / classes["train"][label]
+        with os.scandir(class_folder) as entries:
             found = sorted((entry.path, label, entry.stat().st_size, entry.stat().st_mtime_ns)
                            for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
         if not found:
-            raise ValueError(f"{place}: no images ({', '.join(IMAGE_SUFFIXES)}) in this class")
+            raise ValueError(f"{class_folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
         files[part] += found
     return files, classes["train"]
 
@@ -279,11 +300,7 @@ def _list_folder(folder):
 def _decode(files, image_size, skip_bad):
     def decode(item):
         try:
-            image = read_image(item[0])
-            if image_size and (max(image.shape[1:]) > image_size
-                               or image.shape[1] != image.shape[2]):
-                image = read_image(item[0], image_size)
-            return image
+            return read_image(item[0], image_size, only_larger=True)
         except OSError as error:
             if skip_bad:
                 return error
@@ -396,6 +413,25 @@ def normalize(images, mean, std, image_size=None, device=None):
     return resize(_channels_last(pixels), image_size)
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a network wants its images: side in pixels, mean and std per channel (in units of a
+    pixel value scaled to 0…1), and the `precision` in which it computes, "fp32" or "bf16"."""
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    precision: str = "fp32"
+
+    def __call__(self, images, device=None):
+        """uint8 N×3×H×W images as the network takes them: normalised, N×3×S×S, on `device`."""
+        return normalize(images, self.mean, self.std, self.image_size, device)
+
+    def pictures(self, images):
+        """uint8 images as the network sees them, for people: floats 0…1, N×3×S×S."""
+        return resize(images.float() / 255, self.image_size).clamp(0, 1)
+
+
 @functools.lru_cache(maxsize=8)
 def _row_constants(mean, std, width, device):
     """x ↦ x·scale + shift for a row of `width` RGB pixels, as two vectors of width·3 values."""
@@ -409,6 +445,22 @@ def resize(images, size):
     if size is None or tuple(images.shape[2:]) == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=size < images.shape[3])
+
+
+def windows_of(pixels, size):
+    """One row for every pixel of N×H×W×3 `pixels`, a view: the `size` pixels from it rightwards.
+
+    The rows overlap in memory, so that a crop is a gather of contiguous bytes and nothing is
+    copied twice. Pixels of a 4×4 image, numbered, and the windows of `size` 2:
+
+         0  1  2  3      windows: 0 = (0, 1), 1 = (1, 2), … 5 = (5, 6), … 9 = (9, 10), …
+         4  5  6  7      The 2×2 crop whose first pixel is 5 is windows 5 and 5 + 4 = 9:
+         8  9 10 11          5  6
+        12 13 14 15          9 10
+
+    A window may run over the end of a line; the crops that are drawn never begin there.
+    """
+    return pixels.as_strided((pixels.numel() // 3 - size + 1, size * 3), (3, 1))
 
 
 class Batches:
@@ -438,11 +490,7 @@ class Batches:
         self.size = split.images.shape[3]
         self.margin = round(self.size * CROP) if "crop" in augment else 0
         self.side = self.size + 2 * self.margin
-        # One row of `windows` for every pixel: the `size` pixels from there to the right. They
-        # overlap in memory, so a crop is a gather of contiguous bytes and nothing is copied twice.
-        pixels = self._store(split.images.to(self.device))
-        self.windows = pixels.as_strided((pixels.numel() // 3 - self.size + 1, self.size * 3),
-                                         (3, 1))
+        self.windows = windows_of(self._store(split.images.to(self.device)), self.size)
         self.rows = torch.arange(self.size, device=self.device) * self.side
 
     def _store(self, images):
@@ -498,13 +546,163 @@ class Batches:
 
     def _cutout_mask(self, corner):
         """B×S×S×1: 0 in a square around each of the 2×B `corner` points, 1 elsewhere."""
-        place = torch.arange(self.size, device=self.device)
+        line = torch.arange(self.size, device=self.device)
         half = self.size * CUTOUT / 2
-        near = (place - corner[..., None] + 0.5).abs() <= half
+        near = (line - corner[..., None] + 0.5).abs() <= half
         return ~(near[0][:, :, None] & near[1][:, None, :])[..., None]
 
 
-# ---------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------- files and tables
+
+
+def write_atomically(path, content, older=None):
+    """Replace the file `path` by bytes or text `content`, all or nothing.
+
+    A reader of `path` sees the old file or the new one, also after a crash or on a full disk. The
+    old file becomes the file `older`, if that is given. OSError names the file and the cause.
+    """
+    path = Path(path)
+    partial_file = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial_file, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        if older and path.exists():
+            os.replace(path, older)
+        os.replace(partial_file, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial_file.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error.strerror}); "
+                      f"the file before it, if any, is unchanged") from error
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A context whose OSErrors say that `path` cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def append(path, content):
+    """Add bytes `content` to the file `path`; OSError names the file and the cause."""
+    with writing(path), open(path, "ab") as file:
+        file.write(content)
+
+
+def read_json(path, meaning):
+    """`meaning` of what a JSON file holds; ValueError or OSError name what is wrong with it."""
+    try:
+        if os.path.getsize(path) > 1 << 24:
+            raise ValueError("too large")
+        return meaning(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Hold a run's folder; `Busy` when another process does. A dead process holds nothing.
+
+    A folder in which nothing was done does not remain.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise Busy(f"{folder}: another process is training this run") from None
+    try:
+        yield
+    finally:
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
+        held.release()
+
+
+class Busy(ValueError):
+    """The run folder is held by another process."""
+
+
+def event_bytes(**event):
+    """A TensorBoard event as its file holds it.
+
+    Written by hand: SummaryWriter's thread prints a traceback when the disk is full, and with its
+    `purge_step` points of steps that are taken again stay in the files twice, for TensorBoard
+    alone to leave out.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    content = io.BytesIO()
+    RecordWriter(content).write(Event(**{"wall_time": time.time(), **event}).SerializeToString())
+    return content.getvalue()
+
+
+def trim_events(folder, step):
+    """Drop from `folder`'s TensorBoard files what was logged after `step`.
+
+    Those steps will be taken again: each shall be there once. A torn last record is dropped too.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        kept = []
+        with contextlib.suppress(Exception):  # the loader raises at a torn record
+            for event in LegacyEventFileLoader(str(path)).Load():
+                if event.HasField("summary") and event.step <= step:
+                    kept.append(event_bytes(wall_time=event.wall_time, step=event.step,
+                                            summary=event.summary))
+        if kept:
+            kept.insert(0, event_bytes(file_version="brain.Event:2"))
+            write_atomically(path, b"".join(kept))
+        else:
+            path.unlink()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below a header: for the screen, a notebook, Markdown and CSV."""
+
+    header: typing.Sequence[str]
+    rows: typing.Sequence[typing.Sequence[str]]
+    title: str | None = None
+
+    def print(self):
+        """Show it on the screen."""
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table as Screen
+
+        table = Screen(*map(escape, self.header), title=self.title and escape(self.title))
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        Console().print(table)
+
+    def markdown(self):
+        """It in Markdown."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n"
+                       for line in lines)
+
+    def csv(self):
+        """It as comma-separated values."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
+        return text.getvalue()
+
+    def _repr_html_(self):
+        def line(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return (f"<table><caption>{html.escape(self.title or '')}</caption>"
+                + line(self.header, "th") + "".join(line(row, "td") for row in self.rows)
+                + "</table>")
 
 
 def progress(items, description, total=None):
@@ -517,16 +715,7 @@ def progress(items, description, total=None):
                  disable=not console.is_terminal)
 
 
-def print_table(header, rows, title=None):
-    """Print rows of text below their header."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*header, title=title)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    Console().print(table)
+# ---------------------------------------------------------------------------- command line
 
 
 def parse_value(name, text, kind):
@@ -556,67 +745,67 @@ def parse_value(name, text, kind):
     try:
         value = kind(text)
     except ValueError:
-        raise ValueError(f"--{name}={text}: must be {_kind_name(kind)}") from None
+        kinds = {int: "a whole number", float: "a number"}
+        raise ValueError(f"--{name}={text}: must be {kinds.get(kind, kind)}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--{name}={text}: must be a finite number")
     return value
 
 
-def _kind_name(kind):
-    return {int: "a whole number", float: "a number", str: "text"}.get(kind, str(kind))
+def flags_of(function):
+    """{flag: (type, default)} of a command's parameters, in their order; a parameter that must be
+    given has the default `inspect.Parameter.empty`.
 
-
-def command_line(commands, default=None, argv=None):
-    """Run one of `commands` (name → function) with the flags of the command line; then exit.
-
-    Fire matches words to a function's parameters; the function runs only after Fire has consumed
-    every word and each value has been converted to its parameter's annotated type. A function
-    with `**flags` receives the other flags as text. `default` is the command meant by a line
-    that begins with a flag. Help exits with 0; ValueError and OSError become one line and 2.
+    The keys of `**flags: Unpack[SomeTypedDict]` are flags too, which default to None.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
-    if default and (not words or words[0].startswith("-")):
-        words = [default, *words]
-    wants_help = {"--help", "-h", "help"} & set(words) or not words
-    try:
-        if wants_help:
-            print(_help(commands, words))
-            sys.exit(0)
-        if words[0] not in commands:
-            raise ValueError(f"no command {words[0]!r}; commands: {', '.join(commands)}")
-        _parse(commands, words)()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    hints, flags = typing.get_type_hints(function), {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = hints.get(name, str)
+        if typing.get_origin(kind) is typing.Unpack:
+            more = typing.get_type_hints(typing.get_args(kind)[0])
+            flags |= {flag: (kind, None) for flag, kind in more.items()}
+        elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            flags[name] = (kind, parameter.default)
+    return flags
 
 
-def _parse(commands, words):
-    """Let Fire match `words` to a command and return the call, ready to be made."""
+def parse(commands, words, default=None):
+    """The call that the command line `words` asks for, ready to be made: parse, then run.
+
+    Fire matches words to the parameters of a function of `commands` (name → function) and runs
+    it at once, to complain about what is left over afterwards; so it is given a function that
+    only remembers. Each value is converted to its parameter's annotated type; a function with an
+    attribute `flags` (see `help_text`) takes any others, as text. `default` is the command meant
+    by a line that begins with a flag. Raises ValueError for a line that makes no sense.
+    """
     import fire
 
-    pending = []
+    words = [*words]
+    if default and (not words or words[0].startswith("-")):
+        words = [default, *words]
+    if not words or words[0] not in commands:
+        raise ValueError(f"no command {''.join(words[:1])!r}; commands: {', '.join(commands)}")
+    function, pending = commands[words[0]], []
+    parameters = inspect.signature(function).parameters.values()
+    listed = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    known = flags_of(function)
 
-    def deferred(function):
-        @fire.decorators.SetParseFn(str)
-        @functools.wraps(function)
-        def collect(*positional, **flags):
-            # Words for a `*name` parameter are handed over as one list, as positional arguments.
-            parameters = inspect.signature(function).parameters.values()
-            listed = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-            if not listed:
-                flags |= dict(zip([p.name for p in parameters], positional))
-            hints = typing.get_type_hints(function)
-            values = {name: parse_value(name, value, hints[name])
-                      if name in hints and isinstance(value, str) else value
-                      for name, value in flags.items()}
-            pending.append(functools.partial(function, *(positional if listed else ()), **values))
-        return collect
+    @fire.decorators.SetParseFn(str)
+    @functools.wraps(function)
+    def remember(*positional, **flags):
+        if not listed:
+            flags |= dict(zip(known, positional))
+        unknown = [flag for flag in flags if flag not in known]
+        if unknown and not hasattr(function, "flags"):
+            raise ValueError(f"{words[0]}: no flag --{unknown[0]} (see: {words[0]} --help)")
+        values = {flag: parse_value(flag, value, known[flag][0])
+                  if flag in known and isinstance(value, str) else value
+                  for flag, value in flags.items()}
+        pending.append(functools.partial(function, *(positional if listed else ()), **values))
 
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            fire.Fire({words[0]: deferred(commands[words[0]])}, command=words)
+            fire.Fire({words[0]: remember}, command=words)
     except SystemExit as leave:
         trace = getattr(leave, "trace", None)
         reason = trace.elements[-1].ErrorAsStr() if trace and trace.HasError() else "bad usage"
@@ -626,33 +815,83 @@ def _parse(commands, words):
     return pending[-1]
 
 
-def _help(commands, words):
-    """Help text for one command, or for all; a command's `help` attribute adds to its docstring."""
-    chosen = [word for word in words if word in commands] or list(commands)
+def command_line(commands, default=None, argv=None, meanings=None, moved=None):
+    """Run one of `commands` with the flags of the command line and show what it returns; exit.
+
+    See `parse` for `commands` and `default`. `meanings` says in a line what each flag means,
+    `moved` what took the place of commands that are gone. Help exits with 0; ValueError and
+    OSError become one line and 2.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    wants_help = {"--help", "-h", "help"} & set(words) or not (words or default)
+    try:
+        if wants_help:
+            print(help_text(commands, words, default, meanings or {}))
+            sys.exit(0)
+        if words and words[0] in (moved or {}):
+            raise ValueError(f"{words[0]} has moved: {moved[words[0]]}")
+        show(parse(commands, words, default)())
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def show(result):
+    """Print what a command has made: tables, the paths of files; of a list each."""
+    if isinstance(result, Table):
+        result.print()
+    elif isinstance(result, (list, tuple)):
+        for part in result:
+            show(part)
+    elif path := getattr(result, "path", result if isinstance(result, (str, Path)) else None):
+        print(path)
+
+
+def help_text(commands, words, default, meanings):
+    """Help for the command that `words` name, or for all.
+
+    A command's flags are those of its signature; where it takes any, its attribute `flags`, a
+    function of `words`, tells them: [(flag, default as text, meaning)].
+    """
+    chosen = [word for word in words[:1] if word in commands] or (
+        [default] if default and words and words[0] not in ("--help", "-h", "help") else commands)
     lines = [f"usage: python {Path(sys.argv[0]).name} COMMAND [--flag=value …]",
              f"commands: {', '.join(commands)}"]
-    for name in chosen[:1] if words and words[0] in commands else chosen:
-        function = commands[name]
-        lines += ["", name, inspect.getdoc(function) or ""]
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                continue
-            required = parameter.default is parameter.empty
-            lines.append(f"  {parameter.name.upper()}" if required
-                         else f"  --{parameter.name}={parameter.default}")
-        if hasattr(function, "help"):
-            lines.append(function.help(words))
+    for name in chosen:
+        lines += ["", name, inspect.getdoc(commands[name]) or ""]
+        flags = [(flag, None if value is inspect.Parameter.empty else text_of(value),
+                  " ".join([meanings.get(flag, ""), *choices(kind)]))
+                 for flag, (kind, value) in flags_of(commands[name]).items()]
+        flags += getattr(commands[name], "flags", lambda _words: [])(words)
+        for flag, value, meaning in flags:
+            shown = flag.upper() if value is None else f"--{flag}={value}"
+            lines.append(f"  {shown:<30} {meaning}".rstrip())
     return "\n".join(lines)
+
+
+def choices(kind):
+    """[the words that the type `kind` allows, in one text], or [] where it allows any."""
+    literals = [part for part in (kind, *typing.get_args(kind))
+                if typing.get_origin(part) is typing.Literal]
+    return [" | ".join(typing.get_args(literal)) for literal in literals]
+
+
+def text_of(value):
+    """A flag's value as one would type it."""
+    return ",".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else (
+        str(value).lower() if value is None or isinstance(value, bool) else str(value))
 
 
 def stats(data: str = "cifar10", root: str = "data", image_size: int | None = None,
           skip_bad: bool = False):
-    """Print a data set's sizes, classes and pixel statistics, each named for what it is."""
+    """A data set's sizes, classes and pixel statistics, each named for what it is."""
     dataset = load(data, root, image_size=image_size, val=0, skip_bad=skip_bad)
     images, sizes = dataset.train.images, torch.bincount(dataset.train.labels).tolist()
     channels = {"pixel mean": dataset.mean, "pixel std": dataset.std,
                 "mean of the per-image stds (not the pixel std)": mean_of_image_stds(images)}
-    print_table(("what", "value"), [
+    return Table(("what", "value"), [
         ("training images", f"{len(images)}"),
         ("test images", f"{len(dataset.test.images)}"),
         ("size", "×".join(map(str, images.shape[1:]))),
@@ -666,9 +905,15 @@ def download(data: str = "cifar10", root: str = "data"):
     """Download `cifar10` or `cifar100` (with torchvision, which checks it) into ROOT."""
     if data not in ("cifar10", "cifar100"):
         raise ValueError(f"data={data}: only cifar10 and cifar100 can be downloaded")
-    load(data, root)
-    print(f"{data} is in {root}")
+    load_split("train", data, root)
+    return f"{data} is in {root}"
 
+
+COMMANDS = {"stats": stats, "download": download}
+MEANINGS = {"data": "cifar10, cifar100, shapes, or a folder of images",
+            "root": "where data sets are downloaded to and cached",
+            "image_size": "side to which larger images are resized; none: as they are",
+            "skip_bad": "leave out image files that cannot be read"}
 
 if __name__ == "__main__":
-    command_line({"stats": stats, "download": download})
+    command_line(COMMANDS, meanings=MEANINGS)

@@ -4,6 +4,8 @@
     python deconv.py gallery runs/convnet --layer=conv2 --units=16 --top=9
     python deconv.py reconstruct --network=torchvision:resnet18 --layers=layer4 --image=cat.jpg
 
+CKPT, `--out` and where figures go are those of visualize.py.
+
 The deconvnet of Zeiler & Fergus (2014, section 2.1) keeps one activation of a layer and sends it
 down to the pixels. A convolution applies its transposed filters without bias, a max-pool returns
 each value to where its maximum was (the "switches"), branches add up: a backward pass does just
@@ -18,20 +20,16 @@ Where max-pool windows overlap, the maximum of several gets the sum of their sig
 that writes instead of adding keeps one of them and loses the others.
 """
 
-import contextlib
-import importlib
 import math
-import sys
 import typing
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import data as datasets
-import train
+import network as networks
 import visualize
+from data import command_line, progress
 
 RULES = {"deconvnet": lambda signal, positive: signal.clamp(min=0),
          "guided": lambda signal, positive: signal.clamp(min=0) * positive,
@@ -40,7 +38,6 @@ BATCH_NORMS = {"through": None, "skip": lambda signal, positive: signal}
 RECTIFIERS = {"relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu",
               "silu", "hardswish", "mish", "softplus"}
 BOUNDED = {"clamp", "clip", "clamp_min", "hardtanh", "threshold"}  # rectifiers from 0 on
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # of its pixels
 
 
 # ---------------------------------------------------------------------------- the rule
@@ -81,7 +78,7 @@ class BackwardRule(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         rule = self._rule_for(function, args, kwargs)
-        if rule is None:
+        if rule is None:  # not a rectifier, or one whose own derivative is wanted
             return function(*args, **kwargs)
         x, *others = args or (kwargs.pop("input"),)
         return _Replaced.apply(x, lambda x: function(x, *others, **kwargs), rule)
@@ -91,6 +88,7 @@ class BackwardRule(TorchFunctionMode):
         if name == "batch_norm":
             return self.normalize
         if name in BOUNDED:
+            # clamp(min=0) is a rectifier, clamp(-1, 1) is not: the lower bound tells them apart.
             named = [kwargs[key] for key in ("min", "min_val", "threshold") if key in kwargs]
             low = [*args[1:2], *named, None][0]
             return self.rectify if isinstance(low, (int, float)) and low == 0 else None
@@ -103,14 +101,14 @@ class BackwardRule(TorchFunctionMode):
 class Descent(typing.NamedTuple):
     """A signal's way down from a layer to N images.
 
-    `signal` N×3×H×W is what arrives, `activations` are the layer's, `places` N is where in C·H·W
-    the one activation kept is (None: all were), `norms` {module: N} are the signals' L2 norms at
-    the outputs of the modules below, last of all at the "image".
+    `signal` N×3×H×W is what arrives, `activations` are the layer's, `positions` N is where in
+    C·H·W the one activation kept is (None: all were), `norms` {module: N} are the signals' L2
+    norms at the outputs of the modules below, last of all at the "image".
     """
 
     signal: Tensor
     activations: Tensor
-    places: Tensor | None
+    positions: Tensor | None
     norms: dict[str, Tensor]
 
 
@@ -118,34 +116,49 @@ def project(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
     """Send one activation of `layer` back to the pixels of normalised `images`: N×3×H×W.
 
     Of each image the strongest activation of all is kept, or that of feature map or neuron number
-    `unit`, with its value, and all others are zero; "all" keeps all; a tensor of N has the places
-    in C·H·W. `rule` and `bn`: see `BackwardRule`. ValueError for a layer or unit there is not.
+    `unit`, with its value, and all others are zero; "all" keeps all; a tensor of N has the
+    positions in C·H·W. `rule` and `bn`: see `BackwardRule`. ValueError for a layer or unit there
+    is not.
     """
-    return descend(network, layer, images, unit, rule, bn).signal
+    return descend(network, layer, images, unit, rule, bn, watched=()).signal
 
 
-def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="through"):
-    """What `project` does, as a `Descent`.
+def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="through",
+            watched=None):
+    """What `project` does, as a `Descent`, with the norms at the `watched` modules (None: all).
 
     A layer that is called several times counts with its first call. The network runs in
     evaluation mode and is afterwards as it was, also after an exception.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise ValueError("a scripted network hides its rectifiers: give the module it was made of")
+    if watched is None:
+        watched = [name for name, _ in network.named_modules() if name]
     images = images.detach().clone().requires_grad_()
-    with (_watched(network) as norms, torch.enable_grad(), BackwardRule(rule, bn),
-          visualize.capture(network, [layer], stop=True) as outputs):
+    # `kept` has the modules up to the layer, where the innermost context stops the network.
+    with (networks.evaluation(network), torch.enable_grad(), BackwardRule(rule, bn),
+          networks.capture(network, watched) as kept,
+          networks.capture(network, [layer], stop=True) as outputs):
         network(images.clone())  # a clone, as a network may work in place from the start
-    found = visualize.captured_maps(outputs, layer)
+    found = networks.captured_maps(outputs, layer)
     if not found.requires_grad:
         raise ValueError(f"layer={layer}: does not depend on the images")
     start = found.detach().flatten(1)
-    places = unit if isinstance(unit, Tensor) else strongest(found.detach(), unit)
-    if places is not None:
-        start = start * torch.nn.functional.one_hot(places, start.shape[1])
-    signal, = torch.autograd.grad(found, images, start.view(found.shape))
+    positions = unit if isinstance(unit, Tensor) else strongest(found.detach(), unit)
+    if positions is not None:
+        start = start * torch.nn.functional.one_hot(positions, start.shape[1])
+    # One backward pass gives the signal everywhere: what is kept is in the graph, so the
+    # "gradient" of the start with respect to it is the signal there.
+    below = {name: output for name, output in reversed(kept.items())
+             if isinstance(output, Tensor) and output.requires_grad}
+    *signals, signal = torch.autograd.grad(found, [*below.values(), images],
+                                           start.view(found.shape), allow_unused=True)
+    # A module that is called several times, as a shared rectifier, counts with its last call below
+    # the layer, at the position of its first. What the layer does not look at has no signal.
+    norms = {name: part.flatten(1).norm(dim=1) for name, part in zip(below, signals)
+             if part is not None}
     norms["image"] = signal.flatten(1).norm(dim=1)
-    return Descent(signal, found.detach(), places, norms)
+    return Descent(signal, found.detach(), positions, norms)
 
 
 def strongest(activations, unit="strongest"):
@@ -158,27 +171,7 @@ def strongest(activations, unit="strongest"):
     return unit * maps.shape[2] + maps[:, unit].argmax(1)
 
 
-@contextlib.contextmanager
-def _watched(network):
-    """Evaluation mode, and a dictionary {module: N}, which a backward pass fills with its norms."""
-    norms = {}
-
-    def watch(name, output):
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda signal: norms.update({
-                f"{name} ({len(norms)})" if name in norms else name: signal.flatten(1).norm(dim=1)
-            }))
-
-    with contextlib.ExitStack() as stack:
-        for name, module in network.named_modules():
-            stack.callback(setattr, module, "training", module.training)
-            stack.enter_context(module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: watch(name, output)))
-        network.eval()
-        yield norms
-
-
-def top_reconstructions(network, layer, images, checkpoint, units, top, rule="deconvnet",
+def top_reconstructions(network, layer, images, preprocessing, units, top, rule="deconvnet",
                         bn="through"):
     """The patches of uint8 `images` that excite `units` of `layer` most, and what comes back.
 
@@ -186,17 +179,18 @@ def top_reconstructions(network, layer, images, checkpoint, units, top, rule="de
     patches and reconstructions, both units×top×3×h×w, 0…1, cut at the receptive fields (grey
     where the activation is 0), and the activations, units×top.
     """
-    values, images, places, boxes = visualize.top_fields(network, layer, images, checkpoint, units,
-                                                         top)
+    values, images, positions, boxes = visualize.top_fields(network, layer, images, preprocessing,
+                                                            units, top)
     device, signals = next(network.parameters()).device, []
-    count = max(1, 2**18 // checkpoint["image_size"]**2)
-    for chunk in datasets.progress(torch.arange(len(places)).split(count), f"back from {layer}"):
-        batch = visualize.inputs(images[chunk], checkpoint, device)
-        signals.append(project(network, layer, batch, places[chunk].to(device), rule, bn))
-    pictures = visualize.pictures(images, checkpoint)
+    # Fewer at a time than in `visualize.layer_batches`: the way back needs all that lies between.
+    count = max(1, 2**18 // preprocessing.image_size**2)
+    for chunk in progress(torch.arange(len(positions)).split(count), f"back from {layer}"):
+        batch = preprocessing(images[chunk], device)
+        signals.append(project(network, layer, batch, positions[chunk].to(device), rule, bn).cpu())
+    pictures = preprocessing.pictures(images)
     pictures[values.flatten() == 0] = 0.5
     return (*(visualize.cut_patches(whole, boxes).unflatten(0, values.shape)
-              for whole in (pictures, as_pictures(torch.cat(signals).cpu()))), values)
+              for whole in (pictures, as_pictures(torch.cat(signals)))), values)
 
 
 # ---------------------------------------------------------------------------- drawing
@@ -212,18 +206,20 @@ def as_pictures(signals):
 
 def window(signal):
     """The square (top, left, side) around what is not 0 in a 3×S×S signal; if large, all of it."""
-    size, places = signal.shape[-1], signal.abs().amax(0).nonzero()
-    side = (places.amax(0) - places.amin(0)).max().item() + 3 if len(places) else size
+    size, pixels = signal.shape[-1], signal.abs().amax(0).nonzero()
+    # One pixel of margin on each side; of a deep layer's signal, as large as the image, all.
+    side = (pixels.amax(0) - pixels.amin(0)).max().item() + 3 if len(pixels) else size
     if side > size / 2:
         return 0, 0, size
-    return *(places.amin(0) - 1).clamp(0, size - side).tolist(), side
+    return *(pixels.amin(0) - 1).clamp(0, size - side).tolist(), side
 
 
 def draw_reconstructions(picture, descents, title, classes=()):
     """A figure with a row a layer: the image, what the unit saw of it, what comes back.
 
-    `picture` is 3×S×S, 0…1, `descents` {layer: {"through" or "skip": Descent}}; with both of them
-    the norms on the way down are plotted beside. `classes` name the logits.
+    After figure 2 of Zeiler & Fergus (2014). `picture` is 3×S×S, 0…1, `descents` {layer:
+    {"through" or "skip": Descent}}; with both of them the norms on the way down are plotted
+    beside. `classes` name the logits.
     """
     from matplotlib.patches import Rectangle
 
@@ -235,7 +231,7 @@ def draw_reconstructions(picture, descents, title, classes=()):
     for row, (layer, ways) in enumerate(descents.items()):
         first = next(iter(ways.values()))
         top, left, side = window(first.signal[0])
-        panels = {f"{layer}, {_unit_text(first, classes)}": picture,
+        panels = {f"{layer}, {unit_text(first, classes)}": picture,
                   f"its {side}×{side} pixels": picture}
         panels |= {f"back, batch norm {bn}" if both else "what comes back":
                    as_pictures(way.signal)[0].cpu() for bn, way in ways.items()}
@@ -249,22 +245,23 @@ def draw_reconstructions(picture, descents, title, classes=()):
             (left - 0.5, top - 0.5), side, side, fill=False, color=visualize.COLORS[1],
             linewidth=1.5))
         if both:
-            _draw_norms(figure, grid[row, -1], {bn: way.norms for bn, way in ways.items()})
+            draw_norms(figure, grid[row, -1], {bn: way.norms for bn, way in ways.items()})
     return figure
 
 
-def _unit_text(descent, classes):
-    if descent.places is None:
+def unit_text(descent, classes):
+    """Which unit of the first image a signal came from, and its activation."""
+    if descent.positions is None:
         return "all units"
-    place, activations = descent.places[0].item(), descent.activations[0]
-    unit = place // activations[0].numel()
+    position, activations = descent.positions[0].item(), descent.activations[0]
+    unit = position // activations[0].numel()  # a map has H·W positions
     named = f" ({classes[unit]})" if activations.shape == (len(classes),) else ""
-    return f"unit {unit}{named}: {activations.flatten()[place]:.3g}"
+    return f"unit {unit}{named}: {activations.flatten()[position]:.3g}"
 
 
-def _draw_norms(figure, place, norms):
+def draw_norms(figure, position, norms):
     """Plot {label: {module: N norms}} of the first image, from a layer down to the image."""
-    axes = visualize.plot(figure, (place,), "the signal's L2 norm on its way down", "", "")
+    axes = visualize.plot(figure, (position,), "the signal's L2 norm on its way down")
     for (label, values), color, marker in zip(norms.items(), visualize.COLORS, visualize.MARKERS):
         # Two levels deep; deeper, in residual branches, there is only a part of the signal.
         names = [name for name in values if name.count(".") < 2 and not any(
@@ -300,91 +297,52 @@ def draw_gallery(patches, back, values, units, title):
 # ---------------------------------------------------------------------------- commands
 
 
-def open_network(ckpt=None, source=None, weights=None, image_size=None, device="auto"):
-    """The network and checkpoint at `ckpt`, or a network from elsewhere and what stands in for it.
-
-    `source` is `torchvision:NAME`, with weights in torch's local cache, or a function without
-    arguments, `package.module:function`; `weights` is a file with a state dict. Images get side
-    `image_size`, or 224, and ImageNet's statistics. Nothing is downloaded.
-    """
-    if (ckpt is None) == (source is None) or (ckpt and (weights or image_size)):
-        raise ValueError("give either a checkpoint or --network=torchvision:NAME (or "
-                         "package.module:function), the latter with --weights and --image_size")
-    if ckpt is not None:
-        return train.open_checkpoint(ckpt, device)
-    place, _, name = source.partition(":")
-    try:
-        if place == "torchvision":
-            place, weights = "torchvision.models", weights or _cached_weights(name)
-        sys.path.append("")  # the current folder
-        network = getattr(importlib.import_module(place), name)()
-        if weights:
-            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        network.eval().to(train.choose_device(device))
-    except Exception as error:  # anybody's code and files: whatever they raise
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"network={source}, weights={weights}: {told:.300}") from error
-    return network, {"model": source, "classes": [], "image_size": image_size or 224, **IMAGENET}
-
-
-def _cached_weights(name):
-    """The file with the newest weights of torchvision's network `name` in torch's local cache."""
-    from torchvision import models
-
-    cache = Path(torch.hub.get_dir(), "checkpoints")
-    for version in reversed(models.get_model_weights(name)):
-        if (cache / Path(version.url).name).exists():
-            return cache / Path(version.url).name
-    raise FileNotFoundError(f"put {version.url} into {cache}, or give --weights=FILE")
-
-
 def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
                 image: str | None = None, index: int = 0, unit: int | str = "strongest",
-                rule: str = "deconvnet", bn: str = "through", network: str | None = None,
-                weights: str | None = None, image_size: int | None = None, data: str | None = None,
-                root: str | None = None, out: str | None = None, format: visualize.Format = "png",
-                device: str = "auto"):
+                rule: str = "deconvnet", bn: str = "through",
+                **flags: typing.Unpack[visualize.Flags]):
     """Draw what comes back from a unit of each of LAYERS: the strongest, one by number, or all.
 
     Of a picture file or test image. Rules: deconvnet, guided, gradient. Batch norms scale the
     signal (through), are left out (skip), or both, with the signal's norms on its way down.
     """
-    model, checkpoint = open_network(ckpt, network, weights, image_size, device)
-    if network and not image:
-        raise ValueError("a network from elsewhere comes without images: give --image=FILE")
-    picture, name = visualize.load_image(checkpoint, image, index, data, root)
-    images = visualize.inputs(picture, checkpoint, next(model.parameters()).device)
+    layers = visualize.listed(layers)
+    visualize.need(layers=len(layers))
+    network, about = visualize.open_network(ckpt, **flags)
+    picture, name = visualize.load_image(about, image, index, **flags)
+    images = about.preprocessing(picture, next(network.parameters()).device)
     ways = ("through", "skip") if bn == "both" else (bn,)
-    descents = {layer: {way: descend(model, layer, images, unit, rule, way) for way in ways}
-                for layer in datasets.progress(layers or ("",), "going back")}
-    title = f"{network or visualize.title_of(checkpoint)}: {name}, {rule}, bn {bn}"
-    seen = visualize.pictures(picture, checkpoint)[0]
-    figure = draw_reconstructions(seen, descents, title, checkpoint["classes"])
+    descents = {layer: {way: descend(network, layer, images, unit, rule, way) for way in ways}
+                for layer in progress(layers, "going back")}
+    title = f"{about.title}: {name}, {rule}, bn {bn}"
+    figure = draw_reconstructions(about.preprocessing.pictures(picture)[0], descents, title,
+                                  about.classes)
     name = "-".join(["reconstruct", *layers, *(["bn", bn] if bn != "through" else [])])
-    return visualize.save_figure(figure, ckpt, name, out, format)
+    return visualize.save_figure(figure, ckpt, name, **flags)
 
 
 def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...] = (16,),
-            top: int = 9, rule: str = "deconvnet", bn: str = "through", network: str | None = None,
-            weights: str | None = None, image_size: int | None = None, data: str | None = None,
-            root: str | None = None, out: str | None = None, format: visualize.Format = "png",
-            device: str = "auto"):
+            top: int = 9, rule: str = "deconvnet", bn: str = "through",
+            **flags: typing.Unpack[visualize.Flags]):
     """Draw, for each of LAYER's units, its TOP strongest test-image patches and what comes back.
 
     `--units=16` are 16 units spread evenly over all of them; `--units=3,17` are those two.
     """
     visualize.need(top=top)
-    model, checkpoint = open_network(ckpt, network, weights, image_size, device)
-    if network and not data:
-        raise ValueError("a network from elsewhere comes without images: give --data")
-    images = (datasets.load(data, root or "data", checkpoint["image_size"], val=0) if network
-              else train.open_dataset(checkpoint, data, root)).test.images
-    units = visualize.choose_units(model, layer, checkpoint, units)
-    found = top_reconstructions(model, layer, images, checkpoint, units, top, rule, bn)
-    title = f"{network or visualize.title_of(checkpoint)}: {layer}, {rule}, bn {bn}"
-    figure = draw_gallery(*found, units, title)
-    return visualize.save_figure(figure, ckpt, f"gallery-{layer}", out, format)
+    network, about, test = visualize.open_test(ckpt, **flags)
+    units = visualize.choose_units(network, layer, about.preprocessing.image_size, units)
+    found = top_reconstructions(network, layer, test.images, about.preprocessing, units, top, rule,
+                                bn)
+    figure = draw_gallery(*found, units, f"{about.title}: {layer}, {rule}, bn {bn}")
+    return visualize.save_figure(figure, ckpt, f"gallery-{layer}", **flags)
 
+
+COMMANDS = {"reconstruct": reconstruct, "gallery": gallery}
+MEANINGS = visualize.MEANINGS | {
+    "unit": "strongest, all, or the number of a feature map or neuron",
+    "rule": f"what a rectifier passes on: {' | '.join(RULES)}",
+    "bn": "batch norms: through | skip, or both (reconstruct)",
+}
 
 if __name__ == "__main__":
-    datasets.command_line({"reconstruct": reconstruct, "gallery": gallery})
+    command_line(COMMANDS, meanings=MEANINGS)

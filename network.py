@@ -18,21 +18,25 @@ fc                            10                      5 130    (in all 11 181 64
 
 import contextlib
 import hashlib
+import importlib
 import inspect
 import io
 import itertools
 import math
-import os
+import re
 import sys
 import typing
 import zipfile
 from collections import OrderedDict
-from functools import partial, wraps
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from data import Preprocessing, Table, command_line, parse_value, text_of, write_atomically
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU,
                "silu": nn.SiLU}
@@ -118,9 +122,16 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
           activation: str = "relu", batch_norm: bool = False):
     """A network without branches, from a line of text: convolutions, then linear layers.
 
-    In `layers`, `64k3p1` is a convolution to 64 channels with a 3×3 kernel and padding 1, `M` and
-    `A` are 2×2 max- and average-pooling, after which comes `dropout` and a new stage `conv<n>`.
-    `hidden` are the widths of the linear layers before the last.
+    In `layers`, with S×S the size so far,
+
+        32k3    a convolution to 32 channels with a 3×3 kernel: 32×(S−2)×(S−2)
+        64k3p1  one to 64 channels with a 3×3 kernel and padding 1: 64×S×S
+        256k1   one to 256 channels with a 1×1 kernel: 256×S×S
+        M, A    2×2 max- or average-pooling, which ends a stage: C×S/2×S/2
+
+    An activation follows each convolution (after batch norm, if that is asked for) and `dropout`
+    each pooling. Stages are `conv1`, `conv2` …; `hidden` are the widths of the linear layers
+    before the last, so `plain("6k5 M 16k5 M", (120, 84))` is LeNet.
     """
     stages, channels, side, largest = [[]], 3, image_size, 0
     for word in layers.split():
@@ -130,10 +141,10 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
             stages[-1] += [nn.Dropout(dropout)] if dropout else []
             stages.append([])
             continue
-        outputs, _, rest = word.partition("k")
-        kernel, _, padding = rest.partition("p")
-        stages[-1].append(nn.Conv2d(channels, int(outputs), int(kernel), padding=int(padding or 0)))
-        channels, side = int(outputs), side + 2 * int(padding or 0) - int(kernel) + 1
+        outputs, kernel, padding = map(int, re.fullmatch(r"(\d+)k(\d+)(?:p(\d+))?", word)
+                                         .groups("0"))
+        stages[-1].append(nn.Conv2d(channels, outputs, kernel, padding=padding))
+        channels, side = outputs, side + 2 * padding - kernel + 1
         largest = max(largest, channels * side**2)
         stages[-1] += [nn.BatchNorm2d(channels)] if batch_norm else []
         stages[-1].append(activation_layer(activation))
@@ -378,15 +389,13 @@ def build(name, classes=10, image_size=None, **options):
 
 def check_size(network, size):
     """ValueError unless `network` takes images of size×size as well as those it was built for."""
-    training, device = network.training, next(network.parameters()).device
+    images = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
     try:
-        with torch.no_grad():
-            network.eval()(torch.zeros(1, 3, size, size, device=device))
+        with torch.no_grad(), evaluation(network):
+            network(images)
     except RuntimeError as error:
         raise ValueError(f"the network was built for images of another size and cannot take "
                          f"{size}×{size} ones") from error
-    finally:
-        network.train(training)
 
 
 def find_layer(network, layer):
@@ -407,33 +416,77 @@ def last_linear(network):
     return linear[-1]
 
 
+class _Reached(Exception):
+    """All layers asked for have been computed."""
+
+
+@contextlib.contextmanager
+def capture(network, layers, stop=False):
+    """While open, each forward pass leaves the outputs of `layers` in the dictionary it yields.
+
+    What is kept is the layer's own output, which gradients reach; a clone of it is handed on, so
+    that an activation in place behind the layer does not change it. A layer that is called
+    several times leaves its last output. `stop` ends the block, quietly, as soon as all the
+    layers have been reached. The hooks come off whatever happens.
+    """
+    outputs = {}
+
+    def keep(layer, output):
+        outputs[layer] = output
+        if stop and len(outputs) == len(layers):
+            raise _Reached
+        return output.clone() if isinstance(output, Tensor) else output
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(find_layer(network, layer).register_forward_hook(
+                lambda _module, _inputs, output, layer=layer: keep(layer, output)))
+        with contextlib.suppress(_Reached):
+            yield outputs
+
+
+def captured_maps(outputs, layer):
+    """The output of `layer` that `capture` kept; ValueError if it is not N×C×H×W or N×C."""
+    if layer not in outputs:
+        raise ValueError(f"layer={layer}: is not used when the network runs")
+    maps = outputs[layer]
+    if not isinstance(maps, Tensor) or maps.ndim not in (2, 4):
+        kind = "×".join(map(str, getattr(maps, "shape", ()))) or f"a {type(maps).__name__}"
+        raise ValueError(f"layer={layer}: returns {kind}, neither feature maps N×C×H×W nor "
+                         f"vectors N×C")
+    return maps
+
+
+@contextlib.contextmanager
+def evaluation(network):
+    """While open, the network is in evaluation mode; then every module is as it was."""
+    before = {module: module.training for module in network.modules()}
+    try:
+        yield network.eval()
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
 # ---------------------------------------------------------------------------- summary
 
 
 def stages(network, image_size):
     """One row a stage: (name, output shape C×H×W, parameters, multiply-adds an image).
 
-    Shapes and counts are found on the meta device; nothing is computed.
+    A network on the meta device is enough: then nothing is computed.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    shapes, handles = {}, []
-    for name, module in network.named_children():
-        handles.append(module.register_forward_hook(
-            lambda _module, _inputs, output, name=name: shapes.update({name: output.shape[1:]})))
-    device = next(network.parameters()).device
-    training = network.training
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
-    finally:
-        network.train(training)
-        for handle in handles:
-            handle.remove()
+    children = dict(network.named_children())
+    images = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
+    with (torch.no_grad(), evaluation(network), capture(network, children) as outputs,
+          FlopCounterMode(display=False) as counter):
+        network(images)
     operations = {name.rpartition(".")[2]: sum(counts.values()) // 2
                   for name, counts in counter.get_flop_counts().items() if name.count(".") == 1}
-    return [(name, tuple(shapes[name]), count_parameters(module), operations.get(name, 0))
-            for name, module in network.named_children()]
+    return [(name, tuple(outputs[name].shape[1:]), count_parameters(stage),
+             operations.get(name, 0)) for name, stage in children.items()]
 
 
 def count_parameters(network):
@@ -456,50 +509,12 @@ REQUIRED = {"model": str, "options": dict, "classes": list, "image_size": int, "
 
 
 def save(path, checkpoint, older=None):
-    """Write `checkpoint` (see `REQUIRED`) to `path`, all or nothing.
-
-    A reader of `path` sees the old file or the new one, also after a crash or on a full disk.
-    The old file becomes the file `older`, if that is given.
-    """
+    """Write `checkpoint` (see `REQUIRED`) to `path`, all or nothing (see `write_atomically`)."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     content = bytearray(buffer.getbuffer())
     content[-2:] = (32).to_bytes(2, "little")  # the end record's length of the comment
     write_atomically(path, content + hashlib.sha256(content).digest(), older)
-
-
-def write_atomically(path, content, older=None):
-    """Replace the file `path` by bytes or text `content`; OSError names the file and the cause."""
-    path = Path(path)
-    partial_file = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial_file, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        if older and path.exists():
-            os.replace(path, older)
-        os.replace(partial_file, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial_file.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror}); "
-                      f"the file before it, if any, is unchanged") from error
-
-
-@contextlib.contextmanager
-def writing(path):
-    """A context whose OSErrors say that `path` cannot be written, and why."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def append(path, content):
-    """Add bytes `content` to the file `path`; OSError names the file and the cause."""
-    with writing(path), open(path, "ab") as file:
-        file.write(content)
 
 
 def read(path, device="cpu"):
@@ -532,20 +547,108 @@ def read(path, device="cpu"):
     return checkpoint
 
 
-def load(path, device="cpu"):
-    """The network in the checkpoint at `path`, in evaluation mode, and the checkpoint.
+@dataclass(frozen=True)
+class Description:
+    """What is known of a network besides its weights: enough to use it.
 
-    Raises what `read` raises.
+    `settings` are those of the run that trained it; a network from elsewhere has none, and its
+    `model` is the source it was taken from.
     """
+
+    model: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    options: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    epoch: int = 0
+    step: int = 0
+
+    @property
+    def title(self):
+        """The network and how long it was trained, as figures name it."""
+        if not self.settings:
+            return self.model
+        return f"{self.settings.get('name') or self.model}, epoch {self.epoch}"
+
+
+def describe(checkpoint):
+    """The `Description` in a checkpoint; ValueError when it cannot be that of a data set."""
+    if not all(isinstance(name, str) and name.isprintable() for name in checkpoint["classes"]):
+        raise ValueError("the names of the classes are not printable text")
+    mean, std = checkpoint["mean"], checkpoint["std"]
+    if not (len(mean) == len(std) == 3
+            and all(isinstance(value, float) and math.isfinite(value) for value in mean + std)
+            and min(std) > 0):
+        raise ValueError("its normalization is not three numbers each of mean and std")
+    preprocessing = Preprocessing(checkpoint["image_size"], tuple(mean), tuple(std),
+                                  checkpoint["settings"].get("precision", "fp32"))
+    return Description(checkpoint["model"], tuple(checkpoint["classes"]), preprocessing,
+                       checkpoint["options"], checkpoint["settings"], checkpoint.get("epoch", 0),
+                       checkpoint.get("step", 0))
+
+
+def find_checkpoint(path):
+    """The checkpoint that `path` means: a file, or best.pth or else last.pth of a run folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("best.pth", "last.pth"):
+        if (path / name).exists():
+            return path / name
+    raise FileNotFoundError(f"{path}: a folder without best.pth or last.pth")
+
+
+def load(source, weights=None, image_size=None, device="cpu"):
+    """The network that `source` means, in evaluation mode, and its `Description`.
+
+    `source` is a checkpoint's file, a run's folder, or a network from elsewhere:
+    `torchvision:NAME`, with weights from torch's local cache, or `package.module:function`, a
+    function without arguments. `weights` is a file with a state dict for these, `image_size` the
+    side of their images (224). Nothing is downloaded. Raises ValueError or OSError.
+    """
+    if re.fullmatch(r"[\w.]+:\w+", str(source)) and not Path(source).exists():
+        return _load_elsewhere(str(source), weights, image_size, device)
+    if weights or image_size:
+        raise ValueError("--weights and --image_size are for networks from elsewhere, such as "
+                         "torchvision:resnet18")
+    path = find_checkpoint(source)
     checkpoint = read(path, device)
     try:
-        check_description(checkpoint)
-        network = build(checkpoint["model"], len(checkpoint["classes"]), checkpoint["image_size"],
-                        **checkpoint["options"]).to(device)
+        description = describe(checkpoint)
+        network = build(description.model, len(description.classes), checkpoint["image_size"],
+                        **description.options).to(device)
         load_weights(network, checkpoint)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: does not fit its own description ({error})") from error
-    return network.eval(), checkpoint
+    return network.eval(), description
+
+
+def _load_elsewhere(source, weights, image_size, device):
+    module, _, name = source.partition(":")
+    try:
+        if module == "torchvision":
+            module, weights = "torchvision.models", weights or _cached_weights(name)
+        sys.path.append("")  # the current folder
+        network = getattr(importlib.import_module(module), name)()
+        if weights:
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        network.eval().to(device)
+    except Exception as error:  # anybody's code and files: whatever they raise
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"network={source}, weights={weights}: {told:.300}") from error
+    imagenet = Preprocessing(image_size or 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return network, Description(source, (), imagenet)
+
+
+def _cached_weights(name):
+    """The file with the newest weights of torchvision's network `name` in torch's local cache."""
+    from torchvision import models
+
+    cache = Path(torch.hub.get_dir(), "checkpoints")
+    for version in reversed(models.get_model_weights(name)):
+        if (cache / Path(version.url).name).exists():
+            return cache / Path(version.url).name
+    raise FileNotFoundError(f"put {version.url} into {cache}, or give --weights=FILE")
 
 
 def load_weights(network, checkpoint):
@@ -555,17 +658,6 @@ def load_weights(network, checkpoint):
         if name not in own or not made_like(weights.get(name), own[name]):
             raise ValueError(f"weights of {name} are missing, too many, or of another kind")
     network.load_state_dict(weights)
-
-
-def check_description(description):
-    """ValueError when class names or normalization cannot be those of a data set."""
-    if not all(isinstance(name, str) and name.isprintable() for name in description["classes"]):
-        raise ValueError("the names of the classes are not printable text")
-    mean, std = description["mean"], description["std"]
-    if not (len(mean) == len(std) == 3
-            and all(isinstance(value, float) and math.isfinite(value) for value in mean + std)
-            and min(std) > 0):
-        raise ValueError("its normalization is not three numbers each of mean and std")
 
 
 def made_like(value, pattern):
@@ -585,60 +677,52 @@ def made_like(value, pattern):
 # ---------------------------------------------------------------------------- commands
 
 
-def list_networks():
-    """List every network with its parameters, multiply-adds and options."""
-    from rich.console import Console
-    from rich.table import Table
+def parse_options(model, texts):
+    """{option: value} of network `model` from text as it is typed; ValueError for a wrong one."""
+    known = options_of(model)
+    options = {name: parse_value(name, text, known[name][0])
+               if name in known and isinstance(text, str) else text
+               for name, text in texts.items()}
+    check_options(model, options)
+    return options
 
-    table = Table("network", "images", "parameters", "multiply-adds", "options")
+
+def options_help(model):
+    """[(option, default, meaning)] of network `model`, as `data.help_text` takes them."""
+    return [(name, text_of(value), f"option of {model}")
+            for name, (_, value) in options_of(model).items()]
+
+
+def list_networks():
+    """Every network with its parameters, multiply-adds and options."""
+    rows = []
     for name in NETWORKS:
         size = image_size_of(name)
         with torch.device("meta"):
             network = build(name)
-        table.add_row(name, f"{size}×{size}", f"{count_parameters(network):,}",
-                      f"{multiply_adds(network, size):,}", ", ".join(options_of(name)))
-    Console().print(table)
+        rows.append((name, f"{size}×{size}", f"{count_parameters(network):,}",
+                     f"{multiply_adds(network, size):,}", ", ".join(options_of(name))))
+    return Table(("network", "images", "parameters", "multiply-adds", "options"), rows)
 
 
-def summary(model, classes=10, image_size=None, **options):
-    """Print the structure table of MODEL: stage, output shape, parameters, multiply-adds."""
-    from rich.console import Console
-    from rich.table import Table
-
-    check_options(model, options)
+def summary(model: str, classes: int = 10, image_size: int | None = None, **options):
+    """The structure of MODEL: stage, output shape, parameters, multiply-adds of an image."""
+    options = parse_options(model, options)
     image_size = image_size_of(model) if image_size is None else image_size
     with torch.device("meta"):
         network = build(model, classes, image_size, **options)
-    table = Table("layer", "output", "parameters", "multiply-adds",
-                  title=f"{model}, input 3×{image_size}×{image_size}")
     rows = stages(network, image_size)
-    for name, shape, parameters, operations in rows:
-        table.add_row(name, "×".join(map(str, shape)), f"{parameters:,}", f"{operations:,}")
-    table.add_section()
-    table.add_row("total", "", *(f"{sum(row[i] for row in rows):,}" for i in (2, 3)))
-    Console().print(table)
+    total = ("total", "", *(f"{sum(row[column] for row in rows):,}" for column in (2, 3)))
+    return Table(("layer", "output", "parameters", "multiply-adds"), [
+        *((name, "×".join(map(str, shape)), f"{parameters:,}", f"{operations:,}")
+          for name, shape, parameters, operations in rows), total],
+        title=f"{model}, input 3×{image_size}×{image_size}")
 
+
+summary.flags = lambda words: options_help(words[1]) if words[1:2] and words[1] in NETWORKS else []
+COMMANDS = {"list": list_networks, "summary": summary}
+MEANINGS = {"model": "a network; python network.py list shows all", "classes": "how many classes",
+            "image_size": "side of the images in pixels; none: the network's own"}
 
 if __name__ == "__main__":
-    import fire
-
-    os.environ["PAGER"] = "cat"  # help is printed, not paged
-    calls, told = [], io.StringIO()
-
-    def later(function):
-        """`function`, to be called once Fire has made sense of the whole line."""
-        return wraps(function)(
-            lambda *values, **flags: calls.append(partial(function, *values, **flags)))
-
-    try:
-        with contextlib.redirect_stderr(told):
-            fire.Fire({"list": later(list_networks), "summary": later(summary)})
-        for call in calls:
-            call()
-    except (ValueError, fire.core.FireExit) as error:
-        if {"-h", "--help"} & set(sys.argv):
-            print(told.getvalue() or __doc__)
-            sys.exit(0)
-        reason = told.getvalue().partition("\n")[0].removeprefix("ERROR: ") or error
-        print(f"error: {reason} (see: python network.py --help)", file=sys.stderr)
-        sys.exit(2)
+    command_line(COMMANDS, meanings=MEANINGS)

@@ -2,7 +2,7 @@
 
     python train.py --data=shapes
     python train.py --model=resnet18 --resume
-    python train.py sweep --model=resnet18 --activation=relu,leaky_relu,elu
+    python train.py evaluate runs/lenet
 
 A run lives in `runs/<name>/`: config.json, metrics.csv (a row an epoch), TensorBoard events,
 last.pth, best.pth and result.json. Settings come from the recipe of the network in `RECIPES`,
@@ -14,23 +14,18 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import tomllib
 import typing
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -41,13 +36,23 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
-import data as datasets
+import data
 import network as networks
+from data import (
+    AUGMENTATIONS,
+    Batches,
+    Table,
+    command_line,
+    load_split,
+    parse_value,
+    progress,
+    text_of,
+    write_atomically,
+)
 
 COLUMNS = ("epoch", "step", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr",
            "seconds", "images_per_second")
-SWEEP_COLUMNS = ("test/accuracy", "val/accuracy", "seconds")
-POINT_EVERY = 50  # steps between two points of TensorBoard's train/batch_loss curve
+POINT_STEPS = 50  # between two points of TensorBoard's train/batch_loss curve
 OPTIMIZERS = ("sgd", "muon", "adam", "adamw", "adagrad", "rmsprop")
 TTA = ("none", "flip", "full")
 SCHEDULES = ("constant", "step", "cosine", "linear", "onecycle")
@@ -66,27 +71,26 @@ def setting(default, text, allowed=None):
     return field(default=default, metadata={"help": text, "allowed": allowed})
 
 
-def has_type(value, kind):
-    """Whether `value` is of the annotated type `kind`; a whole number is a number too."""
+def check_setting(name, value, kind, allowed):
+    """ValueError unless `value` is of the annotated type `kind` and of `allowed` (see `setting`).
+
+    A whole number is a number too, but True is none.
+    """
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    kinds = typing.get_args(kind) or (kind,)
-    return (isinstance(value, kinds) or (float in kinds and isinstance(value, int))) and (
-        bool in kinds or not isinstance(value, bool))
-
-
-def is_allowed(value, allowed):
-    """Whether `value`, or each of its parts, is of `allowed`; see `setting`."""
+        fits = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    else:
+        kinds = typing.get_args(kind) or (kind,)
+        fits = (isinstance(value, kinds) or (float in kinds and isinstance(value, int))) and (
+            bool in kinds or not isinstance(value, bool))
+    if not fits:
+        raise ValueError(f"{name}={value!r}: must be {kind}")
+    if allowed is None or value is None:
+        return
     if isinstance(value, (int, float)):
-        return allowed[0] <= value <= allowed[1]
-    return all(part in allowed for part in (value if isinstance(value, tuple) else [value]))
-
-
-def allowed_text(allowed):
-    """`allowed` in words; see `setting`."""
-    if all(isinstance(value, str) for value in allowed):
-        return f"of {', '.join(allowed)}"
-    return f"from {allowed[0]:g} to {allowed[1]:g}"
+        if not allowed[0] <= value <= allowed[1]:
+            raise ValueError(f"{name}={value}: must be from {allowed[0]:g} to {allowed[1]:g}")
+    elif any(part not in allowed for part in (value if isinstance(value, tuple) else [value])):
+        raise ValueError(f"{name}={value}: must be of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,13 @@ class Config:
     """All settings of a run, checked. `Config.create` fills in the recipe of the network."""
 
     model: str = setting("lenet", "network; python network.py list shows all", networks.NETWORKS)
-    options: dict = field(default_factory=dict, metadata={"help": "", "allowed": None})
+    options: dict = field(default_factory=dict, metadata={"allowed": None})
     data: str = setting("cifar10", "cifar10, cifar100, shapes, or a folder of images")
     root: str = setting("data", "where data sets are downloaded to and cached")
     image_size: int | None = setting(None, "side of the network's images; none: its own", (1, 1024))
     early_size: int | None = setting(None, "side in the early epochs; none: the same", (1, 1024))
-    early: float = setting(0.5, "share of the epochs that see images of early_size", (0, 1))
-    uncropped: int = setting(0, "last epochs whose images are not cropped", (0, 1e6))
+    early_share: float = setting(0.5, "share of the epochs that see images of early_size", (0, 1))
+    uncropped_epochs: int = setting(0, "last epochs whose images are not cropped", (0, 1e6))
     val: int | None = setting(None, "training images held out; none: a tenth", (0, 1e9))
     limit: int | None = setting(None, "use so many training and so many test images", (1, 1e9))
     skip_bad: bool = setting(False, "leave out image files that cannot be read")
@@ -113,9 +117,9 @@ class Config:
     weight_decay: float = setting(5e-4, "L2 penalty; decoupled for adamw, none on muon's "
                                   "filters", (0, 1e3))
     schedule: str = setting("cosine", "", SCHEDULES)
-    warmup: float = setting(1.0, "epochs of linear warm-up", (0, 1e6))
+    warmup_epochs: float = setting(1.0, "epochs of linear warm-up", (0, 1e6))
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", (0, 1))
-    augment: tuple[str, ...] = setting(("flip", "crop"), "none, or of", datasets.AUGMENTATIONS)
+    augment: tuple[str, ...] = setting(("flip", "crop"), "none, or of", AUGMENTATIONS)
     tta: str = setting("none", "views of a test image whose logits add up:", TTA)
     seed: int = setting(0, "of weights, split, order and augmentation", (0, 2**62))
     device: str = setting("auto", "", ("auto", "cpu", "cuda", "mps"))
@@ -123,8 +127,8 @@ class Config:
     compile: bool = setting(False, "compile the network with torch.compile")
     deterministic: bool = setting(False, "the same result again on a GPU too, more slowly")
     on_nan: str = setting("stop", "at a loss or gradient that is not finite:", ("stop", "skip"))
-    log_every: int = setting(0, "print the mean loss every so many steps; 0: never", (0, 1e9))
-    save_every: float = setting(10.0, "minutes between checkpoints within an epoch", (0, 1e6))
+    log_steps: int = setting(0, "print the mean loss every so many steps; 0: never", (0, 1e9))
+    save_minutes: float = setting(10.0, "minutes between checkpoints within an epoch", (0, 1e6))
     keep: int = setting(2, "checkpoints that remain, last.pth among them; 0: all", (0, 1e6))
     name: str | None = setting(None, "name of the run; none: the network's")
     out: str = setting("runs", "folder of all runs")
@@ -132,11 +136,8 @@ class Config:
     def __post_init__(self):
         kinds = typing.get_type_hints(Config)
         for entry in dataclasses.fields(Config):
-            value, allowed = getattr(self, entry.name), entry.metadata["allowed"]
-            if not has_type(value, kinds[entry.name]):
-                raise ValueError(f"{entry.name}={value!r}: must be {kinds[entry.name]}")
-            if allowed and value is not None and not is_allowed(value, allowed):
-                raise ValueError(f"{entry.name}={value}: must be {allowed_text(allowed)}")
+            check_setting(entry.name, getattr(self, entry.name), kinds[entry.name],
+                          entry.metadata["allowed"])
         if self.name is not None and Path(self.name).is_absolute():
             raise ValueError(f"name={self.name}: must be a name inside {self.out}; see --out")
         if self.nesterov and not self.momentum:
@@ -150,6 +151,8 @@ class Config:
         options = {name: value for name, value in values.items() if name not in fields}
         known = networks.options_of(model)
         for name in options:
+            if name in RENAMED:
+                raise ValueError(f"--{name}: is now called --{RENAMED[name]}")
             if name not in known:
                 raise ValueError(f"--{name}: neither a setting of a run nor an option of {model}, "
                                  f"whose options are {', '.join(known)} (see: --help)")
@@ -165,8 +168,8 @@ class Config:
 
         try:
             options = {name: listed(value) for name, value in values["options"].items()}
-            return cls(**{**{name: listed(value) for name, value in values.items()},
-                          "options": options})
+            return cls(**{**{RENAMED.get(name, name): listed(value)
+                             for name, value in values.items()}, "options": options})
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not the settings of a run: {error}") from error
 
@@ -177,6 +180,11 @@ class Config:
                 **dataclasses.asdict(self), **self.options, "options": None}
 
     @property
+    def size(self):
+        """The side of the network's images, in pixels."""
+        return self.image_size or networks.image_size_of(self.model)
+
+    @property
     def folder(self):
         """The run's folder."""
         return Path(self.out) / (self.name or self.model)
@@ -184,11 +192,12 @@ class Config:
 
 # What trains each network well on CIFAR-10 on its own; anything not said here is in `Config`.
 _CLASSIC = {"epochs": 30, "lr": 0.02, "augment": ("flip", "crop")}
-_VGG = {"epochs": 60, "lr": 0.02, "warmup": 2.0}
-_VGG_BN = {"epochs": 100, "lr": 0.1, "warmup": 2.0}
-_RESNET = {"epochs": 100, "lr": 0.1, "warmup": 2.0, "nesterov": True, "label_smoothing": 0.1,
-           "augment": ("flip", "crop", "cutout")}
-_THIN_RESNET = {"epochs": 160, "lr": 0.1, "warmup": 2.0, "nesterov": True, "weight_decay": 2e-4}
+_VGG = {"epochs": 60, "lr": 0.02, "warmup_epochs": 2.0}
+_VGG_BN = {"epochs": 100, "lr": 0.1, "warmup_epochs": 2.0}
+_RESNET = {"epochs": 100, "lr": 0.1, "warmup_epochs": 2.0, "nesterov": True,
+           "label_smoothing": 0.1, "augment": ("flip", "crop", "cutout")}
+_THIN_RESNET = {"epochs": 160, "lr": 0.1, "warmup_epochs": 2.0, "nesterov": True,
+                "weight_decay": 2e-4}
 RECIPES = {
     "lenet": {"epochs": 20, "lr": 0.05, "augment": ("flip",)},
     **dict.fromkeys(("lenet5_color", "simple_cnn", "trial_3conv", "trial_4conv",
@@ -198,14 +207,17 @@ RECIPES = {
     **dict.fromkeys(("resnet18", "resnet34", "resnet50"), _RESNET),
     **dict.fromkeys(("resnet20", "resnet56"), _THIN_RESNET),
     "speednet": {"epochs": 18, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
-                 "momentum": 0.6, "weight_decay": 0.0, "schedule": "linear", "warmup": 0.0,
-                 "label_smoothing": 0.2, "augment": ("alternating_flip", "crop"),
-                 "early_size": 24, "early": 0.55, "uncropped": 2, "val": 0, "tta": "full"},
+                 "momentum": 0.6, "weight_decay": 0.0, "schedule": "linear", "warmup_epochs": 0.0,
+                 "label_smoothing": 0.2, "augment": ("alternating_flip", "crop"), "early_size": 24,
+                 "early_share": 0.55, "uncropped_epochs": 2, "val": 0, "tta": "full"},
     "resnet18_imagenet": {**_RESNET, "epochs": 30, "augment": ("flip", "crop")},
 }
 # What a resumed run may be told anew; all else would make it another run.
-MAY_CHANGE = ("epochs", "device", "compile", "log_every", "save_every", "keep", "name", "out",
+MAY_CHANGE = ("epochs", "device", "compile", "log_steps", "save_minutes", "keep", "name", "out",
               "root", "on_nan", "tta")
+# Settings of earlier checkpoints and run folders that have another name now.
+RENAMED = {"early": "early_share", "uncropped": "uncropped_epochs", "warmup": "warmup_epochs",
+           "log_every": "log_steps", "save_every": "save_minutes"}
 
 
 def parse_flags(flags):
@@ -215,8 +227,22 @@ def parse_flags(flags):
     kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
     if "options" in flags:
         raise ValueError("--options: give the network's options by their names, as --dropout=0.2")
-    return {name: datasets.parse_value(name, text, kinds[name])
+    return {name: parse_value(name, text, kinds[name])
             if name in kinds and isinstance(text, str) else text for name, text in flags.items()}
+
+
+def command_of(config):
+    """The command line that makes this run again."""
+    words = ["python", "train.py", f"--model={config.model}"]
+    before = Config.create(config.model).all_settings()
+    for name, value in config.all_settings().items():
+        if before[name] == value:
+            continue
+        words.append(f"--{name}={text_of(value)}")
+    return shlex.join(words)
+
+
+# ---------------------------------------------------------------------------- schedule, optimizer
 
 
 def learning_rate(step, total_steps, warmup_steps, peak, schedule):
@@ -347,6 +373,15 @@ class Workers:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view_as(tensor))
 
+    def share(self, network, gradients, sums):
+        """Make `gradients` and `sums` those of the whole batch, and batch norm's statistics the
+        means over all processes."""
+        if self.world > 1:
+            statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+            for buffer in statistics:
+                buffer.div_(self.world)
+            self.sum_([*gradients, *statistics, sums])
+
     def any(self, flag, like):
         """Whether `flag` is true in any process, told by tensors on the device of `like`."""
         if self.world == 1:
@@ -395,27 +430,105 @@ def join_workers(device):
         distributed.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------- one epoch
+# ---------------------------------------------------------------------------- the story
 
 
-@dataclass
-class State:
-    """What changes during a run, all of which a checkpoint keeps.
+def train(config, resume=False, overwrite=False):
+    """Train as `config` says and return the result, which is also in result.json.
 
-    `totals` sums loss, correct answers and images over the epoch so far; `logged` is what it was
-    when the mean loss was last logged.
+    `resume` goes on with the run in `config.folder` if there is one; `overwrite` starts it anew.
+    Raises FileExistsError for a run that exists when neither is asked for.
     """
+    device = choose_device(config.device)
+    make_repeatable(config, device)
+    with join_workers(device) as workers, hold(config.folder, workers):
+        check_folder(config, resume, overwrite)
+        dataset = load_images(config)
+        state, batches, folder = prepare(config, dataset, device, workers, resume)
+        try:
+            with catch_signals() as stop, live_progress(config, len(batches)) as bar:
+                while state.epoch < config.epochs:
+                    train_epoch(state, batches, config, workers, folder, bar, stop)
+                    end_epoch(state, dataset, batches, folder)
+                    if workers.any(stop, state.sums):
+                        raise Stopped(*stop[:1])
+            folder.wait()
+            result = finish(state, dataset, folder, workers)
+            workers.meet()
+            return result
+        except Stopped as stopped:
+            folder.wait()
+            folder.say(f"stopped at step {state.step}; saved. The same command with --resume goes "
+                       f"on")
+            sys.exit(128 + (*stopped.args, signal.SIGTERM)[0])
+        finally:
+            folder.close()
 
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    totals: torch.Tensor
-    logged: torch.Tensor
-    epoch: int = 0
-    step: int = 0
-    epoch_seconds: float = 0.0
-    seconds: float = 0.0
-    best_accuracy: float = -1.0
-    best_epoch: int = 0
+
+def train_epoch(state, batches, config, workers, folder, bar, stop):
+    """The rest of epoch `state.epoch`, from where `state.step` stands in it."""
+    state.network.train()
+    steps, saved_at = len(batches), time.monotonic()
+    started = time.perf_counter() - state.epoch_seconds
+    point_steps = config.log_steps or POINT_STEPS
+    # The device is waited for at these steps alone; a CPU has nothing to gain from waiting less.
+    read_steps = 1 if state.sums.device.type == "cpu" else POINT_STEPS
+    first = state.step - state.epoch * steps
+    epoch = batches.epoch(state.epoch, first, *size_and_crop(config, state.epoch))
+    for step, (images, labels) in enumerate(epoch, first + 1):
+        lr = learning_rate(state.step, config.epochs * steps, config.warmup_epochs * steps,
+                           config.lr, config.schedule)
+        train_step(state, images, labels, config, workers, lr, batches.batch_size)
+        state.step += 1
+        last, at_point, reads = step == steps, step % point_steps == 0, step % read_steps == 0
+        if reads or at_point or last:
+            state.read_sums()
+            state.epoch_seconds = time.perf_counter() - started
+            check_finite(state, lr, folder)
+            bar(state, step)
+        if at_point:
+            log_point(state, step, config, folder)
+        halt = (workers.world == 1 or reads) and not last and workers.any(stop, state.sums)
+        if halt or (not last and time.monotonic() - saved_at > 60 * config.save_minutes):
+            folder.save(state)
+            saved_at = time.monotonic()
+        if halt:
+            raise Stopped(*stop[:1])
+
+
+def train_step(state, images, labels, config, workers, lr, batch_size):
+    """One step of the optimizer; adds to `state.sums`. `images` are this process's share."""
+    seed_step(config.seed, state.step, workers.rank, images.device)
+    skips = config.on_nan == "skip"
+    before = {tensor: tensor.detach().clone() for tensor in changing(state)} if skips else None
+    with autocast(images.device, config.precision):
+        logits = state.network(images)
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum",
+                           label_smoothing=config.label_smoothing)
+    state.optimizer.zero_grad(set_to_none=True)
+    (loss / batch_size).backward()
+    sums = torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(),
+                        torch.full_like(loss, len(labels))])
+    gradients = [parameter.grad for parameter in state.parameters()]
+    workers.share(state.network, gradients, sums)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.step()
+    finite = is_finite(sums[0], gradients)
+    state.sums += torch.where(finite, sums, 0.0 if skips else math.nan)
+    if skips:
+        put_back(state, before, ~finite)
+
+
+def is_finite(loss, gradients):
+    """Whether loss and gradients are all finite: a tensor on their device, nobody waits for it."""
+    return loss.isfinite() & nn.utils.get_total_norm(gradients).isfinite()
+
+
+def size_and_crop(config, epoch):
+    """The side of the images in `epoch` (None: the network's own), and whether they are cropped."""
+    early = epoch < config.early_share * config.epochs
+    return (config.early_size if early else None), epoch < config.epochs - config.uncropped_epochs
 
 
 def seed_step(seed, step, rank, device):
@@ -428,88 +541,223 @@ def seed_step(seed, step, rank, device):
     torch.default_generator.manual_seed(number % 2**63)
 
 
-def train_step(state, images, labels, config, workers, lr, batch_size):
-    """One step of the optimizer; adds to `state.totals`. `images` are this process's share."""
-    seed_step(config.seed, state.step, workers.rank, images.device)
-    if config.on_nan == "skip":
-        buffers = [(buffer, buffer.clone()) for buffer in state.network.buffers()]
-    with autocast(images.device, config.precision):
-        logits = state.network(images)
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum",
-                           label_smoothing=config.label_smoothing)
-    state.optimizer.zero_grad(set_to_none=True)
-    (loss / batch_size).backward()
-    gradients = [parameter.grad for group in state.optimizer.param_groups
-                 for parameter in group["params"]]
-    sums = state.totals.new_zeros(3)
-    sums[0], sums[1], sums[2] = loss.detach(), (logits.argmax(1) == labels).sum(), len(labels)
-    if workers.world > 1:
-        statistics = [buffer for buffer in state.network.buffers() if buffer.is_floating_point()]
-        for buffer in statistics:
-            buffer.div_(workers.world)
-        workers.sum_([*gradients, *statistics, sums])
-    # Zero times a gradient that is not finite is NaN, which makes the sum NaN and stays in it.
-    sums[0] += 0 * nn.utils.get_total_norm(gradients)
-    if config.on_nan == "skip" and not sums[0].isfinite():
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        return
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    state.optimizer.step()
-    state.totals += sums
+def changing(state):
+    """All tensors that a step changes: parameters, buffers, and what the optimizer keeps."""
+    kept = (values.values() for values in state.optimizer.state.values())
+    yield from itertools.chain(state.network.parameters(), state.network.buffers(),
+                               filter(torch.is_tensor, itertools.chain(*kept)))
 
 
-def train_epoch(state, batches, config, workers, folder, progress, stop):
-    """The rest of epoch `state.epoch`, from where `state.step` stands in it."""
-    state.network.train()
-    started = time.perf_counter() - state.epoch_seconds
-    point_every = config.log_every or POINT_EVERY
-    check_every = 1 if state.totals.device.type == "cpu" else POINT_EVERY
-    saved_at = time.monotonic()
-    done = state.step - state.epoch * len(batches)
-    size = config.early_size if state.epoch < config.early * config.epochs else None
-    crop = state.epoch < config.epochs - config.uncropped
-    epoch = batches.epoch(state.epoch, done, size, crop)
-    for place, (images, labels) in enumerate(epoch, done + 1):
-        lr = learning_rate(state.step, config.epochs * len(batches), config.warmup * len(batches),
-                           config.lr, config.schedule)
-        train_step(state, images, labels, config, workers, lr, batches.batch_size)
-        state.step += 1
-        state.epoch_seconds = time.perf_counter() - started
-        if place % check_every == 0 or place == len(batches):
-            check_finite(state, lr, folder)
-        if place % point_every == 0:
-            log_point(state, place, config, folder)
-        progress(state, place)
-        if place == len(batches):
-            break
-        halt = (workers.world == 1 or place % check_every == 0) and workers.any(stop, state.totals)
-        if halt or time.monotonic() - saved_at > 60 * config.save_every:
-            folder.save(state)
-            saved_at = time.monotonic()
-        if halt:
-            raise Stopped(*stop[:1])
+@torch.no_grad()
+def put_back(state, before, undo):
+    """Undo a step where the tensor `undo` is true, without waiting to know whether it is.
+
+    What the optimizer has only just begun to keep is zero again.
+    """
+    for tensor in changing(state):
+        if tensor.device == undo.device:  # counters of steps may be elsewhere, and may go on
+            tensor.copy_(torch.where(undo, before.get(tensor, torch.zeros_like(tensor)), tensor))
 
 
 def check_finite(state, lr, folder):
     """Raise ValueError when a loss or gradient of this epoch was not finite."""
-    if not math.isfinite(state.totals[0].item()):
+    if not math.isfinite(state.totals[0]):
         raise ValueError(
             f"the loss or a gradient is not finite at step {state.step} (learning rate {lr:g}); "
             f"{folder.last_good()}. Lower --lr, or go past such steps with --on_nan=skip")
 
 
-def log_point(state, place, config, folder):
+def log_point(state, step, config, folder):
     """Log the mean loss and accuracy over the steps since the last such point."""
-    loss, correct, count = (state.totals - state.logged).tolist()
-    state.logged.copy_(state.totals)
+    loss, correct, count = (now - then for now, then in zip(state.totals, state.logged))
+    state.logged = state.totals
     if count == 0:
         return
     folder.scalars({"train/batch_loss": loss / count}, state.step)
-    if config.log_every:
-        folder.say(f"[epoch {state.epoch + 1}, step {place:6d}] loss {loss / count:.3f} "
+    if config.log_steps:
+        folder.say(f"[epoch {state.epoch + 1}, step {step:6d}] loss {loss / count:.3f} "
                    f"accuracy {correct / count:.2%}")
+
+
+def end_epoch(state, dataset, batches, folder):
+    """Validate, write the epoch's row, and save."""
+    config, steps = folder.config, len(batches)
+    loss, correct, count = state.totals
+    validation = {"loss": None, "accuracy": None}
+    if dataset.val:
+        logits = predict(state.network, dataset.val.images, folder.preprocessing)
+        validation = score(logits, dataset.val.labels, len(dataset.classes))
+    lr = learning_rate(state.step - 1, config.epochs * steps, config.warmup_epochs * steps,
+                       config.lr, config.schedule)
+    state.epoch += 1
+    folder.row({"epoch": state.epoch, "step": state.step, "train/loss": loss / max(count, 1),
+                "train/accuracy": correct / max(count, 1), "val/loss": validation["loss"],
+                "val/accuracy": validation["accuracy"], "lr": lr, "seconds": state.epoch_seconds,
+                "images_per_second": steps * batches.batch_size / state.epoch_seconds})
+    best = dataset.val is not None and validation["accuracy"] > state.best_accuracy
+    if best:
+        state.best_accuracy, state.best_epoch = validation["accuracy"], state.epoch
+    state.seconds += state.epoch_seconds
+    state.epoch_seconds, state.totals, state.logged = 0.0, (0.0,) * 3, (0.0,) * 3
+    folder.save(state, best)
+
+
+# ---------------------------------------------------------------------------- how a run begins
+
+
+@dataclass
+class State:
+    """What changes during a run, all of which a checkpoint keeps.
+
+    `totals` are the sums of loss, correct answers and images over the epoch so far; `logged` is
+    what they were when the mean loss was last logged. `sums` are the same of the latest steps, on
+    the device, until they are read.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    sums: torch.Tensor
+    totals: tuple[float, ...] = (0.0, 0.0, 0.0)
+    logged: tuple[float, ...] = (0.0, 0.0, 0.0)
+    epoch: int = 0
+    step: int = 0
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+
+    def parameters(self):
+        """The parameters that are trained."""
+        return (parameter for group in self.optimizer.param_groups
+                for parameter in group["params"])
+
+    def read_sums(self):
+        """Add `sums` to `totals`, which waits for the device."""
+        self.totals = tuple(map(sum, zip(self.totals, self.sums.tolist())))
+        self.sums.zero_()
+
+
+def load_images(config):
+    """The data set that `config` names."""
+    return data.load(config.data, config.root, config.size, config.val, config.seed, config.limit,
+                     config.skip_bad)
+
+
+def prepare(config, dataset, device, workers, resume):
+    """(`State`, `Batches`, `RunFolder`) of a run that begins or, with `resume`, goes on."""
+    say = print if workers.rank == 0 else lambda _line: None
+    checkpoint = newest_checkpoint(config.folder, device, say) if resume else None
+    if not checkpoint:
+        say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
+    description = describe(config, dataset)
+    state = new_state(config, description, device)
+    batches = batches_of(config, dataset, device, workers)
+    if checkpoint:
+        restore(state, checkpoint, len(batches))
+    else:
+        fit_first_layer(state.network, dataset)
+    folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
+    announce(state, config, dataset, device, workers, say)
+    workers.any(False, state.sums)  # none writes before all have read
+    folder.open(state, anew=checkpoint is None)
+    return state, batches, folder
+
+
+def make_repeatable(config, device):
+    """Seed the weights and choose between speed and repeatability on a GPU."""
+    torch.manual_seed(config.seed)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not config.deterministic
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if config.deterministic != torch.are_deterministic_algorithms_enabled():  # imports for a second
+        torch.use_deterministic_algorithms(config.deterministic)
+
+
+def describe(config, dataset):
+    """What a checkpoint says of its network, besides weights and progress."""
+    description = {"model": config.model, "options": dict(config.options),
+                   "classes": list(dataset.classes),
+                   "image_size": config.size,
+                   "mean": list(dataset.mean), "std": list(dataset.std),
+                   "settings": dataclasses.asdict(config)}
+    networks.describe(description)  # raises what speaks against it
+    return description
+
+
+def batches_of(config, dataset, device, workers):
+    """This process's training batches of a run."""
+    return Batches(dataset.train, dataset.mean, dataset.std, config.batch_size, config.augment,
+                   config.seed, config.size, device, workers.rank, workers.world)
+
+
+def new_state(config, description, device):
+    """A network with fresh weights and its optimizer, at step 0."""
+    network = networks.build(config.model, len(description["classes"]), description["image_size"],
+                             **config.options)
+    network = network.to(device, memory_format=torch.channels_last)
+    if config.early_size:
+        networks.check_size(network, config.early_size)
+    if config.compile:
+        network.compile()
+    return State(network, make_optimizer(config, network), torch.zeros(3, device=device))
+
+
+def fit_first_layer(network, dataset):
+    """Set the filters that a network takes from its training images before it is trained."""
+    images = dataset.train.images[::max(1, len(dataset.train.images) // 5_000)]
+    for module in network.modules():
+        if isinstance(module, networks.WhiteningConv):
+            device = module.weight.device
+            module.fit(data.normalize(images, dataset.mean, dataset.std, device=device))
+
+
+def training_state(state):
+    """What a checkpoint keeps for going on, besides weights, epoch and step."""
+    kept = {entry.name: getattr(state, entry.name) for entry in dataclasses.fields(state)
+            if entry.name not in ("network", "optimizer", "sums", "epoch", "step")}
+    return {**kept, "optimizer": {"state": state.optimizer.state_dict()["state"]}}
+
+
+def restore(state, checkpoint, steps):
+    """Put `state` where `checkpoint` was saved; ValueError when it is not one of this run.
+
+    `steps` is the number of steps of an epoch.
+    """
+    optimizer, training = state.optimizer, dict(checkpoint["training"])
+    for name in ("totals", "logged"):  # tensors in earlier checkpoints
+        if isinstance(training.get(name), torch.Tensor) and training[name].numel() == 3:
+            training[name] = tuple(training[name].tolist())
+    saved = training.get("optimizer")
+    training["optimizer"] = {"state": saved.get("state") if isinstance(saved, dict) else None}
+    if training["optimizer"]["state"] != {}:  # a step that changes nothing, to compare with
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        for parameter in state.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    if not (networks.made_like(training, training_state(state))
+            and networks.made_like(checkpoint["weights"], state.network.state_dict())
+            and 0 <= checkpoint["epoch"] <= checkpoint["step"] // steps <= checkpoint["epoch"]):
+        raise ValueError("the checkpoint does not fit this run: its weights, its optimizer or its "
+                         "step among those of an epoch are those of another")
+    state.network.load_state_dict(checkpoint["weights"])
+    optimizer.load_state_dict({**optimizer.state_dict(), **training.pop("optimizer")})
+    for name, value in training.items():
+        setattr(state, name, value)
+    state.epoch, state.step = checkpoint["epoch"], checkpoint["step"]
+
+
+def announce(state, config, dataset, device, workers, say):
+    """Say what is about to be trained, on what, and from where."""
+    say(f"{config.model} ({networks.count_parameters(state.network):,} parameters) on "
+        f"{dataset.name}: {len(dataset.train.labels)} training, "
+        f"{len(dataset.val.labels) if dataset.val else 0} validation images; {device}"
+        + (f", {workers.world} processes" if workers.world > 1 else "") + f"; {config.folder}")
+    if state.step:
+        say(f"resuming at step {state.step} (epoch {state.epoch + 1} of {config.epochs})")
+    if state.epoch < config.epochs:
+        say("".join(f"{name:>{column_width(name)}}" for name in COLUMNS))
 
 
 class Stopped(Exception):
@@ -536,27 +784,50 @@ def catch_signals():
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def live_progress(config, steps):
+    """A function of (state, step of the epoch) that keeps a bar up to date on a terminal."""
+    if not sys.stdout.isatty() or int(os.environ.get("RANK", 0)):
+        yield lambda _state, _step: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn(
+            "{task.completed}/{task.total}  loss {task.fields[loss]:.3f}  accuracy "
+            "{task.fields[accuracy]:.1%}  {task.fields[speed]:.0f} images/s"),
+            TimeRemainingColumn(), transient=True) as bar:
+        task = bar.add_task("", total=config.epochs * steps, epoch=1, loss=math.nan,
+                            accuracy=0.0, speed=0.0)
+        shown = [0.0]
+
+        def update(state, step):
+            if time.monotonic() - shown[0] < 0.5:
+                return
+            shown[0] = time.monotonic()
+            loss, correct, count = state.totals
+            bar.update(task, completed=state.step, epoch=f"{state.epoch + 1}/{config.epochs}",
+                       loss=loss / max(count, 1), accuracy=correct / max(count, 1),
+                       speed=step * config.batch_size / state.epoch_seconds)
+
+        yield update
+
+
 # ---------------------------------------------------------------------------- evaluation
 
 
-def predict(network, images, checkpoint, tta="none"):
+def predict(network, images, preprocessing, tta="none", bar=None):
     """Logits N×classes, float32 on the CPU, of uint8 `images`, in large batches.
 
-    `checkpoint` says how the network saw its images (mean, std, image_size, settings). Images
-    are moved to the network's device batch by batch.
+    `preprocessing` is how the network wants its images, which are moved to its device batch by
+    batch; `tta` see `tta_views`; `bar` is the text of a progress bar.
     """
-    device = next(network.parameters()).device
-    size = checkpoint["image_size"]
+    device, size = next(network.parameters()).device, preprocessing.image_size
     batch_size = max(1, (512 if device.type == "cpu" else 4096) * 32**2 // size**2)
-    precision = checkpoint["settings"].get("precision", "fp32")
-    training, logits = network.training, []
-    network.eval()
-    with torch.no_grad(), autocast(device, precision):
-        for chunk in images.split(batch_size):
-            pixels = datasets.normalize(chunk, tuple(checkpoint["mean"]), tuple(checkpoint["std"]),
-                                    size, device)
+    chunks, logits = images.split(batch_size), []
+    with torch.no_grad(), networks.evaluation(network), autocast(device, preprocessing.precision):
+        for chunk in progress(chunks, bar) if bar else chunks:
+            pixels = preprocessing(chunk, device)
             logits.append(sum(network(view).float() for view in tta_views(pixels, tta)))
-    network.train(training)
     return torch.cat(logits).cpu()
 
 
@@ -582,6 +853,20 @@ def score(logits, labels, classes):
             "accuracy": correct.sum().item() / len(labels), "per_class": per_class}
 
 
+def result_table(result):
+    """The accuracy of each class as a `Table`."""
+    return Table(("class", "test accuracy"), [
+        (name, f"{accuracy:.1%}") for name, accuracy in result["per_class"].items()])
+
+
+def result_line(result):
+    """Test accuracy and loss in one line."""
+    line = f"test accuracy {result['test/accuracy']:.2%}, loss {result['test/loss']:.4f}"
+    if result.get("test/accuracy_tta") is not None:
+        line += f"; {result['test/accuracy_tta']:.2%} with --tta={result['settings']['tta']}"
+    return line
+
+
 # ---------------------------------------------------------------------------- the run folder
 
 
@@ -590,6 +875,7 @@ class RunFolder:
 
     def __init__(self, path, config, description, writes=True):
         self.path, self.config, self.description = Path(path), config, description
+        self.preprocessing = networks.describe(description).preprocessing
         self.writes, self.saved_step, self.pending = writes, None, None
         self.saver = ThreadPoolExecutor(1)
 
@@ -606,12 +892,12 @@ class RunFolder:
             os.replace(self.older(), self.path / "last.pth")
         rows = [row for row in read_rows(self.path) if int(row["epoch"]) <= state.epoch]
         lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
-        networks.write_atomically(self.path / "metrics.csv", "\n".join(lines) + "\n")
-        networks.write_atomically(self.path / "config.json",
+        write_atomically(self.path / "metrics.csv", "\n".join(lines) + "\n")
+        write_atomically(self.path / "config.json",
                                   json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
-        trim_events(self.path, state.step)
+        data.trim_events(self.path, state.step)
         self.events = self.path / f"events.out.tfevents.{time.time():.0f}.{state.step:09d}"
-        networks.append(self.events, event_bytes(file_version="brain.Event:2"))
+        data.append(self.events, data.event_bytes(file_version="brain.Event:2"))
 
     def close(self):
         """Wait for what is still being written."""
@@ -638,14 +924,14 @@ class RunFolder:
 
         if self.writes:
             points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-            networks.append(self.events, event_bytes(step=step, summary=Summary(value=points)))
+            data.append(self.events, data.event_bytes(step=step, summary=Summary(value=points)))
 
     def row(self, row):
         """Add an epoch's row to metrics.csv, to TensorBoard and to the screen."""
         if not self.writes:
             return
         line = ",".join(format_cell(row[name]) for name in COLUMNS) + "\n"
-        networks.append(self.path / "metrics.csv", line.encode())
+        data.append(self.path / "metrics.csv", line.encode())
         self.scalars({name: row[name] for name in COLUMNS[2:] if row[name] is not None},
                      row["step"])
         self.say("".join(f"{format_cell(row[name]):>{column_width(name)}}" for name in COLUMNS))
@@ -722,39 +1008,28 @@ def read_metrics(run):
         raise ValueError(f"{Path(run) / 'metrics.csv'}: damaged ({error})") from error
 
 
-def event_bytes(**event):
-    """A TensorBoard event as its file holds it.
-
-    Written by hand because SummaryWriter's thread loses what the process has not lived to write,
-    and prints a traceback when the disk is full.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    content = io.BytesIO()
-    RecordWriter(content).write(Event(**{"wall_time": time.time(), **event}).SerializeToString())
-    return content.getvalue()
+def hold(folder, workers):
+    """Process 0 holds the run folder for all; see `data.lock`."""
+    return contextlib.nullcontext() if workers.rank else data.lock(folder)
 
 
-def trim_events(folder, step):
-    """Drop from `folder`'s TensorBoard files what was logged after `step`.
+def check_folder(config, resume, overwrite):
+    """Raise what speaks against a run in `config.folder`, before any work is done."""
+    if resume:
+        check_same_run(config)
+    elif not overwrite and any((config.folder / name).exists()
+                               for name in ("config.json", "last.pth")):
+        raise FileExistsError(f"{config.folder}: a run is there already; go on with it "
+                              f"(--resume), take another name (--name=NAME) or start it anew "
+                              f"(--overwrite)")
 
-    Those steps will be taken again: each shall be there once. A torn last record is dropped too.
-    """
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        kept = []
-        with contextlib.suppress(Exception):  # the loader raises at a torn record
-            for event in LegacyEventFileLoader(str(path)).Load():
-                if event.HasField("summary") and event.step <= step:
-                    kept.append(event_bytes(wall_time=event.wall_time, step=event.step,
-                                            summary=event.summary))
-        if kept:
-            kept.insert(0, event_bytes(file_version="brain.Event:2"))
-            networks.write_atomically(path, b"".join(kept))
-        else:
+def clear_folder(folder):
+    """Remove the run in `folder`, and only what a run writes."""
+    for pattern in ("config.json", "metrics.csv", "result.json", "*.pth", "*.tmp", "events.*"):
+        for path in folder.glob(pattern):
             path.unlink()
+    shutil.rmtree(folder / "test", ignore_errors=True)
 
 
 def newest_checkpoint(folder, device, say=print):
@@ -777,326 +1052,169 @@ def newest_checkpoint(folder, device, say=print):
     return None
 
 
-def find_checkpoint(ckpt):
-    """The checkpoint that `ckpt` means: a file, or best.pth or else last.pth of a run folder."""
-    path = Path(ckpt)
-    if not path.is_dir():
-        return path
-    for name in ("best.pth", "last.pth"):
-        if (path / name).exists():
-            return path / name
-    raise FileNotFoundError(f"{path}: a folder without best.pth or last.pth")
+def open_network(source, device="auto", weights=None, image_size=None):
+    """The network that `source` means (see `network.load`), in evaluation mode on the chosen
+    device, and its `Description`."""
+    network, description = networks.load(source, weights, image_size, choose_device(device))
+    if description.settings:
+        try:
+            Config.from_json(description.settings)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    return network.to(memory_format=torch.channels_last), description
 
 
-def open_checkpoint(ckpt, device="auto"):
-    """The network at `ckpt` (a file or a run folder), in evaluation mode, and the checkpoint."""
-    path = find_checkpoint(ckpt)
-    network, checkpoint = networks.load(path, choose_device(device))
-    try:
-        Config.from_json(checkpoint["settings"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return network.to(memory_format=torch.channels_last), checkpoint
+def open_dataset(description, data=None, root=None):
+    """The data set that a network was trained on, split as it was then, or another, `data`.
 
-
-def open_dataset(checkpoint, source=None, root=None):
-    """The data set that the network of `checkpoint` was trained on, split as it was then.
-
-    `source` and `root` take the place of the data set's name and folder. ValueError when its
-    classes are not the network's.
+    `root` takes the place of the data set's folder. ValueError when its classes are not the
+    network's.
     """
-    config = Config.from_json(checkpoint["settings"])
-    dataset = datasets.load(source or config.data, root or config.root, checkpoint["image_size"],
-                            config.val if source is None else 0, config.seed, config.limit,
-                            config.skip_bad)
-    if len(dataset.classes) != len(checkpoint["classes"]):
-        raise ValueError(f"data={dataset.name}: has {len(dataset.classes)} classes, the network "
-                         f"{len(checkpoint['classes'])}")
+    config = run_settings(description, data, root)
+    config = dataclasses.replace(config, image_size=description.preprocessing.image_size)
+    dataset = load_images(config)
+    check_classes(description, dataset.classes, config.data)
     return dataset
 
 
-# ---------------------------------------------------------------------------- the story
+def open_test(description, data=None, root=None):
+    """The test images of `open_dataset`, without its training images."""
+    config = run_settings(description, data, root)
+    classes, test = load_split("test", config.data, config.root,
+                               description.preprocessing.image_size, config.seed, config.limit,
+                               config.skip_bad)
+    check_classes(description, classes, config.data)
+    return test
 
 
-def train(config, resume=False, overwrite=False):
-    """Train as `config` says and return the result, which is also in result.json.
-
-    `resume` goes on with the run in `config.folder` if there is one; `overwrite` starts it anew.
-    Raises FileExistsError for a run that exists when neither is asked for.
-    """
-    device = choose_device(config.device)
-    make_repeatable(config, device)
-    with join_workers(device) as workers, lock(config.folder, workers):
-        say = print if workers.rank == 0 else lambda _line: None
-        check_folder(config, resume, overwrite)
-        dataset = datasets.load(config.data, config.root, config.image_size
-                            or networks.image_size_of(config.model), config.val, config.seed,
-                            config.limit, config.skip_bad)
-        checkpoint = newest_checkpoint(config.folder, device, say) if resume else None
-        if not checkpoint:
-            say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
-        description = describe(config, dataset)
-        state = new_state(config, description, device)
-        batches = batches_of(config, dataset, device, workers)
-        if checkpoint:
-            restore(state, checkpoint, len(batches))
-        else:
-            fit_first_layer(state.network, dataset)
-        folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
-        announce(state, config, dataset, device, workers, say)
-        workers.any(False, state.totals)  # none writes before all have read
-        try:
-            folder.open(state, anew=checkpoint is None)
-            with catch_signals() as stop, live_progress(config, len(batches)) as progress:
-                while state.epoch < config.epochs:
-                    train_epoch(state, batches, config, workers, folder, progress, stop)
-                    end_epoch(state, dataset, batches, folder)
-                    if workers.any(stop, state.totals):
-                        raise Stopped(*stop[:1])
-            folder.wait()
-            result = finish(state, dataset, folder, workers)
-            workers.meet()
-            return result
-        except Stopped as stopped:
-            folder.wait()
-            say(f"stopped at step {state.step}; saved. The same command with --resume goes on")
-            sys.exit(128 + (*stopped.args, signal.SIGTERM)[0])
-        finally:
-            folder.close()
+def run_settings(description, data=None, root=None):
+    """The `Config` of the run that a network comes from, with `data` and `root` in place of its
+    own; what was held out or left out of its own data is not of other data."""
+    if not description.settings and data is None:
+        raise ValueError("a network from elsewhere comes without images: give --data, or --image")
+    config = Config.from_json(description.settings) if description.settings else Config()
+    if data is not None:
+        config = dataclasses.replace(config, data=data, val=0, limit=None)
+    return dataclasses.replace(config, root=root or config.root)
 
 
-def make_repeatable(config, device):
-    """Seed the weights and choose between speed and repeatability on a GPU."""
-    torch.manual_seed(config.seed)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not config.deterministic
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if config.deterministic != torch.are_deterministic_algorithms_enabled():  # imports for a second
-        torch.use_deterministic_algorithms(config.deterministic)
+def check_classes(description, classes, data):
+    """ValueError unless `classes` are those of the network, in their order; see `open_dataset`."""
+    if description.classes and tuple(classes) != description.classes:
+        raise ValueError(f"data={data}: its classes are {', '.join(classes)}; the network knows "
+                         f"{', '.join(description.classes)}")
 
 
-@contextlib.contextmanager
-def lock(folder, workers):
-    """Hold the run folder; ValueError when another process does. A dead process holds nothing."""
-    if workers.rank:
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        raise Busy(f"{folder}: another process is training this run") from None
-    try:
-        yield
-    finally:
-        held.release()
-
-
-class Busy(ValueError):
-    """The run folder is held by another process."""
-
-
-def check_folder(config, resume, overwrite):
-    """Raise what speaks against a run in `config.folder`, before any work is done."""
-    if resume:
-        check_same_run(config)
-    elif not overwrite and any((config.folder / name).exists()
-                               for name in ("config.json", "last.pth")):
-        raise FileExistsError(f"{config.folder}: a run is there already; go on with it "
-                              f"(--resume), take another name (--name=NAME) or start it anew "
-                              f"(--overwrite)")
-
-
-def clear_folder(folder):
-    """Remove the run in `folder`, and only what a run writes."""
-    for pattern in ("config.json", "metrics.csv", "result.json", "*.pth", "*.tmp", "events.*"):
-        for path in folder.glob(pattern):
-            path.unlink()
-    shutil.rmtree(folder / "test", ignore_errors=True)
-
-
-def describe(config, dataset):
-    """What a checkpoint says of its network, besides weights and progress."""
-    description = {"model": config.model, "options": dict(config.options),
-                   "classes": list(dataset.classes),
-                   "image_size": config.image_size or networks.image_size_of(config.model),
-                   "mean": list(dataset.mean), "std": list(dataset.std),
-                   "settings": dataclasses.asdict(config)}
-    networks.check_description(description)
-    return description
-
-
-def batches_of(config, dataset, device, workers):
-    """This process's training batches of a run."""
-    return datasets.Batches(dataset.train, dataset.mean, dataset.std, config.batch_size,
-                            config.augment, config.seed,
-                            config.image_size or networks.image_size_of(config.model), device,
-                            workers.rank, workers.world)
-
-
-def new_state(config, description, device):
-    """A network with fresh weights and its optimizer, at step 0."""
-    network = networks.build(config.model, len(description["classes"]), description["image_size"],
-                             **config.options)
-    network = network.to(device, memory_format=torch.channels_last)
-    if config.early_size:
-        networks.check_size(network, config.early_size)
-    if config.compile:
-        network.compile()
-    sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64,
-                       device=device)
-    return State(network, make_optimizer(config, network), sums, sums.clone())
-
-
-def fit_first_layer(network, dataset):
-    """Set the filters that a network takes from its training images before it is trained."""
-    images = dataset.train.images[::max(1, len(dataset.train.images) // 5_000)]
-    for module in network.modules():
-        if isinstance(module, networks.WhiteningConv):
-            device = module.weight.device
-            module.fit(datasets.normalize(images, dataset.mean, dataset.std, device=device))
-
-
-def training_state(state):
-    """What a checkpoint keeps for going on, besides weights, epoch and step."""
-    kept = {entry.name: getattr(state, entry.name) for entry in dataclasses.fields(state)
-            if entry.name not in ("network", "optimizer", "epoch", "step")}
-    return {**kept, "optimizer": {"state": state.optimizer.state_dict()["state"]}}
-
-
-def restore(state, checkpoint, steps):
-    """Put `state` where `checkpoint` was saved; ValueError when it is not one of this run.
-
-    `steps` is the number of steps of an epoch.
-    """
-    optimizer, training = state.optimizer, dict(checkpoint["training"])
-    saved = training.get("optimizer")
-    training["optimizer"] = {"state": saved.get("state") if isinstance(saved, dict) else None}
-    if training["optimizer"]["state"] != {}:  # a step that changes nothing, to compare with
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    if not (networks.made_like(training, training_state(state))
-            and networks.made_like(checkpoint["weights"], state.network.state_dict())
-            and 0 <= checkpoint["epoch"] <= checkpoint["step"] // steps <= checkpoint["epoch"]):
-        raise ValueError("the checkpoint does not fit this run: its weights, its optimizer or its "
-                         "place among the steps of an epoch are those of another")
-    state.network.load_state_dict(checkpoint["weights"])
-    optimizer.load_state_dict({**optimizer.state_dict(), **training.pop("optimizer")})
-    for name, value in training.items():
-        setattr(state, name, value)
-    state.epoch, state.step = checkpoint["epoch"], checkpoint["step"]
-
-
-def announce(state, config, dataset, device, workers, say):
-    """Say what is about to be trained, on what, and from where."""
-    say(f"{config.model} ({networks.count_parameters(state.network):,} parameters) on "
-        f"{dataset.name}: {len(dataset.train.labels)} training, "
-        f"{len(dataset.val.labels) if dataset.val else 0} validation images; {device}"
-        + (f", {workers.world} processes" if workers.world > 1 else "") + f"; {config.folder}")
-    if state.step:
-        say(f"resuming at step {state.step} (epoch {state.epoch + 1} of {config.epochs})")
-    if state.epoch < config.epochs:
-        say("".join(f"{name:>{column_width(name)}}" for name in COLUMNS))
-
-
-def end_epoch(state, dataset, batches, folder):
-    """Validate, write the epoch's row, and save."""
-    config = folder.config
-    loss, correct, count = state.totals.tolist()
-    validation = {"loss": None, "accuracy": None}
-    if dataset.val:
-        logits = predict(state.network, dataset.val.images, folder.description)
-        validation = score(logits, dataset.val.labels, len(dataset.classes))
-    steps = len(batches)
-    lr = learning_rate(state.step - 1, config.epochs * steps, config.warmup * steps, config.lr,
-                       config.schedule)
-    state.epoch += 1
-    folder.row({"epoch": state.epoch, "step": state.step, "train/loss": loss / max(count, 1),
-                "train/accuracy": correct / max(count, 1), "val/loss": validation["loss"],
-                "val/accuracy": validation["accuracy"], "lr": lr, "seconds": state.epoch_seconds,
-                "images_per_second": steps * batches.batch_size / state.epoch_seconds})
-    best = dataset.val is not None and validation["accuracy"] > state.best_accuracy
-    if best:
-        state.best_accuracy, state.best_epoch = validation["accuracy"], state.epoch
-    state.seconds += state.epoch_seconds
-    state.epoch_seconds = 0.0
-    state.totals.zero_()
-    state.logged.zero_()
-    folder.save(state, best)
-
-
-@contextlib.contextmanager
-def live_progress(config, steps):
-    """A function of (state, place in the epoch) that keeps a bar up to date on a terminal."""
-    if not sys.stdout.isatty() or int(os.environ.get("RANK", 0)):
-        yield lambda _state, _place: None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn(
-            "{task.completed}/{task.total}  loss {task.fields[loss]:.3f}  accuracy "
-            "{task.fields[accuracy]:.1%}  {task.fields[speed]:.0f} images/s"),
-            TimeRemainingColumn(), transient=True) as bar:
-        task = bar.add_task("", total=config.epochs * steps, epoch=1, loss=math.nan,
-                            accuracy=0.0, speed=0.0)
-        shown = [0.0]
-
-        def update(state, place):
-            if time.monotonic() - shown[0] < 0.5:
-                return
-            shown[0] = time.monotonic()
-            loss, correct, count = state.totals.tolist()
-            bar.update(task, completed=state.step, epoch=f"{state.epoch + 1}/{config.epochs}",
-                       loss=loss / max(count, 1), accuracy=correct / max(count, 1),
-                       speed=place * config.batch_size / state.epoch_seconds)
-
-        yield update
+# ---------------------------------------------------------------------------- the result
 
 
 def finish(state, dataset, folder, workers):
     """Look at the test set, once; write result.json and TensorBoard's last pages."""
     if workers.rank:
         return None
+    config, prep, labels = folder.config, folder.preprocessing, dataset.test.labels
     kept = folder.path / ("best.pth" if dataset.val else "last.pth")
-    network, _ = open_checkpoint(kept, folder.config.device)
-    logits = predict(network, dataset.test.images, folder.description)
-    test = score(logits, dataset.test.labels, len(dataset.classes))
+    network, _ = open_network(kept, config.device)
+    logits = predict(network, dataset.test.images, prep)
+    test = score(logits, labels, len(dataset.classes))
     with_tta = None
-    if folder.config.tta != "none":
-        views = predict(network, dataset.test.images, folder.description, folder.config.tta)
-        with_tta = score(views, dataset.test.labels, len(dataset.classes))["accuracy"]
-    train_row = read_metrics(folder.path)
+    if config.tta != "none":
+        views = predict(network, dataset.test.images, prep, config.tta)
+        with_tta = score(views, labels, len(dataset.classes))["accuracy"]
     result = {
         "test/accuracy": test["accuracy"], "test/accuracy_tta": with_tta,
         "test/loss": test["loss"], "per_class": dict(zip(dataset.classes, test["per_class"])),
         "val/accuracy": state.best_accuracy if dataset.val else None,
-        "train/accuracy": train_row["train/accuracy"][-1],
+        "train/accuracy": read_metrics(folder.path)["train/accuracy"][-1],
         "epoch": state.best_epoch if dataset.val else state.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
-        "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(folder.config),
-        "command": command_of(folder.config), "processes": workers.world, **environment(network),
+        "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
+        "command": command_of(config), "processes": workers.world, **environment(network),
     }
-    networks.write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
-    with networks.writing(folder.path / "test"):
+    write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
+    with data.writing(folder.path / "test"):
         write_board(folder, network, dataset, logits, result)
-    print_result(result, folder.path)
+    result_table(result).print()
+    print(result_line(result))
+    for name in ("result.json", "metrics.csv", "best.pth", "last.pth"):
+        if (folder.path / name).exists():
+            print(folder.path / name)
+    print(f"tensorboard --logdir {folder.path}")
     return result
+
+
+def write_board(folder, network, dataset, logits, result):
+    """TensorBoard's graph, PR curve per class, hyper-parameters and Projector, in `test/`."""
+    from torch.utils.tensorboard.summary import hparams
+
+    shutil.rmtree(folder.path / "test", ignore_errors=True)
+    with summary_writer(folder.path / "test") as board:
+        shown = data.subset(dataset.test, 100, seed=0)
+        pixels = folder.preprocessing(shown.images, next(network.parameters()).device)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracing says that it will be replaced one day
+            board.add_graph(network, pixels[:1])
+        shares = logits.softmax(1)
+        for number, name in enumerate(dataset.classes):
+            board.add_pr_curve(f"test/{name}", dataset.test.labels == number, shares[:, number],
+                               result["epochs"])
+        settings = {name: value if isinstance(value, (int, float, str, bool)) else str(value)
+                    for name, value in result["settings"].items()}
+        for event in hparams(settings, {"test/accuracy": result["test/accuracy"]}):
+            board.file_writer.add_summary(event)
+        for name in ("test/accuracy", "test/loss"):
+            board.add_scalar(name, result[name], result["epochs"])
+        names = [dataset.classes[label] for label in shown.labels.tolist()]
+        add_projector(board, network, folder.preprocessing, shown.images, names)
+
+
+@contextlib.contextmanager
+def summary_writer(folder):
+    """TensorBoard's writer of files in `folder`; an error of its thread is raised here alone."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    before, threading.excepthook = threading.excepthook, lambda _what: None
+    board = SummaryWriter(str(folder))
+    try:
+        yield board
+        board.close()
+    finally:
+        threading.excepthook = before
+
+
+def add_projector(board, network, preprocessing, images, labels, layer=None, header=None):
+    """Points for TensorBoard's Projector, with sprites: what `layer` makes of uint8 `images`, maps
+    by their means, and their pixels.
+
+    Without `layer`, what the last linear layer sees. `labels` has a text for each image, or a row
+    of texts under the `header`.
+    """
+    leaves = [name for name, module in network.named_modules() if not [*module.children()]]
+    if layer is None:
+        last = [network.get_submodule(name) for name in leaves].index(networks.last_linear(network))
+        layer = leaves[last - 1]
+    device, points = next(network.parameters()).device, []
+    with torch.no_grad(), networks.evaluation(network):
+        for chunk in images.split(256):
+            with networks.capture(network, [layer], stop=True) as outputs:
+                network(preprocessing(chunk, device))
+            maps = networks.captured_maps(outputs, layer).float()
+            points.append((maps.mean((2, 3)) if maps.ndim == 4 else maps).cpu())
+    sprites = data.resize(images.float() / 255, min(images.shape[3], 32)).clamp(0, 1)
+    for tag, vectors in (("features", torch.cat(points)), ("pixels", sprites.flatten(1))):
+        board.add_embedding(vectors, labels, sprites, tag=tag, metadata_header=header)
 
 
 def environment(network):
     """Versions, commit and hardware, as result.json keeps them."""
     device = next(network.parameters()).device
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"],
-                            cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    commit = None
+    with contextlib.suppress(OSError):  # git may not be there
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"],
+                                cwd=Path(__file__).parent, capture_output=True, text=True,
+                                check=False).stdout.strip() or None
     return {"versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-            "commit": commit.stdout.strip() or None,
+            "commit": commit,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"{device.type}, {torch.get_num_threads()} threads, {processor_name()}"}
 
@@ -1110,76 +1228,34 @@ def processor_name():
     return platform.processor() or platform.machine()
 
 
-def command_of(config):
-    """The command line that makes this run again."""
-    words = ["python", "train.py", f"--model={config.model}"]
-    before = Config.create(config.model).all_settings()
-    for name, value in config.all_settings().items():
-        if before[name] == value:
-            continue
-        text = ",".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else value
-        words.append(f"--{name}={text}")
-    return shlex.join(words)
+# ---------------------------------------------------------------------------- short runs
 
 
-def write_board(folder, network, dataset, logits, result):
-    """TensorBoard's graph, PR curve per class, hyper-parameters and Projector, in `test/`."""
-    from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams
+def short_run(model, lr, dataset, device, steps, batch_size, seed, measure=None, every=0):
+    """Train `model` for `steps` with SGD (momentum 0.9, constant `lr`): a row for each step.
 
-    shutil.rmtree(folder.path / "test", ignore_errors=True)
-    threading.excepthook = lambda _what: None  # an error of its thread is raised here as well
-    board = SummaryWriter(str(folder.path / "test"))
-    images, labels = datasets.subset(dataset.test, 100, seed=0)
-    names = [dataset.classes[label] for label in labels.tolist()]
-    description = folder.description
-    pixels = datasets.normalize(images, tuple(description["mean"]), tuple(description["std"]),
-                            description["image_size"], next(network.parameters()).device)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing says that it will be replaced one day
-        board.add_graph(network, pixels[:1])
-    probabilities = logits.softmax(1)
-    for number, name in enumerate(dataset.classes):
-        board.add_pr_curve(f"test/{name}", dataset.test.labels == number, probabilities[:, number],
-                           result["epochs"])
-    settings = {name: value if isinstance(value, (int, float, str, bool)) else str(value)
-                for name, value in result["settings"].items()}
-    for event in hparams(settings, {"test/accuracy": result["test/accuracy"]}):
-        board.file_writer.add_summary(event)
-    board.add_scalar("test/accuracy", result["test/accuracy"], result["epochs"])
-    board.add_scalar("test/loss", result["test/loss"], result["epochs"])
-    add_projector(board, network, images, pixels, names)
-    board.close()
-
-
-def add_projector(board, network, images, pixels, names):
-    """Points for TensorBoard's Projector, with sprites and class names: pixels, and features."""
-    caught = []
-    hook = networks.last_linear(network).register_forward_pre_hook(
-        lambda _module, inputs: caught.append(inputs[0]))
-    try:
-        with torch.no_grad():
-            network(pixels)
-    finally:
-        hook.remove()
-    sprites = images.float() / 255
-    board.add_embedding(caught[0].float().flatten(1), names, sprites, tag="features")
-    board.add_embedding(sprites.flatten(1), names, sprites, tag="pixels")
-
-
-def print_result(result, path=None):
-    """The table of per-class accuracy and the paths of what was written."""
-    datasets.print_table(("class", "test accuracy"), [
-        (name, f"{accuracy:.1%}") for name, accuracy in result["per_class"].items()])
-    line = f"test accuracy {result['test/accuracy']:.2%}, loss {result['test/loss']:.4f}"
-    if result.get("test/accuracy_tta") is not None:
-        line += f"; {result['test/accuracy_tta']:.2%} with --tta={result['settings']['tta']}"
-    print(line)
-    if path:
-        for name in ("result.json", "metrics.csv", "best.pth", "last.pth"):
-            if (path / name).exists():
-                print(path / name)
-        print(f"tensorboard --logdir {path}")
+    With `every`, `measure(network, images, labels)` is called each so many steps, on the very
+    mini-batch of the step and before it is taken: a dictionary of numbers for the row; the other
+    rows have NaN there.
+    """
+    torch.manual_seed(seed)
+    size = networks.image_size_of(model)
+    network = networks.build(model, len(dataset.classes), size).to(device).train()
+    batches = Batches(dataset.train, dataset.mean, dataset.std, batch_size, ("flip", "crop"), seed,
+                      size, device)
+    optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9)
+    stream = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
+    rows = []
+    for step in progress(range(steps), f"{model}, learning rate {lr:g}"):
+        images, labels = next(stream)
+        measured = measure(network, images, labels) if every and step % every == 0 else {}
+        loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rows.append({"model": model, "lr": lr, "step": step, "loss": loss.item(), **measured})
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, math.nan) for name in names} for row in rows]
 
 
 # ---------------------------------------------------------------------------- commands
@@ -1187,8 +1263,8 @@ def print_result(result, path=None):
 
 def train_command(**flags):
     """Train a network, or go on with a run (--resume)."""
-    resume = datasets.parse_value("resume", str(flags.pop("resume", "false")), bool | str)
-    overwrite = datasets.parse_value("overwrite", str(flags.pop("overwrite", "false")), bool)
+    resume = parse_value("resume", str(flags.pop("resume", "false")), bool | str)
+    overwrite = parse_value("overwrite", str(flags.pop("overwrite", "false")), bool)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: take one of the two")
     given = parse_flags(flags)
@@ -1238,19 +1314,9 @@ def check_same_run(config):
                          f"{before['epochs']} epochs, which may grow but not shrink")
 
 
-def read_json(path, meaning):
-    """`meaning` of what a JSON file holds; ValueError or OSError name what is wrong with it."""
-    try:
-        if os.path.getsize(path) > 1 << 24:
-            raise ValueError("too large")
-        return meaning(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
-
-
 def read_config(path):
     """The settings in a config.json; ValueError or OSError name what is wrong with it."""
-    return read_json(path, Config.from_json)
+    return data.read_json(path, Config.from_json)
 
 
 def evaluate(ckpt: str, data: str | None = None, root: str | None = None, tta: str = "none",
@@ -1260,441 +1326,37 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None, tta: s
     `--data` takes another data set of the same classes; `--tta=flip` and `--tta=full` add up the
     logits of several views of each image.
     """
-    network, checkpoint = open_checkpoint(ckpt, device)
-    test = open_dataset(checkpoint, data, root).test
-    logits = predict(network, test.images, checkpoint, tta)
-    result = score(logits, test.labels, len(checkpoint["classes"]))
-    print_result({"test/accuracy": result["accuracy"], "test/loss": result["loss"],
-                  "per_class": dict(zip(checkpoint["classes"], result["per_class"]))})
+    network, description = open_network(ckpt, device)
+    test = open_test(description, data, root)
+    logits = predict(network, test.images, description.preprocessing, tta)
+    result = score(logits, test.labels, len(description.classes))
+    result = {"test/accuracy": result["accuracy"], "test/loss": result["loss"],
+              "per_class": dict(zip(description.classes, result["per_class"]))}
+    return [result_table(result), result_line(result)]
 
 
-def sweep(**flags):
-    """Train a grid of runs: every flag with several values, separated by commas, is an axis.
-
-    Within a value of a list, as of --augment, the parts are joined by + (--augment=flip+crop,none).
-    Finished runs are skipped and stopped ones resumed; several sweeps can share a grid. The table
-    is written to runs/<name>/sweep.csv and .md, the overlaid curves to curves.png.
-    """
-    axes = {name: text.split(",") for name, text in flags.items() if "," in text}
-    if not axes:
-        raise ValueError("sweep: no flag has several values (for example --lr=0.1,0.01)")
-    fixed = {name: text for name, text in flags.items() if name not in axes}
-    model = fixed.get("model", "models" if "model" in axes else Config.model)
-    name = fixed.pop("name", "-".join(["sweep", model, *(axis for axis in axes)]))
-    grid = []
-    for values in itertools.product(*axes.values()):
-        choice = dict(zip(axes, values))
-        label = "_".join(f"{axis}={value}" for axis, value in choice.items()).replace("/", "_")
-        grid.append((choice, Config.create(**parse_flags(
-            {**fixed, **choice, "name": f"{name}/{label}"}))))
-    results = {}
-    while len(results) < len(grid):
-        for number, (_, config) in enumerate(grid):
-            if number not in results:
-                with contextlib.suppress(Busy):
-                    results[number] = finished_result(config) or train(config, resume=True)
-        if len(results) < len(grid):
-            time.sleep(5)  # what is left is being trained by another process
-    write_sweep(grid[0][1].folder.parent, [choice for choice, _ in grid],
-                [results[number] for number in range(len(grid))])
-    run_script("visualize.py", "curves", *(str(config.folder) for _, config in grid),
-               f"--out={grid[0][1].folder.parent / 'curves.png'}")
-
-
-def finished_result(config):
-    """The result of the run of `config` if it is there and complete, else None."""
-    path = config.folder / "result.json"
-    if not path.exists():
-        return None
-    check_same_run(config)
-    result, epochs, *_ = read_json(path, lambda result: (
-        result, int(result["epochs"]), *(format_cell(result[name]) for name in SWEEP_COLUMNS)))
-    return result if epochs >= config.epochs else None
-
-
-def write_sweep(folder, choices, results):
-    """Print a sweep's table and write it as sweep.csv and sweep.md."""
-    header = [*choices[0], *SWEEP_COLUMNS]
-    rows = [[*choice.values(), *(format_cell(result[name]) for name in SWEEP_COLUMNS)]
-            for choice, result in zip(choices, results)]
-    datasets.print_table(header, rows, title=str(folder))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    networks.write_atomically(folder / "sweep.csv", text.getvalue())
-    lines = [header, ["---"] * len(header), *rows]
-    networks.write_atomically(folder / "sweep.md", "".join(
-        f"| {' | '.join(line)} |\n" for line in lines))
-    print(folder / "sweep.csv", folder / "sweep.md", sep="\n")
-
-
-def experiments_book():
-    """All that experiments.toml says."""
-    path = Path(__file__).with_name("experiments.toml")
-    return tomllib.loads(path.read_text(encoding="utf-8"))
-
-
-def read_experiments(what="all"):
-    """The entries of experiments.toml that `what` means: an id, a report's name, or `all`.
-
-    An id and a run's name, such as 2.7/adam, mean that entry with this run only.
-    """
-    book = experiments_book()
-    what, _, run = what.partition("/")
-    entries = [entry for entry in book["experiment"]
-               if what in ("all", entry["id"], entry["report"])]
-    if not entries:
-        raise ValueError(f"{what}: no such experiment; there are all, "
-                         f"{', '.join([*book['reports'], *(e['id'] for e in book['experiment'])])}")
-    if not run:
-        return entries
-    lines = entries[0].get("runs", {}) if what == entries[0]["id"] else {}
-    if run not in lines:
-        raise ValueError(f"{what}/{run}: no such run; {what} has {', '.join(lines) or 'none'}")
-    return [{**entries[0], "runs": {run: lines[run]}, "figures": ()}]
-
-
-def flags_of(line):
-    """{name: text} of the flags of a command line."""
-    return dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:])
-
-
-def config_of(line):
-    """The settings that a command line of `train.py` asks for."""
-    return Config.create(**parse_flags(flags_of(line)))
-
-
-def reproduce(what: str = "all", data: str | None = None, root: str | None = None,
-              limit: int | None = None, epochs: int | None = None, precision: str | None = None,
-              seeds: int = 1, out: str = "runs/reproduce", results: str | None = None):
-    """Run the experiments of the lab reports: WHAT is an id such as 4.11, a report, or all.
-
-    An id and a run's name (2.7/adam) mean this run alone, without figures. Finished runs are
-    skipped and stopped ones resumed. `--data`, `--root`, `--limit`, `--epochs` and `--precision`
-    take the place of what the entries say; `--seeds` repeats every run. Ends in a table of
-    reported and measured accuracies; `--results=FILE` keeps each of them in a CSV file once it is
-    known.
-    """
-    if seeds < 1:
-        raise ValueError(f"seeds={seeds}: must be at least 1")
-    given = {name: value for name, value in
-             (("data", data), ("root", root), ("limit", limit), ("epochs", epochs),
-              ("precision", precision))
-             if value is not None}
-    lines = {(entry["id"], name): line for entry in read_experiments()
-             for name, line in entry.get("runs", {}).items()}
-    rows = []
-    for entry in read_experiments(what):
-        print(f"\n{entry['id']}  {entry['shows']}", flush=True)
-        for name in entry.get("runs", {}):
-            done = [run_experiment(entry["id"], name, lines[entry["id"], name],
-                                   {**given, "seed": seed}, out) for seed in range(seeds)]
-            measured = compare(entry, name, done)
-            rows += measured
-            if results:
-                keep_results(Path(results), measured)
-        for line in entry.get("figures", ()):
-            for run in re.findall(r"\{(\S+)/(\S+)\}", line):  # of other entries: made if missing
-                run_experiment(*run, lines[run], {**given, "seed": 0}, out)
-            draw_experiment(entry["id"], line, given, out)
-    print_comparison(rows)
-
-
-def run_folder_of(experiment, name, out, seed=0):
-    """The folder of a run of an experiment; the first seed's has no number."""
-    return Path(out) / f"{experiment}-{name}{f'-seed{seed}' if seed else ''}"
-
-
-def run_experiment(experiment, name, line, given, out):
-    """The result of one run of an experiment, made now or before."""
-    folder = run_folder_of(experiment, name, out, given["seed"])
-    flags = flags_of(line)
-    values = {**parse_flags(flags), **given, "out": str(folder.parent), "name": folder.name}
-    if "limit" in flags and "limit" in given:
-        values["limit"] = min(int(flags["limit"]), given["limit"])
-    if "limit" in given or given.get("data") == "shapes":  # holds out a tenth
-        values["val"] = 0 if flags.get("val") == "0" else None
-    config = Config.create(**values)
-    return finished_result(config) or train(config, resume=True)
-
-
-def draw_experiment(experiment, line, given, out):
-    """Run a command line of an experiment, with the folders of its runs put in."""
-    def folder(match):
-        owner, _, name = match.group(1).rpartition("/")
-        return str(run_folder_of(owner or experiment, name, out))
-
-    if "limit" in given:
-        line = re.sub(r"--steps=\d+", "--steps=2", line)
-    script, *words = shlex.split(re.sub(r"\{([^}]+)\}", folder, line))[1:]
-    if "{" not in line and script != "network.py":  # it reads no run: it needs the data's name
-        words += [f"--{name}={given[name]}" for name in ("data", "root") if name in given]
-        words += [f"--out={out}/{experiment}-{words[0]}"] * (script == "visualize.py")
-    run_script(script, *words)
-
-
-def compare(entry, name, done):
-    """Rows of a comparison: what was reported of a run, and what its seeds measured."""
-    reported = entry.get("reported", {}).get(name, {"test": None})
-    settings = done[0]["settings"]
-    rows = []
-    for part, claim in reported.items():
-        measured = [100 * result[f"{part}/accuracy"] for result in done
-                    if result[f"{part}/accuracy"] is not None]
-        rows.append({
-            "id": entry["id"], "run": name, "accuracy": part, "reported": claim,
-            "measured": round(statistics.mean(measured), 2) if measured else None,
-            "std": round(statistics.stdev(measured), 2) if len(measured) > 1 else None,
-            "seeds": len(done), "epochs": done[0]["epochs"],
-            "seconds": round(statistics.mean(result["seconds"] for result in done), 1),
-            "device": done[0]["device"] + ", bf16" * (settings["precision"] == "bf16"),
-            "data": Path(settings["data"]).name,
-            "commit": done[0]["commit"]})
-    return rows
-
-
-def print_comparison(rows):
-    """Print reported and measured accuracies side by side."""
-    def cells(row):
-        known = None not in (row["reported"], row["measured"])
-        measured = "" if row["measured"] is None else f"{row['measured']:.2f}" + (
-            f" ± {row['std']:.2f}" if row["std"] is not None else "")
-        return (row["id"], row["run"], row["accuracy"], str(row["reported"] or "–"), measured,
-                f"{row['measured'] - row['reported']:+.2f}" if known else "–",
-                f"{row['seconds']:.0f}")
-
-    datasets.print_table(("id", "run", "accuracy", "reported %", "measured %", "difference",
-                          "seconds"), map(cells, rows))
-
-
-def keep_results(path, rows):
-    """Put `rows` into the CSV file of measured results, in place of older rows of the same runs."""
-    kept = []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            kept = list(csv.DictReader(file))
-    new = {(row["id"], row["run"], row["accuracy"]) for row in rows}
-    kept = [row for row in kept if (row["id"], row["run"], row["accuracy"]) not in new]
-    order = [entry["id"] for entry in read_experiments()]
-    kept = sorted([*kept, *rows], key=lambda row: order.index(row["id"]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(kept)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    networks.write_atomically(path, text.getvalue())
-
-
-def results_table(path: str = "results.csv", readme: str = "README.md"):
-    """Write the table of measured results from PATH into README, between its two markers."""
-    text = Path(readme).read_text(encoding="utf-8")
-    start, end = "<!-- results -->\n", "<!-- end of results -->"
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"{readme}: needs the lines {start.strip()} and {end} once each")
-    before, after = text.split(start)[0], text.split(end)[1]
-    networks.write_atomically(readme, before + start + comparison_markdown(path) + end + after)
-
-
-def comparison_markdown(path):
-    """All runs of experiments.toml with what results.csv says of them, as a Markdown table."""
-    with open(path, newline="", encoding="utf-8") as file:
-        measured = {(row["id"], row["run"], row["accuracy"]): row for row in csv.DictReader(file)}
-    lines = ["| id | run | accuracy of | reported % | measured % | images | note |",
-             "|---|---|---|---|---|---|---|"]
-    reasons = experiments_book()["images"]
-    for entry in read_experiments():
-        note = entry.get("note", "")
-        for name, line in entry.get("runs", {}).items():
-            planned = config_of(line).epochs
-            for part, claim in entry.get("reported", {}).get(name, {"test": None}).items():
-                row = measured.get((entry["id"], name, part))
-                figure, images = "not measured", ""
-                if row:
-                    figure = row["measured"] + (f" ± {row['std']}" if row["std"] else "")
-                    if int(row["epochs"]) != planned:
-                        figure += f" after {row['epochs']} of {planned} epochs"
-                    images = row["data"]
-                    if claim and float(row["measured"]) < claim:
-                        reason = f"below the report: {reasons.get(images, 'not explained')}"
-                        note = f"{note}; {reason}" if note else reason
-                lines.append(f"| {entry['id']} | {name} | {part} | {claim or '–'} | {figure} | "
-                             f"{images} | {note} |")
-                note = ""
-    return "\n".join(lines) + "\n"
-
-
-def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
-              batch_size: int = 128, augment: tuple[str, ...] = ("flip", "crop"),
-              rounds: int = 5, seconds: float = 2.0, device: str = "auto",
-              precision: str = "auto"):
-    """Compare this package's training loop with what bounds it and with the usual pipeline.
-
-    In one process, in turn, ROUNDS times about SECONDS each: (a) the training loop as it is, with
-    augmentation, metrics, progress and logging; (b) the bare step on one resident batch; (c) the
-    usual pipeline, torchvision's data set class, PIL transforms and a DataLoader with two workers;
-    (d) a large matrix product. Prints median images/s, the ratios a/b and a/c, and the share of
-    (d)'s arithmetic rate. Network, optimizer, batch size, augmentation and images are the same.
-    """
-    if rounds < 1 or seconds <= 0:
-        raise ValueError(f"rounds={rounds}, seconds={seconds:g}: must be above 0")
-    usual_transforms(augment)
-    place = choose_device(device)
-    config = Config.create(model, data=data, root=root, batch_size=batch_size, augment=augment,
-                           epochs=1, val=0, precision=precision, device=device, save_every=1e6,
-                           lr=1e-4)  # so low that no network diverges over the rounds
-    dataset = datasets.load(data, root, networks.image_size_of(model), val=0)
-    state = new_state(config, describe(config, dataset), place)
-    batches = batches_of(config, dataset, place, Workers())
-    images, labels = next(batches.epoch(0))
-    one_step = bare_steps(config, state, images, labels, 3, place) / 3
-    steps = int(max(3, min(len(batches), seconds / one_step)))
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            "a: this package": lambda: package_steps(config, dataset, state, steps, place, folder),
-            "b: bare step": lambda: bare_steps(config, state, images, labels, steps, place),
-            "c: usual pipeline": lambda: usual_steps(config, dataset, state, steps, place),
-        }
-        rates = {name: [] for name in (*runs, "d")}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                rates[name].append(steps * batch_size / run())
-            rates["d"].append(matrix_rate(place, precision))
-    a, b, c, d = (statistics.median(values) for values in rates.values())
-    operations = 6 * networks.multiply_adds(state.network, images.shape[3])
-    rows = [(name, f"{rate:.0f}", f"{min(rates[name]):.0f} to {max(rates[name]):.0f}",
-             f"{rate * operations / d:.1%}") for name, rate in zip(runs, (a, b, c))]
-    datasets.print_table(
-        ("what", "images/s", "lowest to highest", "share of d"),
-        [*rows, ("d: matrix product", f"{d / operations:.0f}", f"{d / 1e9:.0f} GFLOP/s", "100%")],
-        title=f"{model}, batch {batch_size}, {','.join(augment) or 'no augmentation'}, {steps} "
-              f"steps × {rounds} rounds, {environment(state.network)['device']}")
-    print(f"a/b {a / b:.3f}   a/c {a / c:.2f}   (ratios of medians)")
-
-
-def timed(function, device, times=1):
-    """Mean seconds of a call, the device's work included."""
-    def finish_work():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    finish_work()
-    started = time.perf_counter()
-    for _ in range(times):
-        function()
-    finish_work()
-    return (time.perf_counter() - started) / times
-
-
-def package_steps(config, dataset, state, steps, device, folder):
-    """Seconds that `train_epoch` takes for `steps` steps, from the draw of the epoch's plan on."""
-    split = datasets.Split(dataset.train.images[:steps * config.batch_size],
-                           dataset.train.labels[:steps * config.batch_size])
-    batches = batches_of(config, dataclasses.replace(dataset, train=split), device, Workers())
-    state.epoch = state.step = 0
-    run = RunFolder(folder, config, describe(config, dataset))
-    run.open(state, anew=True)
-    try:
-        with live_progress(config, steps) as progress:
-            return timed(lambda: train_epoch(state, batches, config, Workers(), run, progress, []),
-                         device)
-    finally:
-        run.close()
-
-
-def bare_steps(config, state, images, labels, steps, device):
-    """Seconds for `steps` forward and backward passes and updates on one resident batch."""
-    def step():
-        with autocast(device, config.precision):
-            logits = state.network(images)
-        state.optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits.float(), labels).backward()
-        state.optimizer.step()
-
-    state.network.train()
-    step()  # the first one chooses algorithms and reserves memory
-    return timed(step, device, steps) * steps
-
-
-def usual_transforms(augment):
-    """torchvision's transforms of PIL images that do what `augment` names."""
-    from torchvision import transforms
-
-    known = {"crop": transforms.RandomCrop(32, padding=4),
-             "flip": transforms.RandomHorizontalFlip()}
-    if unknown := [name for name in augment if name not in known]:
-        raise ValueError(f"augment={unknown[0]}: torchvision has none to compare with; there are "
-                         f"{', '.join(known)}, none")
-    return [known[name] for name in augment]
-
-
-def usual_steps(config, dataset, state, steps, device):
-    """Seconds for `steps` steps fed by PIL transforms and a DataLoader with two workers."""
-    from torchvision import datasets as sources
-    from torchvision import transforms
-
-    source = object.__new__(sources.CIFAR10)  # torchvision's own __getitem__, on these images
-    source.data = dataset.train.images[:steps * config.batch_size].permute(0, 2, 3, 1).numpy()
-    source.targets = dataset.train.labels.tolist()
-    source.target_transform = None
-    source.transform = transforms.Compose(
-        [*usual_transforms(config.augment), transforms.ToTensor(),
-         transforms.Normalize(dataset.mean, dataset.std)])
-    loader = torch.utils.data.DataLoader(source, config.batch_size, shuffle=True, num_workers=2,
-                                         drop_last=True)
-    state.network.to(memory_format=torch.contiguous_format)
-    state.network.train()
-
-    def epoch():
-        for images, labels in loader:
-            with autocast(device, config.precision):
-                logits = state.network(images.to(device))
-            state.optimizer.zero_grad()
-            loss = F.cross_entropy(logits.float(), labels.to(device))
-            loss.backward()
-            state.optimizer.step()
-            loss.item()  # the tutorial's running loss
-
-    try:
-        return timed(epoch, device)
-    finally:
-        state.network.to(memory_format=torch.channels_last)
-
-
-def matrix_rate(device, precision, size=2048):
-    """Operations per second of a size×size matrix product in `precision`."""
-    with autocast(device, precision):
-        matrix = torch.randn(size, size, device=device)
-        return 2 * size**3 / timed(lambda: matrix @ matrix, device, 5)
-
-
-def run_script(script, *words):
-    """Run a script of this package with this Python; ValueError when it fails."""
-    path = Path(__file__).with_name(script)
-    if subprocess.run([sys.executable, str(path), *words], check=False).returncode:
-        raise ValueError(f"{script} {' '.join(words)}: failed")
-
-
-def settings_help(words):
-    """The settings of a run with their defaults, those of the network named in `words` if any."""
+def settings_flags(words):
+    """[(flag, default, meaning)] of a run's settings, those of the network named in `words`."""
     model = next((word.partition("=")[2] for word in words if word.startswith("--model=")),
                  Config.model)
     defaults = Config.create(model)
-    lines = ["  --resume[=RUN]        go on with the run, or start it if there is none",
-             "  --overwrite           start anew where a run is already", ""]
-    for entry in dataclasses.fields(Config):
-        value = getattr(defaults, entry.name)
-        if entry.name != "options":
-            text = ",".join(value) if isinstance(value, tuple) else str(value).lower()
-            lines.append(f"  --{entry.name + '=' + text:<28} {entry.metadata['help']}")
-    lines.append(f"options of {model}:")
-    for name, (_, value) in networks.options_of(model).items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-        lines.append(f"  --{name}={text}")
-    return "\n".join(lines)
+    return [("resume", "RUN", "go on with the run, or start it if there is none"),
+            ("overwrite", "false", "start anew where a run is already"),
+            *((entry.name, text_of(getattr(defaults, entry.name)), entry.metadata["help"])
+              for entry in dataclasses.fields(Config) if entry.name != "options"),
+            *networks.options_help(model)]
 
 
-train_command.help = sweep.help = settings_help
+train_command.flags = settings_flags
+COMMANDS = {"train": train_command, "evaluate": evaluate}
+MOVED = {name: f"python -m lab {now}" for name, now in (
+    ("sweep", "sweep"), ("reproduce", "reproduce"), ("benchmark", "benchmark"),
+    ("results_table", "results"))}
+MEANINGS = {"ckpt": "a checkpoint, or the folder of a run",
+            "data": "other images of the same classes",
+            "root": "where data sets are downloaded to and cached",
+            "tta": f"views of a test image whose logits add up: {' | '.join(TTA)}",
+            "device": "auto | cpu | cuda | mps"}
 
 if __name__ == "__main__":
-    datasets.command_line({"train": train_command, "evaluate": evaluate, "sweep": sweep,
-                           "reproduce": reproduce, "results_table": results_table,
-                           "benchmark": benchmark}, default="train")
+    command_line(COMMANDS, default="train", meanings=MEANINGS, moved=MOVED)

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import data as datasets
 import deconv
 import network
+import visualize
+from data import Preprocessing, command_line
 
 
 def images(count=2, size=8):
@@ -232,6 +233,25 @@ def test_norms_on_the_way_down():
     torch.testing.assert_close(norms["0"], F.relu(at_relu).flatten(1).norm(dim=1))
 
 
+def test_norms_leave_out_what_has_no_signal_and_take_a_modules_last_call():
+    class Branched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.aside, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            """N×3×H×W to N×4×H-2×W-2; the branch aside goes nowhere."""
+            self.aside(x)
+            return self.b(self.act(self.act(self.a(x))))
+
+    built, x = Branched(), images()
+    norms = deconv.descend(built, "b", x, "all").norms
+    at_act = F.conv_transpose2d(built(x), built.b.weight)
+    assert set(norms) == {"b", "act", "a", "image"}
+    torch.testing.assert_close(norms["act"], at_act.flatten(1).norm(dim=1))
+
+
 @pytest.mark.parametrize("changes, word", [
     ({"layer": "conv9"}, "conv1"), ({"unit": 64}, "63"), ({"unit": "best"}, "strongest"),
     ({"rule": "guess"}, "guided"), ({"bn": "both"}, "skip")])
@@ -244,8 +264,8 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(changes, word):
 def test_gallery_starts_where_the_unit_was_strongest():
     built = stack(nn.Conv2d(3, 4, 3), nn.ReLU())
     pixels = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
-    checkpoint = {"image_size": 8, "mean": [0.5] * 3, "std": [0.25] * 3}
-    patches, back, values = deconv.top_reconstructions(built, "1", pixels, checkpoint, [2, 3], 4)
+    preprocessing = Preprocessing(8, (0.5,) * 3, (0.25,) * 3)
+    patches, back, values = deconv.top_reconstructions(built, "1", pixels, preprocessing, [2, 3], 4)
     assert patches.shape == back.shape == (2, 4, 3, 3, 3)
     filters = deconv.as_pictures(built[0].weight.detach()[[2, 3]])  # what one activation sends
     torch.testing.assert_close(back, filters[:, None].expand_as(back))
@@ -272,11 +292,19 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_commands_write_their_figures(elsewhere, capsys):
     common = {"network": "nets:tiny", "image_size": 16, "device": "cpu"}
-    deconv.reconstruct(layers=("0", "2"), image="test/a/1.png", bn="both", **common)
-    deconv.gallery(layer="2", units=(2,), top=2, data=".", root="cache", out="g.svg", **common)
-    figures = capsys.readouterr().out.split()
-    assert figures == ["figures/reconstruct-0-2-bn-both.png", "g.svg"]
-    assert all((elsewhere / figure).stat().st_size > 10_000 for figure in figures)
+    figures = [
+        deconv.reconstruct(layers=("0", "2"), image="test/a/1.png", bn="both", **common),
+        deconv.gallery(layer="2", units=2, top=2, data=".", root="cache", out="g.svg", **common)]
+    assert capsys.readouterr().out == ""
+    paths = [str(figure.path) for figure in figures]
+    assert paths == ["runs/figures/reconstruct-0-2-bn-both.png", "g.svg"]
+    assert all((elsewhere / path).stat().st_size > 10_000 for path in paths)
+
+
+def test_a_network_from_elsewhere_may_be_named_as_a_checkpoint_is(elsewhere, monkeypatch):
+    monkeypatch.setattr(visualize, "DPI", 30)
+    figure = deconv.reconstruct("nets:tiny", "2", "test/a/1.png", image_size=16, device="cpu")
+    assert figure.path.exists() and figure.path.name == "reconstruct-2.png"
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -289,8 +317,7 @@ def test_commands_write_their_figures(elsewhere, capsys):
     ("--network=nets:tiny --image=test/a/1.png --format=gif", "svg")])
 def test_mistakes_are_one_line_and_exit_2(elsewhere, capsys, flags, word):
     with pytest.raises(SystemExit) as stopped:
-        datasets.command_line({"reconstruct": deconv.reconstruct},
-                              argv=["reconstruct", "--device=cpu", *flags.split()])
+        command_line(deconv.COMMANDS, argv=["reconstruct", "--device=cpu", *flags.split()])
     message = capsys.readouterr().err
     assert stopped.value.code == 2
     assert word in message and message.count("\n") == 1

@@ -93,7 +93,7 @@ def test_fuzz_checkpoint_bytes(tmp_path):
                    else content[:-4_000] + mutated(content[-4_000:], dice))
         (tmp_path / "a.pth").write_bytes(signed(changed) if number % 8 else changed)
         try:
-            train.open_checkpoint(tmp_path / "a.pth", "cpu")
+            train.open_network(tmp_path / "a.pth", "cpu")
             opened += 1
         except REFUSALS as error:
             assert "a.pth" in str(error)
@@ -105,8 +105,9 @@ def test_fuzz_checkpoint_contents(tmp_path):
     for _ in range(COUNT):
         network.save(tmp_path / "a.pth", strange(whole, dice))
         try:
-            loaded, checkpoint = train.open_checkpoint(tmp_path / "a.pth", "cpu")
-            train.predict(loaded, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), checkpoint)
+            loaded, description = train.open_network(tmp_path / "a.pth", "cpu")
+            train.predict(loaded, torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+                          description.preprocessing)
         except REFUSALS as error:
             assert "a.pth" in str(error), error
 

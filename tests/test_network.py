@@ -140,8 +140,8 @@ def checkpoint_of(name="lenet", **options):
 def test_checkpoint_round_trip(tmp_path):
     saved = checkpoint_of("simple_cnn", channels=(18, 25))
     network.save(tmp_path / "a.pth", saved)
-    loaded, checkpoint = network.load(tmp_path / "a.pth")
-    assert checkpoint["settings"] == {"seed": 0} and not loaded.training
+    loaded, description = network.load(tmp_path / "a.pth")
+    assert description.settings == {"seed": 0} and not loaded.training
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, saved["weights"][name])
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
@@ -210,7 +210,7 @@ def test_a_disk_error_leaves_the_file_before_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("line", [
     "nix", "summary", "summary [3]", "summary lenet extra", "summary lenet --image_size=abc",
-    "summary lenet --dropout=x", "summary vgg_a --batch_norm=true", "list --x=3"])
+    "summary lenet --dropout=x", "summary vgg_a --batch_norm=maybe", "list --x=3"])
 def test_a_mistaken_command_is_one_line(line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["network.py", *line.split()])
     with pytest.raises(SystemExit, match="2"):

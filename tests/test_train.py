@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import network
 import train
 
 ROOT = Path(__file__).parent.parent
-TINY = {"data": "shapes", "limit": 96, "batch_size": 16, "epochs": 2, "save_every": 0.0,
+TINY = {"data": "shapes", "limit": 96, "batch_size": 16, "epochs": 2, "save_minutes": 0.0,
         "dropout": 0.2, "augment": ("flip", "crop"), "keep": 3}
 
 
@@ -167,7 +166,7 @@ def test_speednet_sees_small_images_first_and_goes_on_where_it_stopped(tmp_path,
             raise RuntimeError("power cut")
 
     values = {"data": "shapes", "limit": 96, "batch_size": 16, "epochs": 2, "channels": (8, 8, 8),
-              "early_size": 16, "early": 0.5, "save_every": 0.0, "tta": "full",
+              "early_size": 16, "early_share": 0.5, "save_minutes": 0.0, "tta": "full",
               "out": str(tmp_path)}
     result = train.train(train.Config.create("speednet", **values, name="whole"))
     assert result["epoch"] == 2 and result["checkpoint"] == "last.pth"  # nothing is held out
@@ -190,7 +189,7 @@ def test_last_epochs_see_whole_images(tmp_path, monkeypatch):
         return plan(batches, epoch, crop)
 
     monkeypatch.setattr(data.Batches, "plan", spy)
-    train.train(tiny(tmp_path, epochs=3, uncropped=2))
+    train.train(tiny(tmp_path, epochs=3, uncropped_epochs=2))
     assert seen == [(0, True), (1, False), (2, False)]
 
 
@@ -274,7 +273,7 @@ def test_the_run_before_survives_a_failed_overwrite(tmp_path):
 
 def test_a_second_process_is_refused(tmp_path):
     config = tiny(tmp_path)
-    with train.lock(config.folder, train.Workers()), pytest.raises(ValueError, match="another"):
+    with data.lock(config.folder), pytest.raises(ValueError, match="another"):
         train.train(config)
 
 
@@ -342,33 +341,7 @@ def test_bad_command_lines_exit_2_with_one_line(words, complaint, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_benchmark_compares_the_loop_with_its_bounds(capsys):
-    train.benchmark(rounds=1, seconds=0.02, batch_size=16)
-    text = capsys.readouterr().out
-    rows = re.findall(r"([abcd]): [\w ]+ │ (\d+) ", text)
-    assert [name for name, _ in rows] == list("abcd") and all(int(rate) > 0 for _, rate in rows)
-    assert re.search(r"a/b \d\.\d+ +a/c \d+\.\d+", text)
-    with pytest.raises(ValueError, match="batch_size"):
-        train.benchmark(batch_size=0)
-    with pytest.raises(ValueError, match=r"augment=cutout.*crop, flip"):
-        train.benchmark(augment=("flip", "cutout"))
-
-
-def test_sweep(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "run_script", lambda *words: None)
-    flags = {"data": "shapes", "limit": "32", "epochs": "1", "lr": "0.1,0.01",
-             "augment": "flip+crop,none"}
-    train.sweep(**flags)
-    folder = tmp_path / "runs" / "sweep-lenet-lr-augment"
-    lines = (folder / "sweep.csv").read_text().splitlines()
-    assert [line.split(",")[1] for line in lines] == ["augment", *["flip+crop", "none"] * 2]
-    before = os.path.getmtime(folder / "lr=0.1_augment=none" / "last.pth")
-    train.sweep(**flags)
-    assert os.path.getmtime(folder / "lr=0.1_augment=none" / "last.pth") == before
-
-
-TINY_LINE = ["--data=shapes", "--limit=96", "--batch_size=16", "--epochs=3", "--save_every=0",
+TINY_LINE = ["--data=shapes", "--limit=96", "--batch_size=16", "--epochs=3", "--save_minutes=0",
              "--dropout=0.2", "--seed=7"]
 
 
@@ -441,7 +414,7 @@ def step(state, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     real_step(state, *arguments)
 train.train_step = step
-train.datasets.command_line({"train": train.train_command}, default="train")
+train.command_line({"train": train.train_command}, default="train")
 """
 
 
@@ -459,14 +432,3 @@ def test_torchrun_goes_on_after_a_process_was_killed(tmp_path):
     assert "another process of this run is gone" in done.stderr and "Traceback" not in done.stderr
     assert "resuming at step" in done.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
-
-
-@pytest.mark.slow
-def test_two_sweeps_share_a_grid(tmp_path):
-    line = [sys.executable, str(ROOT / "train.py"), "sweep", *TINY_LINE, "--lr=0.1,0.05,0.02"]
-    sweeps = [subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-              for _ in range(2)]
-    printed = [sweep.communicate(timeout=240)[0] for sweep in sweeps]
-    assert [sweep.returncode for sweep in sweeps] == [0, 0]
-    assert "".join(printed).count("nothing to resume; starting") == 3
-    assert "".join(printed).count("resuming at") == 0

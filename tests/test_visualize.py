@@ -2,10 +2,10 @@
 
 import csv
 import dataclasses
-import html.parser
 import math
 import re
-import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +44,14 @@ def coarse_figures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def opened(run):
-    return train.open_checkpoint(run, "cpu")
+    return train.open_network(run, "cpu")
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """A twentieth of the built-in images."""
+    draw = data.draw_shapes
+    monkeypatch.setattr(data, "draw_shapes", lambda count, seed: draw(count // 20, seed))
 
 
 # ---------------------------------------------------------------------------- fields and units
@@ -98,32 +105,42 @@ def test_patches_that_the_border_cuts_are_filled_with_grey():
 
 
 def test_top_activations_are_those_of_brute_force(opened):
-    lenet, checkpoint = opened
+    lenet, about = opened
     images = data.draw_shapes(40, seed=3).images
-    with visualize.capture(lenet, ["conv2"]) as outputs, torch.no_grad():
-        lenet(visualize.inputs(images, checkpoint, "cpu"))
+    with network.capture(lenet, ["conv2"]) as outputs, torch.no_grad():
+        lenet(about.preprocessing(images))
     maps = outputs["conv2"][:, [3, 0]]
-    values, numbers, (rows, columns) = visualize.top_activations(lenet, "conv2", images,
-                                                                checkpoint, [3, 0], 5)
+    values, numbers, (rows, columns) = visualize.top_activations(
+        lenet, "conv2", images, about.preprocessing, [3, 0], 5)
     for unit in range(2):
         peaks = maps[:, unit].amax((1, 2))
         assert numbers[unit].tolist() == peaks.argsort(descending=True)[:5].tolist()
         found = maps[numbers[unit], unit, rows[unit], columns[unit]]
         assert torch.allclose(found, values[unit]) and torch.allclose(found, peaks[numbers[unit]])
     with pytest.raises(ValueError, match=r"16.*0 to 15"):
-        visualize.top_activations(lenet, "conv2", images, checkpoint, [16], 5)
+        visualize.top_activations(lenet, "conv2", images, about.preprocessing, [16], 5)
 
 
-def test_capture_copies_and_takes_its_hooks_off_after_an_exception():
+def test_capture_hands_on_a_copy_and_takes_its_hooks_off_after_an_exception():
     stack = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(inplace=True))
-    with visualize.capture(stack, ["0"]) as outputs:
+    with network.capture(stack, ["0"]) as outputs:
         stack(torch.randn(1, 3, 4, 4))
     assert outputs["0"].min() < 0  # as it was before the activation in place
-    with pytest.raises(RuntimeError), visualize.capture(stack, ["0", "1"]):
+    with pytest.raises(RuntimeError), network.capture(stack, ["0", "1"]):
         stack(torch.randn(1, 5, 4, 4))
     assert not any(module._forward_hooks for module in stack.modules())
     with pytest.raises(ValueError, match="layer=0: returns a tuple"):
         visualize.feature_maps(nn.Sequential(nn.LSTM(4, 4)), "0", torch.randn(2, 4))
+
+
+def test_gradients_reach_what_capture_keeps():
+    # d(sum of relu(x)²)/d relu(x) = 2·relu(x), and at x itself it is masked by x > 0: the same.
+    stack = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(inplace=True))
+    with network.capture(stack, ["0", "1"]) as outputs:
+        loss = stack(torch.randn(1, 3, 4, 4)).square().sum()
+    before, after = torch.autograd.grad(loss, [outputs["0"], outputs["1"]])
+    assert torch.equal(after, 2 * outputs["0"].relu())
+    assert torch.equal(before, after)
 
 
 # ---------------------------------------------------------------------------- predictions
@@ -174,13 +191,13 @@ def test_a_direction_has_the_norm_of_each_filter_and_leaves_biases_alone():
 
 
 def test_the_landscapes_centre_is_the_networks_loss_and_weights_are_put_back(opened):
-    lenet, checkpoint = opened
+    lenet, about = opened
     before = [weight.clone() for weight in lenet.parameters()]
     split = data.draw_shapes(50, seed=4)
     direction = visualize.filter_normalized_direction(lenet, data.generator(1))
     losses = [visualize.loss_at(lenet, [direction, direction], (x, -0.5), {"test": split},
-                                checkpoint)["test/loss"] for x in (0.5, 1.5)]
-    logits = lenet(visualize.inputs(split.images, checkpoint, "cpu"))
+                                about.preprocessing)["test/loss"] for x in (0.5, 1.5)]
+    logits = lenet(about.preprocessing(split.images))
     assert losses[0] == pytest.approx(nn.functional.cross_entropy(logits, split.labels).item())
     assert losses[1] != pytest.approx(losses[0], abs=1e-3)
     with pytest.raises(KeyError), visualize.moved(lenet, [direction], [1.0]):
@@ -262,9 +279,7 @@ def test_measuring_smoothness_leaves_running_statistics_alone():
       "--batch_size=4"], ["smoothness"]),
 ])
 def test_a_command_writes_its_figures_and_prints_their_paths(words, names, run, tmp_path, capsys,
-                                                             monkeypatch):
-    draw = data.draw_shapes
-    monkeypatch.setattr(data, "draw_shapes", lambda count, seed: draw(count // 20, seed))
+                                                             few_shapes):
     words = [str(run) if word == "RUN" else word for word in words]
     data.command_line(visualize.COMMANDS, argv=[*words, f"--out={tmp_path}"])
     printed = capsys.readouterr().out.split()
@@ -273,16 +288,74 @@ def test_a_command_writes_its_figures_and_prints_their_paths(words, names, run, 
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_command_returns_its_figures_and_prints_nothing(run, tmp_path, capsys, few_shapes):
+    figure = visualize.filters(str(run), out=str(tmp_path))
+    assert figure.path == tmp_path / "filters-conv1-rgb.png" and figure.axes
+    flags = {"points": 3, "images": 8, "out": str(tmp_path)}
+    *figures, table = visualize.landscape(str(run), **flags)
+    assert len(figures) == 3 and all(figure.path.exists() for figure in figures)
+    assert table.suffix == ".csv" and len(visualize.read_table(table)) == 5 + 9 - 3
+    assert capsys.readouterr().out == ""
+    with pytest.raises(TypeError, match="nonsense"):
+        visualize.filters(str(run), nonsense=1)
+
+
+def test_a_text_or_a_number_is_a_list_of_one(run, tmp_path, few_shapes):
+    [figure] = visualize.features(str(run), layers="conv1", out=str(tmp_path))
+    assert figure.path.name == "features-conv1.png"
+    for units in (4, (4,)):
+        figure = visualize.patches(str(run), "conv2", units=units, top=2, out=str(tmp_path))
+        labels = [label.get_text().split("\n")[0] for label in figure.axes[0].get_yticklabels()]
+        assert labels == ["unit 0", "unit 4", "unit 8", "unit 12"]  # four of sixteen
+    figure = deconv.gallery(str(run), layer="conv2", units=2, top=2, out=str(tmp_path))
+    assert [text.get_text()[:6] for text in figure.axes[0].texts] == ["unit 0", "unit 8"]
+
+
+def test_without_a_run_a_figure_goes_to_runs(tmp_path, monkeypatch, few_shapes):
+    monkeypatch.chdir(tmp_path)
+    assert visualize.samples("shapes", count=2).path == Path("runs/figures/samples-shapes.png")
+
+
+def test_a_network_from_elsewhere(tmp_path, monkeypatch, few_shapes, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "some_nets.py").write_text(
+        "from torch import nn\n"
+        "def tiny():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(),\n"
+        "                         nn.Linear(4 * 14 * 14, 10))\n")
+    for words in (["features", "--network=some_nets:tiny", "--layers=0,3", "--data=shapes"],
+                  ["filters", "--network=some_nets:tiny", "--layer=0"],
+                  ["confusion", "some_nets:tiny", "--data=shapes"],
+                  ["predictions", "--network=some_nets:tiny", "--data=shapes", "--count=2"]):
+        data.command_line(visualize.COMMANDS, argv=[*words, "--image_size=16", "--device=cpu"])
+    assert capsys.readouterr().out.split() == [f"runs/figures/{name}.png" for name in (
+        "features-0", "features-3", "filters-0-rgb", "confusion", "predictions-all")]
+    with pytest.raises(ValueError, match="without images"):
+        visualize.confusion("some_nets:tiny")
+    with pytest.raises(ValueError, match="either"):
+        visualize.confusion("some_nets:tiny", network="some_nets:tiny")
+
+
+def test_every_flag_has_a_meaning():
+    for module in (visualize, deconv):
+        for name, command in module.COMMANDS.items():
+            for flag in data.flags_of(command):
+                assert module.MEANINGS.get(flag), f"{name} --{flag}"
+
+
 def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
-    visualize.projector(str(run), count=20, out=str(tmp_path))
+    folder, how = visualize.projector(str(run), count=20, out=str(tmp_path))
+    assert folder == tmp_path and str(tmp_path) in how
     config = (tmp_path / "projector_config.pbtxt").read_text()
-    [place] = tmp_path.glob("*/*/tensors.tsv")
-    assert str(place.relative_to(tmp_path)) in config and "single_image_dim: 32" in config
-    assert len(place.read_text().splitlines()) == 20
-    assert len(place.read_text().splitlines()[0].split("\t")) == 84  # what LeNet's last layer sees
-    labels = (place.parent / "metadata.tsv").read_text().splitlines()
+    [features] = tmp_path.glob("*/features/tensors.tsv")
+    assert str(features.relative_to(tmp_path)) in config and "single_image_dim: 32" in config
+    assert len(features.read_text().splitlines()) == 20
+    # What LeNet's last layer sees.
+    assert len(features.read_text().splitlines()[0].split("\t")) == 84
+    labels = (features.parent / "metadata.tsv").read_text().splitlines()
     assert labels[0] == "class\tpredicted\tverdict" and labels[1].split("\t")[0] in data.SHAPES
-    assert (place.parent / "sprite.png").exists()
+    assert (features.parent / "sprite.png").exists()
 
 
 @pytest.mark.parametrize("words, message", [
@@ -297,8 +370,8 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
     (["patches", "RUN", "--layer=conv2", "--top=0"], "top=0"),
     (["predictions", "RUN", "--only=most"], "most.*all, wrong, right"),
     (["curves", "RUN"], "no run with a finished epoch"),
-    (["report", "RUN"], "no finished run"),
-    (["report", "nothing"], "no folder nothing.*cnn-trials.*4.11"),
+    (["confusion"], "checkpoint.*--network"),
+    (["filters", "RUN", "--nonsense=1"], "nonsense"),
 ])
 def test_bad_input_is_one_line_and_exit_2(words, message, run, capsys):
     with pytest.raises(SystemExit) as leave:
@@ -307,76 +380,3 @@ def test_bad_input_is_one_line_and_exit_2(words, message, run, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert leave.value.code == 2 and len(lines) == 1
     assert lines[0].startswith("error: ") and re.search(message, lines[0])
-
-
-# ---------------------------------------------------------------------------- reports
-
-
-class Page(html.parser.HTMLParser):
-    """What is in a page: its headings and what it refers to; fails where tags do not match."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.headings, self.links = [], [], []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.links += [value for name, value in attributes if name in ("src", "href", "srcset")]
-        self.open += [tag] if tag not in ("meta", "img") else []
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        self.headings += [text] if self.open and self.open[-1] == "h2" else []
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished run on a few shapes."""
-    out = tmp_path_factory.mktemp("trained")
-    train.train(train.Config.create(model="lenet", data="shapes", limit=40, epochs=1,
-                                    out=str(out), name="<b>"))
-    return out / "<b>"
-
-
-def read_report(folder):
-    """The page and the Markdown of a report, after what holds for every one."""
-    page, text = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
-    parsed = Page(page)
-    assert all(link.startswith("data:image/png;base64,") for link in parsed.links)
-    assert "http" not in page and "url(" not in page and "@import" not in page
-    figures = re.findall(r"!\[.*\]\(<(.*)>\)", text)
-    assert len(figures) == len(parsed.links) and all((folder / name).exists() for name in figures)
-    assert str(folder.parent) not in page + text
-    return parsed, page, text
-
-
-def test_the_report_of_a_run_has_every_section_and_needs_no_other_file(finished, tmp_path,
-                                                                       monkeypatch):
-    commands = {"reconstruct": deconv.reconstruct, "gallery": deconv.gallery}
-    monkeypatch.setattr(train, "run_script",
-                        lambda _script, *words: data.command_line(commands, argv=words))
-    visualize.report(str(finished), out=str(tmp_path / "report"))
-    parsed, page, text = read_report(tmp_path / "report")
-    assert parsed.headings == ["Images and settings", "Structure", "Training", "Predictions",
-                               "Inside the network", "Hardware, versions, and how to make it again"]
-    assert len(parsed.links) >= 7 and "python train.py --model=lenet --data=shapes" in text
-    assert "of 40 test images correctly" in page and str(finished.parent) not in page
-
-
-def test_a_lab_report_of_nothing_says_so(tmp_path):
-    visualize.report("4.9", runs=str(tmp_path / "none"))
-    _, _, text = read_report(tmp_path / "none" / "4.9")
-    assert "0 were measured again" in text and "| 72.82 | not measured |" in text
-
-
-def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "4.1-base")
-    visualize.report("cnn-trials", runs=str(tmp_path))
-    parsed, page, text = read_report(tmp_path / "cnn-trials")
-    assert len(parsed.links) == 1 and parsed.headings[1].startswith("4.1 ")
-    assert re.search(r"\| 4.1 \| base \| test \| 64.86 \| [\d.]+ \| −", text)
-    assert "| 4.2 | conv2_25 | test | 68.07 | not measured |" in text
-    assert "reproduce cnn-trials --data=shapes --limit=40 \\\n    --epochs=1" in page

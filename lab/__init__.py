@@ -1,0 +1,1 @@
+"""What uses the package to prove something: experiments, reports, sweeps, the benchmark."""

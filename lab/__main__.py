@@ -1,0 +1,27 @@
+"""The experiments of the lab, their reports, and measurements: python -m lab COMMAND."""
+
+import sys
+
+from data import command_line
+from lab.benchmark import benchmark
+from lab.report import report
+from lab.reproduce import reproduce, results
+from lab.sweep import sweep
+from train import settings_flags
+
+COMMANDS = {command.__name__: command for command in (
+    reproduce, report, results, sweep, benchmark)}
+MEANINGS = {flag: meaning for flag, _, meaning in settings_flags([])} | {
+    "what": "an id such as 4.11, id/run, a report's name, or all; report: a run's folder too",
+    "seeds": "runs of each kind, with seeds 0, 1, …",
+    "out": "folder of the runs; report: of the report",
+    "runs": "folder of the experiments' runs",
+    "results": "CSV file that keeps what was measured",
+    "path": "CSV file of measured results; none: the lab's results.csv",
+    "readme": "Markdown file with the two markers of the table",
+    "rounds": "how often each way is measured",
+    "seconds": "how long each time takes, about"}
+
+if __name__ == "__main__":
+    sys.argv[0] = "-m lab"  # what help calls this program
+    command_line(COMMANDS, meanings=MEANINGS)

@@ -1,0 +1,294 @@
+"""Lab reports: the page of a run, or of experiments with what was reported beside it.
+
+    python -m lab report runs/convnet
+    python -m lab report 4.1
+
+What is computed and drawn is here; what is said of it, and in which order, in run.j2 and
+experiments.j2; how it looks in report.html.j2, report.md.j2 and report.css.
+"""
+
+import base64
+import collections
+import dataclasses
+import html
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import deconv
+import network as networks
+import train
+import visualize
+from data import Table, generator, text_of, write_atomically
+from lab import reproduce
+from lab.reproduce import duration
+
+
+def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
+           data: str | None = None, root: str | None = None, device: str = "auto"):
+    """Write a lab report: report.html, one page that holds its figures, and report.md.
+
+    WHAT is the folder of a finished run; or a report or an id of experiments.toml, for a table of
+    what was reported beside what the runs in the folder RUNS measured, and their figures. It goes
+    to the run's folder, to RUNS/WHAT, or to OUT. `--data` and `--root` say where a run's images
+    are if they have moved.
+    """
+    if Path(what).is_dir():
+        given = {"data": data, "root": root, "device": device}
+        return report_of_run(Path(what), Path(out or what),
+                             {name: value for name, value in given.items() if value is not None})
+    return report_of_lab(what, runs, Path(out or Path(runs, what)))
+
+
+# ---------------------------------------------------------------------------- any report
+
+
+def write_report(folder, template, **content):
+    """Write `template` with its `content` as report.html and report.md; return their paths."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "report.html", folder / "report.md"]
+    for path in paths:
+        pages = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True,
+                            lstrip_blocks=True, undefined=StrictUndefined,
+                            autoescape=path.suffix == ".html")
+        counts = collections.Counter()
+        pages.globals["number"] = lambda kind, counts=counts: counts.update([kind]) or counts[kind]
+        pages.filters |= {function.__name__: function for function in (
+            plain, width, thousands, duration)}
+        pages.filters["base64"] = lambda png: base64.b64encode(png.read_bytes()).decode()
+        parts = pages.get_template(f"{path.name}.j2").module
+        text = pages.get_template(template).render(page=parts, **content)
+        write_atomically(path, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    return paths
+
+
+def keep_figure(folder, name, drawn):
+    """A matplotlib figure, or a PNG file, as `name` among the figures of a report in `folder`."""
+    path = folder / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(drawn, Path):
+        write_atomically(path, drawn.read_bytes())
+    else:
+        visualize.save_figure(drawn, None, name, path)
+    return path
+
+
+def plain(text):
+    """Text as Markdown that means nothing but itself."""
+    return re.sub(r"[\\`*|\[\]]|\b_|_\b", r"\\\g<0>", html.escape(text, quote=False))
+
+
+def width(png):
+    """The width in CSS pixels that a PNG file was drawn for."""
+    return int.from_bytes(png.read_bytes()[16:20], "big") * 96 // visualize.DPI
+
+
+def shell(*commands):
+    """Command lines, given as words: absolute paths are their last names, and long lines go on in
+    a next one, as a shell takes them."""
+    def portable(word):
+        flag, value = re.fullmatch("(--[^=]+=)?(.*)", word, re.DOTALL).groups("")
+        return flag + (Path(value).name if Path(value).is_absolute() else value)
+
+    lines = [shlex.join(map(portable, words)) for words in commands]
+    return "\n".join(text if "'" in text else " \\\n    ".join(textwrap.wrap(
+        text, 70, break_long_words=False, break_on_hyphens=False)) for text in lines)
+
+
+def thousands(number):
+    """A whole number, its thousands apart."""
+    return f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+# ---------------------------------------------------------------------------- the report of a run
+
+
+def finished(run):
+    """The result of the run in the folder `run`; None if it is not there or not complete."""
+    if not (run / "config.json").exists():
+        return None
+    config, folder = train.read_config(run / "config.json"), run.resolve()  # it may have moved
+    return reproduce.finished_result(
+        dataclasses.replace(config, out=str(folder.parent), name=folder.name))
+
+
+def report_of_run(run, folder, given):
+    """Write the report of a run. `given` are flags: data, root and device."""
+    result = finished(run)
+    if not result:
+        raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
+                         f"with one that was stopped)")
+    network, description = train.open_network(run, given.get("device", "auto"))
+    moved = {name: given[name] for name in ("data", "root") if name in given}
+    dataset = train.open_dataset(dataclasses.replace(  # split as it was, wherever the images are
+        description, settings={**description.settings, **moved}))
+    test, config = dataset.test, train.Config.from_json(result["settings"])
+    logits = train.predict(network, test.images, description.preprocessing,
+                           bar=f"predicting {len(test.labels)} images")
+    right, name = logits.argmax(1) == test.labels, Path(dataset.name).name
+    matrix = visualize.confusion_matrix(test.labels, logits.argmax(1), len(dataset.classes))
+    first = right.int().argmax().item()  # the first image that is classified correctly
+    layers = layers_to_show(network, description.preprocessing.image_size)
+    drawn = {"curves": visualize.draw_curves(visualize.group_runs([run])),
+             "confusion": visualize.draw_confusion(matrix, dataset.classes, ""),
+             **draw_predictions(test, description, logits, right)}
+    figures = {key: keep_figure(folder, f"report-{key}", figure) for key, figure in drawn.items()}
+    figures |= draw_inside(run, folder, layers, first, given)
+    hardware = {"device": result["device"], "time": duration(result["seconds"]),
+                **result["versions"], "commit": result["commit"] or "unknown"}
+    return write_report(
+        folder, "run.j2", config=config, name=name, result=result, dataset=dataset,
+        description=description, right=right.sum().item(), layers=layers,
+        image=f"test image {first} ({description.classes[test.labels[first]]})",
+        figures=figures,
+        settings=settings_table(config, name, description.preprocessing.image_size),
+        structure=structure_table(network, description.preprocessing.image_size),
+        per_class=per_class_table(matrix, dataset.classes),
+        hardware=Table(("what", "value"), [*hardware.items()]),
+        commands=shell(shlex.split(result["command"]),
+                       ["python", "-m", "lab", "report", str(config.folder)]))
+
+
+def layers_to_show(network, image_size):
+    """The first, the middle and the last stage whose convolutions make maps of several pixels."""
+    sides = {name: shape[-1] for name, shape, *_ in networks.stages(network, image_size)
+             if len(shape) == 3 and any(isinstance(module, nn.Conv2d) for module
+                                        in network.get_submodule(name).modules())}
+    layers = [name for name, side in sides.items() if side > 1] or [*sides]
+    return tuple(dict.fromkeys([layers[0], layers[len(layers) // 2], layers[-1]]))
+
+
+def draw_predictions(test, description, logits, right):
+    """{"right": figure, "wrong": figure}: four predictions of each, drawn at random."""
+    figures, order = {}, torch.randperm(len(right), generator=generator(0, "predictions"))
+    for name, kept in (("right", right), ("wrong", ~right)):
+        some = order[kept[order]][:4]
+        if len(some):
+            pictures = description.preprocessing.pictures(test.images[some])
+            figures[name] = visualize.draw_predictions(pictures, test.labels[some], logits[some],
+                                                       description.classes, "")
+    return figures
+
+
+def draw_inside(run, folder, layers, index, given):
+    """{name: path}: filters, and what test image `index` excites, each drawn by its command."""
+    first, last = layers[0], layers[-1]
+    calls = {"filters": (visualize.filters, {"layer": first}),
+             "reconstruct": (deconv.reconstruct, {"layers": layers, "index": index}),
+             "gallery": (deconv.gallery, {"layer": last, "units": (3,)}),
+             **{f"features-{layer}": (visualize.features, {
+                 "layers": (layer,), "maps": 35, "index": index}) for layer in (first, last)}}
+    paths = {name: folder / "figures" / f"report-{name}.png" for name in calls}
+    for name, (command, flags) in calls.items():
+        command(str(run), out=str(paths[name]), **flags, **given)
+    return paths
+
+
+def settings_table(config, data, image_size):
+    """The settings of a run that bear on its outcome, with what they mean."""
+    meanings = {name: text for name, _, text in train.settings_flags([f"--model={config.model}"])}
+    values = {**dataclasses.asdict(config), **config.all_settings(), "data": data,
+              "image_size": image_size}
+    return Table(("setting", "value", "meaning"), [
+        (name, text_of(value), meanings[name]) for name, value in values.items()
+        if name == "epochs" or name not in (*train.MAY_CHANGE, "options")])
+
+
+def structure_table(network, image_size):
+    """The stages of a network, and their totals."""
+    rows = [*networks.stages(network, image_size)]
+    rows.append(("total", (), *(sum(row[column] for row in rows) for column in (2, 3))))
+    return Table(("stage", "output", "parameters", "multiply-adds"), [
+        (stage, "×".join(map(str, shape)), *map(thousands, counts))
+        for stage, shape, *counts in rows])
+
+
+def per_class_table(matrix, classes):
+    """The accuracy of each class, from a confusion matrix."""
+    wrong = matrix - matrix.diagonal().diag()
+    return Table(("class", "test images", "right", "accuracy", "most often taken for"), [
+        (name, f"{counts.sum()}", f"{hits}", f"{hits / counts.sum().clamp(min=1):.1%}",
+         f"{classes[taken.argmax()]} ({taken.max()})" if taken.any() else "–")
+        for name, counts, hits, taken in zip(classes, matrix, matrix.diagonal(), wrong)])
+
+
+# ---------------------------------------------------------------------------- experiments
+
+
+def report_of_lab(what, runs, folder):
+    """Write the report of the experiments `what`, whose runs are in the folder `runs`."""
+    try:
+        experiments = reproduce.choose(what)
+    except ValueError as error:
+        raise ValueError(f"no folder {what}; {error}") from error
+    flags = {}
+    rows = [row for experiment in experiments for row in lab_rows(experiment, runs, flags)]
+    done = [row for row in rows if row.data]
+    return write_report(
+        folder, "experiments.j2", title=reproduce.book().reports.get(what, f"Experiments: {what}"),
+        experiments=experiments, rows=rows, comparison=reproduce.comparison(rows),
+        met=sum(row.measured >= row.reported for row in rows
+                if None not in (row.measured, row.reported)),
+        explanations=reproduce.explanations(rows),
+        images=sorted({reproduce.images_of(row) for row in done}),
+        places=sorted({f"{row.device}, commit {row.commit or 'unknown'}" for row in done}),
+        commands={experiment.id: shell(
+            *(shlex.split(run.line) for run in experiment.runs.values()),
+            *(figure.filled(runs) for figure in experiment.figures)) for experiment in experiments},
+        figures={experiment.id: figures_of(experiment, runs, folder) for experiment in experiments},
+        again=shell(["python", "-m", "lab", "reproduce", what,
+                     *(f"--{name}={value}" for name, value in flags.items())],
+                    ["python", "-m", "lab", "report", what]))
+
+
+def with_seeds(folder):
+    """The folder of a run and those of its repetitions with other seeds."""
+    return [folder, *sorted(folder.parent.glob(f"{folder.name}-seed*"))]
+
+
+def lab_rows(experiment, runs, flags):
+    """The rows of an experiment's comparison, from the runs in the folder `runs`.
+
+    Settings that are not the experiment's own are added to `flags`.
+    """
+    rows = []
+    for run in experiment.runs.values():
+        folder = run.folder(runs)
+        done = [result for result in map(finished, with_seeds(folder)) if result]
+        if not done:
+            rows += reproduce.claims(run, "not finished" if folder.exists() else "not measured")
+            continue
+        planned, config = run.config, train.Config.from_json(done[0]["settings"])
+        flags |= {key: getattr(config, key) for key in ("data", "limit", "epochs")
+                  if getattr(config, key) != getattr(planned, key)}
+        flags |= {"seeds": len(done)} if len(done) > 1 else {}
+        rows += reproduce.compare(run, done)
+    return rows or [reproduce.Row(experiment.id, "–", "figures", state="–")]
+
+
+def figures_of(experiment, runs, folder):
+    """{path: caption} of an experiment: its curves in one plot, and what its commands drew."""
+    found, captions = {}, {}
+    plotted = {run.folder(runs): None for run in experiment.runs.values()}
+    for figure in experiment.figures:
+        folders = [run.folder(runs) for run in figure.runs.values()]
+        command = figure.words[2]
+        if command == "curves":
+            plotted |= dict.fromkeys(folders)
+            continue
+        drawn = folders[0] / "figures" if folders else Path(runs, f"{experiment.id}-{command}")
+        found |= dict.fromkeys(sorted(drawn.glob(f"{command}*.png")), drawn.parent.name)
+    folders = [one for first in plotted for one in with_seeds(first) if train.read_rows(one)]
+    if folders:
+        curves = visualize.draw_curves(visualize.group_runs(folders))
+        path = keep_figure(folder, f"{experiment.id}-curves", curves)
+        captions[path] = "loss and accuracy after each epoch"
+    for path, name in found.items():
+        captions[keep_figure(folder, f"{experiment.id}-{path.stem}", path)] = f"{path.stem}, {name}"
+    return captions
