@@ -61,7 +61,8 @@ class Dataset:
     """Train, validation and test images with the class names and the training pixels' statistics.
 
     `mean` and `std` have one value per channel, in units of a pixel value scaled to 0…1. `val` is
-    None when nothing is held out.
+    None when nothing is held out. `fingerprint` changes with the files behind a folder (their
+    names and sizes, wherever the folder lies); built-in sets have one that never does.
     """
 
     name: str
@@ -71,42 +72,48 @@ class Dataset:
     test: Split
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fingerprint: str = ""
 
 
 def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=None,
-         skip_bad=False):
+         skip_bad=False, writes=True):
     """Load a data set into memory and return it as a `Dataset`.
 
     `data` is `cifar10`, `cifar100`, `shapes` or a folder `train/<class>/*`, `test/<class>/*`.
     `val` training images, as many of each class, chosen by `seed`, are held out (None: a tenth).
-    `limit` keeps so many training, validation and test images. Raises ValueError for a setting
-    that makes no sense and OSError for files that are missing or cannot be read.
+    `limit` keeps so many training, validation and test images. Without `writes` nothing is
+    downloaded and no cache is made in `root`: for settings that somebody else's file brought.
+    Raises ValueError for a setting that makes no sense and OSError for files that are missing or
+    cannot be read.
     """
-    classes, (train, test) = _read_parts(("train", "test"), data, root, image_size, skip_bad)
+    classes, (train, test), fingerprint = _read_parts(("train", "test"), data, root, image_size,
+                                                      skip_bad, writes)
     train, held_out = split_off(train, len(train.labels) // 10 if val is None else val, seed)
     train, test = (subset(split, limit, seed) for split in (train, test))
     held_out = held_out and subset(held_out, limit, seed)
     mean, std = pixel_statistics(train.images)
-    return Dataset(data, classes, train, held_out, test, mean, std)
+    return Dataset(data, classes, train, held_out, test, mean, std, fingerprint)
 
 
 def load_split(part, data="cifar10", root="data", image_size=None, seed=0, limit=None,
-               skip_bad=False):
+               skip_bad=False, writes=True):
     """Load one part, "train" or "test", of a data set: (class names, `Split`). See `load`."""
-    classes, (split,) = _read_parts((part,), data, root, image_size, skip_bad)
+    classes, (split,), _ = _read_parts((part,), data, root, image_size, skip_bad, writes)
     return classes, subset(split, limit, seed)
 
 
-def _read_parts(parts, data, root, image_size, skip_bad):
-    """The class names, and a `Split` for each of `parts`, from the source that `data` names."""
+def _read_parts(parts, data, root, image_size, skip_bad, writes):
+    """The class names, a `Split` for each of `parts`, and the fingerprint of what `data` names."""
+    fingerprint = data
     if data in ("cifar10", "cifar100"):
-        classes, splits = _cifar(data, root, parts)
+        classes, splits = _cifar(data, root, parts, writes)
     elif data == "shapes":
         sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed
         classes, splits = SHAPES, [draw_shapes(*sizes[part]) for part in parts]
     else:
-        classes, splits = _folder(Path(data), Path(root), image_size, skip_bad, parts)
-    return tuple(classes), splits
+        classes, splits, fingerprint = _folder(Path(data), Path(root), image_size, skip_bad, parts,
+                                               writes)
+    return tuple(classes), splits, fingerprint
 
 
 def split_off(split, count, seed):
@@ -181,7 +188,7 @@ def _channels_last(images):
     return images.permute(0, 3, 1, 2)
 
 
-def _cifar(name, root, parts):
+def _cifar(name, root, parts, writes):
     from torchvision import datasets
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
@@ -190,10 +197,14 @@ def _cifar(name, root, parts):
             try:
                 found = [source(root, train=part == "train") for part in parts]
             except RuntimeError:  # not there yet, or damaged
+                if not writes:
+                    raise
                 found = [source(root, train=part == "train", download=True) for part in parts]
     except Exception as error:  # torchvision reports a failed download in many ways
+        reason = f"cannot be downloaded ({str(error).splitlines()[0]})" if writes else (
+            "is not downloaded to where a checkpoint says: give --root=FOLDER")
         raise FileNotFoundError(
-            f"{name} is not in {root!r} and cannot be downloaded ({str(error).splitlines()[0]}). "
+            f"{name} is not in {root!r} and {reason}. "
             f"Put {source.filename} (MD5 {source.tgz_md5}) from {source.url} into {root!r}, or go "
             f"on without it: --data=shapes (built in) or --data=FOLDER (train/<class>/*, "
             f"test/<class>/*)") from error
@@ -237,22 +248,28 @@ def read_image(path, size=None, only_larger=False):
     return pixels.view(height, width, 3).permute(2, 0, 1)
 
 
-def _folder(folder, root, image_size, skip_bad, parts):
-    """Class names and the `parts` of `folder`, from a cache file in `root` when nothing
-    has changed since it was made.
+def _folder(folder, root, image_size, skip_bad, parts, writes):
+    """Class names, the `parts` and the fingerprint of `folder`, from a cache file in `root` when
+    nothing has changed since it was made.
 
     Images larger than `image_size`, or not square, are resized to it; smaller square ones are
     kept as they are when all have one size, and enlarged batch by batch on the device.
     """
     files, classes = _list_folder(folder)
+    names = [(part, Path(path).parent.name, Path(path).name, size)
+             for part in files for path, _, size, _ in files[part]]
+    fingerprint = hashlib.blake2b(repr(names).encode(), digest_size=16).hexdigest()
     key = repr((str(folder.resolve()), image_size, skip_bad, files))
     cache = root / f"folder-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
     if cache.exists():
         with contextlib.suppress(Exception):  # a damaged cache is made again
             saved = torch.load(cache, weights_only=True, mmap=True)
             return classes, [Split(_channels_last(saved[f"{part}_images"].clone()),
-                                   saved[f"{part}_labels"].clone()) for part in parts]
+                                   saved[f"{part}_labels"].clone())
+                             for part in parts], fingerprint
     splits = _decode(files, image_size, skip_bad)
+    if not writes:
+        return classes, [splits[part] for part in parts], fingerprint
     saved = {f"{name}_images": split.images.permute(0, 2, 3, 1) for name, split in splits.items()}
     saved |= {f"{name}_labels": split.labels for name, split in splits.items()}
     partial = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
@@ -266,7 +283,7 @@ def _folder(folder, root, image_size, skip_bad, parts):
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-    return classes, [splits[part] for part in parts]
+    return classes, [splits[part] for part in parts], fingerprint
 
 
 def _list_folder(folder):

@@ -637,10 +637,10 @@ class State:
         self.sums.zero_()
 
 
-def load_images(config):
-    """The data set that `config` names."""
+def load_images(config, writes=True):
+    """The data set that `config` names; `writes` see `data.load`."""
     return data.load(config.data, config.root, config.size, config.val, config.seed, config.limit,
-                     config.skip_bad)
+                     config.skip_bad, writes)
 
 
 def prepare(config, dataset, device, workers, resume):
@@ -1067,12 +1067,13 @@ def open_network(source, device="auto", weights=None, image_size=None):
 def open_dataset(description, data=None, root=None):
     """The data set that a network was trained on, split as it was then, or another, `data`.
 
-    `root` takes the place of the data set's folder. ValueError when its classes are not the
-    network's.
+    `root` takes the place of the data set's folder; without it nothing is written or downloaded,
+    for where the checkpoint says is for its author to say. ValueError when its classes are not
+    the network's.
     """
     config = run_settings(description, data, root)
     config = dataclasses.replace(config, image_size=description.preprocessing.image_size)
-    dataset = load_images(config)
+    dataset = load_images(config, writes=root is not None)
     check_classes(description, dataset.classes, config.data)
     return dataset
 
@@ -1082,7 +1083,7 @@ def open_test(description, data=None, root=None):
     config = run_settings(description, data, root)
     classes, test = load_split("test", config.data, config.root,
                                description.preprocessing.image_size, config.seed, config.limit,
-                               config.skip_bad)
+                               config.skip_bad, writes=root is not None)
     check_classes(description, classes, config.data)
     return test
 

@@ -168,6 +168,33 @@ def test_folder_is_read_and_cached(tmp_path):
     assert data.load(str(folder), tmp_path / "cache", val=0).train.images[0, 0, 0, 0] == 9
 
 
+def test_a_fingerprint_changes_with_the_files_alone(tmp_path):
+    def fingerprint(folder):
+        return data.load(str(folder), tmp_path / "cache", val=0).fingerprint
+
+    folder = write_images(tmp_path / "images")
+    first = fingerprint(folder)
+    assert first == fingerprint(folder.rename(tmp_path / "moved"))
+    seen, folder = {first}, tmp_path / "moved"
+    (folder / "train/cat/0.png").rename(folder / "train/cat/renamed.png")
+    seen.add(fingerprint(folder))
+    (folder / "test/dog/0.png").unlink()
+    seen.add(fingerprint(folder))
+    Image.effect_noise((8, 8), 99).save(folder / "test/dog/0.png")
+    seen.add(fingerprint(folder))
+    assert len(seen) == 4
+    assert data.load("shapes", val=0).fingerprint == "shapes"
+
+
+def test_without_writes_nothing_is_made_or_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_args, **_kwargs: pytest.fail("download"))
+    folder, root = write_images(tmp_path / "images"), tmp_path / "root"
+    assert len(data.load(str(folder), root, val=0, writes=False).train.labels) == 6
+    with pytest.raises(FileNotFoundError, match="--root"):
+        data.load_split("test", "cifar10", root, writes=False)
+    assert not root.exists()
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path, monkeypatch, capsys):
     folder = write_images(tmp_path / "images")
     (tmp_path / "file").touch()
