@@ -225,7 +225,8 @@ class WhiteningConv(nn.Conv2d):
         What is added to the eigenvalues keeps directions that hold next to nothing small, such
         as the fine colour that JPEG leaves out.
         """
-        patches = F.unfold(images, 2).permute(0, 2, 1).flatten(0, 1).double()
+        # In float64, on the CPU: MPS has no float64.
+        patches = F.unfold(images.cpu(), 2).permute(0, 2, 1).flatten(0, 1).double()
         values, vectors = torch.linalg.eigh(patches.T.cov())
         filters = (vectors / (values + 5e-2).sqrt()).T.reshape(-1, *self.weight.shape[1:])
         with torch.no_grad():

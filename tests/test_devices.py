@@ -1,0 +1,275 @@
+"""Right on a GPU or a Mac before one is at hand: what runs where, in which type, and what waits.
+
+PyTorch can pretend. Fake tensors of a device of another type run forward and backward without any
+data, and a dispatch mode sees each operator with the devices and types of what goes in and out.
+"""
+
+import functools
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import data
+import deconv
+import network
+import train
+import visualize
+
+# What a fake number answers makes torch.cov complain.
+pytestmark = pytest.mark.filterwarnings("ignore:cov")
+DEVICE = "fakegpu"
+MODULES = {Path(module.__file__).name for module in (data, deconv, network, train, visualize)}
+CASES = {
+    "lenet": ("lenet", {"dropout": 0.2, "augment": ("flip", "crop", "cutout")}),
+    "resnet18": ("resnet18", {}),
+    "vgg_a_bn, on_nan=skip": ("vgg_a_bn", {"on_nan": "skip"}),
+    "speednet, muon, early size": ("speednet", {"early_size": 24}),
+    "resnet20, adamw": ("resnet20", {"optimizer": "adamw"}),
+    "resnet20, adagrad": ("resnet20", {"optimizer": "adagrad"}),
+    "lenet, rmsprop, on_nan=skip": ("lenet", {"optimizer": "rmsprop", "on_nan": "skip"}),
+}
+# What asks for the value of a tensor, which has none here: item(), bool(), tolist(), int() …
+ANSWERS = {"aten._local_scalar_dense.default":
+           lambda tensor: 1.0 if tensor.is_floating_point() else 0,
+           "aten.equal.default": lambda _tensor: True}
+cases = pytest.mark.parametrize("model, settings", CASES.values(), ids=CASES)
+
+
+@functools.cache
+def register_device():
+    """Make the device known to torch; False where this release has not what that needs."""
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401
+        from torch.utils import backend_registration as registration
+
+        class Backend(registration._DummyBackendModule):
+            _is_in_bad_fork = staticmethod(lambda: False)
+            manual_seed_all = staticmethod(lambda _seed: None)
+            get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16])
+
+        registration._setup_privateuseone_for_python_backend(DEVICE, backend_module=Backend())
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+class Watch(TorchDispatchMode):
+    """Notes operators that `mixed` devices, `waits` for the device, and `doubles` on it.
+
+    A copy between the devices is a wait: from the device because the number is wanted, to it
+    because the memory it comes from is not pinned.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.clear()
+
+    def clear(self):
+        """Forget what was noted."""
+        self.mixed, self.waits, self.doubles = [], [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, inputs = str(function), self.tensors((args, kwargs))
+        if name in ANSWERS:
+            if inputs[0].device.type == DEVICE:
+                self.note(self.waits, name)
+            return ANSWERS[name](inputs[0])
+        for tensor in inputs:
+            tensor.constant = None  # a fake number on the CPU has a value, which cannot be moved
+        result = function(*args, **(kwargs or {}))
+        outputs = self.tensors(result)
+        devices = {tensor.device.type for tensor in [*inputs, *outputs]}
+        if len(devices) > 1:
+            copies = name in ("aten._to_copy.default", "aten.copy_.default")
+            self.note(self.waits if copies else self.mixed, name)
+        if any(tensor.device.type == DEVICE and tensor.dtype == torch.float64
+               for tensor in [*inputs, *outputs]):
+            self.note(self.doubles, name)
+        return result
+
+    @staticmethod
+    def tensors(values):
+        return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+    def note(self, notes, what):
+        """Add `what`, with the line of the package that did it."""
+        lines = [f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
+                 for frame in traceback.extract_stack()
+                 if Path(frame.filename).name in MODULES]
+        notes.append(f"{what} at {lines[-1] if lines else 'the backward pass'}")
+
+    def assert_clean(self):
+        """Nothing mixed devices, and no float64 was on the device."""
+        assert self.mixed == [] and self.doubles == []
+
+
+def moved_module(module, *args, memory_format=None, **kwargs):
+    """`nn.Module.to`, which swaps a parameter's inside, as fake parameters do not like."""
+    for part in module.modules():
+        for values, wrap in ((part._parameters, nn.Parameter), (part._buffers, None)):
+            for name, value in values.items():
+                if value is not None:
+                    layout = {"memory_format": memory_format} if memory_format and (
+                        value.ndim == 4) else {}
+                    moved = value.detach().to(*args, **kwargs, **layout)
+                    values[name] = wrap(moved, value.requires_grad) if wrap else moved
+    return module
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """A `Watch` over everything, in a world where no tensor has data."""
+    if not register_device():
+        pytest.skip(f"torch {torch.__version__} has not the private interfaces that pretend a "
+                    f"device")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    caches = [value for module in (data, network, train, visualize)
+              for value in vars(module).values() if hasattr(value, "cache_clear")]
+    watch, set_item = Watch(), torch.Tensor.__setitem__
+
+    def noting_set_item(tensor, index, value):
+        if tensor.device.type == DEVICE and isinstance(value, (int, float)):
+            watch.note(watch.waits, "tensor[…] = a Python number")  # CUDA copies it from the CPU
+        set_item(tensor, index, value)
+
+    monkeypatch.setattr(torch.Tensor, "__setitem__", noting_set_item)
+    monkeypatch.setattr(nn.Module, "to", moved_module)
+    for cache in caches:
+        cache.cache_clear()
+    with FakeTensorMode(), watch:
+        yield watch
+    for cache in caches:  # no tensor without data may remain in them
+        cache.cache_clear()
+
+
+def dataset_of(count):
+    """`count` training and test images."""
+    split = data.Split(torch.zeros(count, 32, 32, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
+                       torch.zeros(count, dtype=torch.long))
+    return data.Dataset("none", data.SHAPES, split, None, split, (0.5,) * 3, (0.25,) * 3)
+
+
+def begun(model, settings, steps=3):
+    """(config, state, batches) of a run on the device."""
+    config = train.Config.create(model, **{"data": "shapes", "val": 0, "batch_size": 4,
+                                           "epochs": 2, "precision": "fp32", **settings})
+    dataset, device = dataset_of(4 * steps), torch.device(DEVICE, 0)
+    state = train.new_state(config, train.describe(config, dataset), device)
+    train.fit_first_layer(state.network, dataset)
+    return config, state, train.batches_of(config, dataset, device, train.Workers())
+
+
+def take_step(config, state, batch):
+    train.train_step(state, *batch, config, train.Workers(), 0.1, config.batch_size)
+    state.step += 1
+
+
+@cases
+def test_a_step_neither_waits_nor_mixes_devices(model, settings, watch):
+    config, state, batches = begun(model, settings)
+    stream = batches.epoch(0, size=settings.get("early_size"))
+    first = next(stream)  # and the plan of the epoch, which comes from the CPU
+    watch.assert_clean()
+    watch.clear()
+    state.network.train()
+    for batch in (first, next(stream), next(stream)):  # the first makes the optimizer's state
+        take_step(config, state, batch)
+    watch.assert_clean()
+    assert watch.waits == []
+    assert {value.device.type for value in state.network.state_dict().values()} == {DEVICE}
+
+
+class NoFolder:
+    """A run folder that is not there."""
+
+    def scalars(self, _values, _step):
+        pass
+
+
+@pytest.mark.parametrize("model, settings", [CASES["lenet"], CASES["speednet, muon, early size"],
+                                             CASES["vgg_a_bn, on_nan=skip"]])
+def test_an_epoch_waits_at_the_declared_points_alone(model, settings, watch, monkeypatch):
+    monkeypatch.setattr(train, "POINT_STEPS", 2)
+    config, state, batches = begun(model, settings)
+    watch.clear()
+    in_step, shown, real_step = [], [], train.train_step
+
+    def noting_step(state, *arguments):
+        if state.step == 0:
+            watch.clear()  # of the epoch's plan
+        before = len(watch.waits)
+        real_step(state, *arguments)
+        in_step.extend(watch.waits[before:])
+
+    def bar(state, step):
+        shown.append((step, len(watch.waits), state.epoch_seconds > 0))
+        watch.waits.clear()
+
+    monkeypatch.setattr(train, "train_step", noting_step)
+    train.train_epoch(state, batches, config, train.Workers(), NoFolder(), bar, [])
+    watch.assert_clean()
+    # One reading of three sums each, and the clock is read after it.
+    assert in_step == [] and shown == [(2, 3, True), (3, 3, True)]
+    assert watch.waits == []
+
+
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_a_resumed_run_waits_no_more_than_before(optimizer, watch):
+    """A checkpoint is read onto the CPU, where some optimizers keep their counters of steps."""
+    config, state, batches = begun("lenet", {"optimizer": optimizer})
+    batch = next(batches.epoch(0))
+    take_step(config, state, batch)
+    devices = [tensor.device.type for tensor in train.changing(state)]
+    on_cpu = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda tensor: tensor.cpu(),
+        {"weights": state.network.state_dict(), "training": train.training_state(state),
+         "epoch": 0, "step": 1})
+    config, state, _ = begun("lenet", {"optimizer": optimizer})
+    train.restore(state, on_cpu, len(batches))
+    assert [tensor.device.type for tensor in train.changing(state)] == devices
+    watch.clear()
+    take_step(config, state, batch)
+    watch.assert_clean()
+    assert watch.waits == []
+
+
+@pytest.mark.parametrize("tta", train.TTA)
+@pytest.mark.parametrize("model, settings", [CASES["lenet"], CASES["speednet, muon, early size"]])
+def test_predict_waits_for_the_images_and_the_end(model, settings, tta, watch):
+    config, state, _ = begun(model, settings)
+    about = network.describe(train.describe(config, dataset_of(8))).preprocessing
+    about(dataset_of(1).test.images, torch.device(DEVICE, 0))  # fills the cache of constants
+    watch.clear()
+    logits = train.predict(state.network, dataset_of(8).test.images, about, tta)
+    watch.assert_clean()
+    assert logits.shape == (8, 10) and logits.device.type == "cpu" and len(watch.waits) == 2
+
+
+@pytest.mark.parametrize("model, layer", [("lenet", "conv2"), ("resnet20", "conv3_x"),
+                                          ("speednet", "conv2_x"), ("vgg_a_bn", "fc")])
+def test_figures_are_computed_on_the_device(model, layer, watch):
+    config, state, batches = begun(model, {})
+    about = network.describe(train.describe(config, dataset_of(8))).preprocessing
+    images, labels = next(batches.epoch(0))
+    watch.clear()
+    maps = visualize.feature_maps(state.network, layer, images)
+    assert maps.device.type == DEVICE and watch.waits == []
+    for rule in deconv.RULES:
+        signal = deconv.project(state.network, layer, images, rule=rule)
+        assert signal.device.type == DEVICE and watch.waits == []
+    visualize.receptive_fields(state.network, layer, 32)
+    visualize.top_activations(state.network, layer, dataset_of(8).test.images, about, [0, 1], 3)
+    directions = [visualize.filter_normalized_direction(state.network, data.generator(0))] * 2
+    watch.clear()
+    with visualize.moved(state.network, directions, (0.5, -0.5)):
+        pass
+    assert watch.waits == []
+    visualize.along_gradient(visualize.batch_loss(state.network, images, labels),
+                             dict(state.network.named_parameters()), [0.1, 0.2])
+    watch.assert_clean()
