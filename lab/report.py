@@ -223,21 +223,18 @@ def per_class_table(matrix, classes):
 
 def report_of_lab(what, runs, folder):
     """Write the report of the experiments `what`, whose runs are in the folder `runs`."""
-    try:
-        experiments = reproduce.choose(what)
-    except ValueError as error:
-        raise ValueError(f"no folder {what}; {error}") from error
+    beside = [str(path.parent) for path in Path(what).parent.glob("*/config.json")]
+    experiments = reproduce.choose(what, "run or experiment", beside)
     flags = {}
     rows = [row for experiment in experiments for row in lab_rows(experiment, runs, flags)]
     done = [row for row in rows if row.data]
     return write_report(
         folder, "experiments.j2", title=reproduce.book().reports.get(what, f"Experiments: {what}"),
-        experiments=experiments, rows=rows, comparison=reproduce.comparison(rows),
-        met=sum(row.measured >= row.reported for row in rows
-                if None not in (row.measured, row.reported)),
-        explanations=reproduce.explanations(rows),
-        images=sorted({reproduce.images_of(row) for row in done}),
-        places=sorted({f"{row.device}, commit {row.commit or 'unknown'}" for row in done}),
+        experiments=experiments, rows=rows,
+        comparison=reproduce.comparison(rows, reproduce.ON_PAGE),
+        others=sorted({row.data for row in rows if row.elsewhere}),
+        machines=sorted({f"{row.device}, {f'{row.threads} threads, ' if row.threads else ''}"
+                         f"{row.precision}, commit {row.commit or 'unknown'}" for row in done}),
         commands={experiment.id: shell(
             *(shlex.split(run.line) for run in experiment.runs.values()),
             *(figure.filled(runs) for figure in experiment.figures)) for experiment in experiments},
@@ -262,7 +259,7 @@ def lab_rows(experiment, runs, flags):
         folder = run.folder(runs)
         done = [result for result in map(finished, with_seeds(folder)) if result]
         if not done:
-            rows += reproduce.claims(run, "not finished" if folder.exists() else "not measured")
+            rows += reproduce.claims(run, "not finished" if folder.exists() else None)
             continue
         planned, config = run.config, train.Config.from_json(done[0]["settings"])
         flags |= {key: getattr(config, key) for key in ("data", "limit", "epochs")

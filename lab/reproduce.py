@@ -3,11 +3,14 @@
     python -m lab reproduce        # lists the experiments and what they cost
     python -m lab reproduce 4.1 --data=shapes --limit=256 --epochs=1
 
-experiments.toml says what is run and what was claimed, results.csv what was measured so far.
+experiments.toml says what is run and what was claimed, results.csv what was measured so far;
+docs/results.md shows both.
 """
 
+import collections
 import csv
 import dataclasses
+import difflib
 import functools
 import re
 import shlex
@@ -27,6 +30,10 @@ from train import Config
 
 RESULTS = Path(__file__).with_name("results.csv")
 RESULT = ("test/accuracy", "val/accuracy", "seconds")  # what is told of a run in one line
+NUMBER = int | float
+KINDS = {"epoch": NUMBER, "epochs": NUMBER, "parameters": NUMBER, "seconds": NUMBER,
+         "test/accuracy": NUMBER, "train/accuracy": NUMBER, "val/accuracy": NUMBER | None,
+         "device": str, "commit": str | None, "versions": dict}  # what is read of a result.json
 MODULES = {f"{module.__name__}.py": module
            for module in (data_module, network, train, visualize, deconv)}
 # {name} in a figure's line is the folder of a run of the same experiment, {id/name} of another.
@@ -38,14 +45,21 @@ PLACEHOLDER = re.compile(r"\{(?:([^{}/]+)/)?([^{}]+)\}")
 
 @dataclass(frozen=True)
 class Run:
-    """A training run of an experiment: its command line, the settings that this asks for, and the
-    accuracies that are reported of it, in per cent; None where the report says nothing."""
+    """A training run of an experiment: its command line, the settings that this asks for, the
+    accuracies that are reported of it, in per cent (None where the report says nothing), and
+    whether it takes more than a CPU can do in a day."""
 
     experiment: str
     name: str
     line: str
     config: Config
     reported: dict[str, float | None]
+    gpu: bool
+
+    @property
+    def state(self):
+        """What is said in place of an accuracy that is not there."""
+        return "waits for a GPU" if self.gpu else "not measured"
 
     def folder(self, out, seed=0):
         """The run's folder in the folder `out`; the first seed's has no number."""
@@ -80,12 +94,10 @@ class Experiment:
 
 
 class Book(typing.NamedTuple):
-    """All that experiments.toml says: experiments by id, titles of the reports, and why accuracies
-    on other images than the reports' may lie below theirs."""
+    """All that experiments.toml says: experiments by id, and titles of the reports."""
 
     experiments: dict[str, Experiment]
     reports: dict[str, str]
-    images: dict[str, str]
 
 
 @functools.cache
@@ -93,7 +105,8 @@ def book():
     """The `Book` of this folder, read and parsed once."""
     content = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text("utf-8"))
     runs = {(entry["id"], name): Run(entry["id"], name, line, config_of(line),
-                                     entry.get("reported", {}).get(name, {"test": None}))
+                                     entry.get("reported", {}).get(name, {"test": None}),
+                                     name in entry.get("gpu", ()))
             for entry in content["experiment"] for name, line in entry.get("runs", {}).items()}
 
     def figure(experiment, line):
@@ -105,7 +118,7 @@ def book():
         entry["id"], entry["report"], entry["shows"], entry.get("note", ""),
         {name: runs[entry["id"], name] for name in entry.get("runs", {})},
         tuple(figure(entry["id"], line) for line in entry.get("figures", ())))
-        for entry in content["experiment"]}, content["reports"], content["images"])
+        for entry in content["experiment"]}, content["reports"])
 
 
 def config_of(line):
@@ -114,24 +127,28 @@ def config_of(line):
     return Config.create(**train.parse_flags(flags))
 
 
-def choose(what):
+def choose(what, kind="experiment", others=()):
     """The experiments that `what` means: an id, a report's name, or `all`.
 
-    An id and a run's name, such as 2.7/adam, mean that experiment with this run only.
+    An id and a run's name, such as 2.7/adam, mean that experiment with this run only. ValueError
+    says that there is no such `kind` of thing, and which of them or of `others` has a name like it.
     """
-    what, _, run = what.partition("/")
-    known = book().experiments
+    known, (first, _, run) = book().experiments, what.partition("/")
     chosen = [experiment for experiment in known.values()
-              if what in ("all", experiment.id, experiment.report)]
+              if first in ("all", experiment.id, experiment.report)]
     if not chosen:
-        raise ValueError(f"{what}: no such experiment; there are all, "
-                         f"{', '.join([*book().reports, *known])}")
+        names = ["all", *book().reports, *known, *others]
+        near = difflib.get_close_matches(what, names, cutoff=0.5)
+        raise ValueError(f"{what}: no such {kind}{'; did you mean ' * bool(near)}"
+                         f"{', '.join(near)}{'?' * bool(near)} (python -m lab reproduce lists the "
+                         f"experiments)")
     if not run:
         return chosen
-    runs = known[what].runs if what in known else {}
+    runs = known[first].runs if first in known else {}
     if run not in runs:
-        raise ValueError(f"{what}/{run}: no such run; {what} has {', '.join(runs) or 'none'}")
-    return [dataclasses.replace(chosen[0], runs={run: runs[run]}, figures=())]
+        raise ValueError(f"{what}: no such run; {first} has {', '.join(runs) or 'none'}")
+    return [dataclasses.replace(chosen[0], figures=(), runs={
+        run: dataclasses.replace(runs[run], gpu=False)})]  # asked for by name, it waits for nothing
 
 
 # ---------------------------------------------------------------------------- running
@@ -144,9 +161,10 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
 
     Without WHAT they are listed, with the time they took where that is known. An id and a run's
     name (2.7/adam) mean this run alone, without figures. Finished runs are skipped and stopped
-    ones resumed. `--data`, `--root`, `--limit`, `--epochs` and `--precision` take the place of
-    what the entries say; `--seeds` repeats every run. Ends in a table of reported and measured
-    accuracies; `--results=FILE` keeps each of them in a CSV file once it is known.
+    ones resumed; what takes days without a GPU is left out where there is none, unless a run is
+    named or `--limit` makes it small. `--data`, `--root`, `--limit`, `--epochs` and `--precision`
+    take the place of what the entries say; `--seeds` repeats every run. Ends in a table of reported
+    and measured accuracies; `--results=FILE` keeps each of them in a CSV file once it is known.
     """
     if what is None:
         return costs()
@@ -154,15 +172,23 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
         raise ValueError(f"seeds={seeds}: must be at least 1")
     given = {"data": data, "root": root, "limit": limit, "epochs": epochs, "precision": precision}
     given = {name: value for name, value in given.items() if value is not None}
-    rows = []
+    able = limit is not None or train.choose_device().type == "cuda"
+    rows, kept = [], Path(results) if results else None
+    if kept and kept.exists():
+        read_results(kept)  # complains of another table before anything is trained
     for experiment in choose(what):
         print(f"\n{experiment.id}  {experiment.shows}", flush=True)
         for run in experiment.runs.values():
+            if run.gpu and not able:
+                rows += claims(run)
+                continue
             measured = compare(run, [perform(run, given, out, seed) for seed in range(seeds)])
             rows += measured
-            if results:
-                keep_results(Path(results), measured)
+            if kept:
+                keep_results(kept, measured)
         for figure in experiment.figures:
+            if not able and any(run.gpu for run in figure.runs.values()):
+                continue
             for run in figure.runs.values():  # of other experiments: made if missing
                 perform(run, given, out)
             draw(figure, given, out)
@@ -187,9 +213,27 @@ def finished_result(config):
     if not path.exists():
         return None
     train.check_same_run(config)
-    result, epochs, *_ = read_json(path, lambda result: (  # complains of what is not there
-        result, int(result["epochs"]), *(train.format_cell(result[name]) for name in RESULT)))
-    return result if epochs >= config.epochs else None
+    result = read_json(path, checked)
+    return result if result["epochs"] >= config.epochs else None
+
+
+def checked(result):
+    """What a result.json holds, which may be from elsewhere: its texts in one line each.
+
+    ValueError or TypeError for what is not of its kind (see `KINDS`).
+    """
+    result = dict(result)
+    for name, kind in KINDS.items():
+        value = result.get(name)
+        if not isinstance(value, kind) or (isinstance(value, NUMBER) and not 0 <= value < 1e15):
+            raise ValueError(f"{name}={value!r:.80}: must be {getattr(kind, '__name__', kind)}")
+    for texts in (result, result["versions"]):
+        texts |= {name: " ".join(text.split()) for name, text in texts.items()
+                  if isinstance(text, str)}
+    if not all(isinstance(text, str) for text in result["versions"].values()):
+        raise ValueError("versions: must be texts")
+    Config.from_json(result["settings"])
+    return result
 
 
 def draw(figure, given, out):
@@ -211,10 +255,12 @@ def costs():
     rows = []
     for name, experiment in book().experiments.items():
         known = [taken for run in experiment.runs if (taken := seconds.get((name, run)))]
-        missing = len(experiment.runs) - len(known)
-        cost = duration(sum(known)) if known else "not measured" if missing else "figures only"
+        missing = collections.Counter(run.state for run in experiment.runs.values()
+                                      if not seconds.get((name, run.name)))
+        cost = [duration(sum(known))] if known else []
+        cost += [f"{count} {state}" for state, count in missing.items()]
         rows.append((name, experiment.report, experiment.shows, ", ".join(experiment.runs) or "–",
-                     cost + f", {missing} not measured" * bool(known and missing)))
+                     ", ".join(cost) or "figures only"))
     return Table(("id", "report", "shows", "runs", "time"), rows,
                  "python -m lab reproduce ID | ID/RUN | REPORT | all")
 
@@ -226,8 +272,9 @@ def costs():
 class Row:
     """An accuracy that is reported of a run beside the measured one, in per cent.
 
-    All before `limit` is kept in results.csv; `std` is over several seeds. `state` is said in
-    place of an accuracy that is not there.
+    All before `state` are the columns of results.csv. `std` is over several seeds, `seconds` are
+    those of one run; `data` also tells a limit. `state` is said in place of an accuracy that is
+    not there.
     """
 
     id: str
@@ -239,28 +286,58 @@ class Row:
     seeds: int | None = None
     epochs: int | None = None
     seconds: float | None = None
-    device: str | None = None
+    threads: int | None = None
+    precision: str | None = None
     data: str | None = None
+    device: str | None = None
     commit: str | None = None
-    limit: int | None = None
-    state: str = "not measured"
+    state: str = "–"
+
+    @property
+    def planned(self):
+        """The settings of the run as its experiment asks for them."""
+        return book().experiments[self.id].runs[self.run].config
+
+    @property
+    def elsewhere(self):
+        """Whether it was measured on other images than the report's."""
+        return self.data is not None and self.data != images_of(self.planned)
+
+    @property
+    def difference(self):
+        """Points above the reported accuracy; None where the two cannot be compared."""
+        known = None not in (self.reported, self.measured) and not self.elsewhere
+        return round(self.measured - self.reported, 2) if known else None
 
 
-KINDS = dict([*typing.get_type_hints(Row).items()][:12])  # the columns of results.csv
-COLUMNS = ("id", "run", "accuracy", "reported %", "measured %", "difference", "epochs", "time",
-           "images", "note")
-ON_SCREEN = ("id", "run", "accuracy", "reported %", "measured %", "difference", "time")
+COLUMNS = dict([*typing.get_type_hints(Row).items()][:-1])  # of results.csv, and their types
+HEADER = ("id", "run", "accuracy", "reported %", "measured %", "difference", "seeds", "epochs",
+          "time", "images", "threads", "precision", "commit")
+ON_SCREEN, ON_PAGE = HEADER[:6], HEADER[:10]
+WRITTEN_BY = "Written by `python -m lab results` from lab/results.csv"
+RESULTS_HEAD = f"""# Results
+
+{WRITTEN_BY}. Accuracies in per cent, reported by the five lab reports beside
+measured; of several seeds the mean ± standard deviation. Time is that of one run's steps. Epochs
+say so where fewer were run than planned. What takes days on a CPU waits for a GPU. Training
+accuracy is counted while the network learns, over its last epoch. A row is measured by `python -m
+lab reproduce ID/RUN --results=lab/results.csv`.
+"""
 
 
-def claims(run, state="not measured"):
+def claims(run, state=None):
     """A `Row` for each accuracy that is reported of a run, with nothing measured yet."""
-    return [Row(run.experiment, run.name, part, claim, state=state)
+    return [Row(run.experiment, run.name, part, claim, state=state or run.state)
             for part, claim in run.reported.items()]
 
 
 def compare(run, done):
     """The rows of a run with what was measured of it: results of one seed or several."""
     config = Config.from_json(done[0]["settings"])
+    device, *threads = re.split(r", (\d+) threads?", done[0]["device"])  # name, number, name
+    precision, device = config.precision, device + "".join(threads[1:])
+    if precision == "auto" and threads:  # no GPU
+        precision = "fp32"
     rows = []
     for row in claims(run, state="–"):
         measured = [100 * result[f"{row.accuracy}/accuracy"] for result in done
@@ -270,42 +347,31 @@ def compare(run, done):
             std=round(statistics.stdev(measured), 2) if len(measured) > 1 else None,
             seeds=len(done), epochs=done[0]["epochs"],
             seconds=round(statistics.mean(result["seconds"] for result in done), 1),
-            device=done[0]["device"] + ", bf16" * (config.precision == "bf16"),
-            data=Path(config.data).name, limit=config.limit, commit=done[0]["commit"]))
+            threads=int(threads[0]) if threads else None, precision=precision,
+            data=images_of(config), device=device, commit=done[0]["commit"]))
     return rows
 
 
-def comparison(rows, columns=COLUMNS):
+def images_of(config):
+    """On which images a run is trained and measured."""
+    return Path(config.data).name + (f", limit {config.limit}" if config.limit else "")
+
+
+def comparison(rows, columns=HEADER):
     """The table of reported beside measured: on the screen, in Markdown and on a page."""
-    lines, noted = [], set()
+    lines = []
     for row in rows:
-        experiment = book().experiments[row.id]
-        known = None not in (row.reported, row.measured)
         std = "" if row.std is None else f" ± {row.std:.2f}"
-        planned = experiment.runs[row.run].config.epochs if row.epochs else None
-        lines.append(dict(zip(COLUMNS, (
-            row.id, row.run, row.accuracy,
-            "–" if row.reported is None else f"{row.reported:.2f}",
-            row.state if row.measured is None else f"{row.measured:.2f}{std}",
-            f"{row.measured - row.reported:+.2f}".replace("-", "−") if known else "–",
-            f"{row.epochs or '–'}" + f" of {planned}" * (row.epochs != planned),
-            "–" if row.seconds is None else duration(row.seconds), images_of(row),
-            "" if row.id in noted else experiment.note))))
-        noted.add(row.id)  # an experiment's note is in its first row
-    return Table(columns, [[line[name] for name in columns] for line in lines])
-
-
-def images_of(row):
-    """On which images something was measured."""
-    return f"{row.data or '–'}" + (f", limit {row.limit}" if row.limit else "")
-
-
-def explanations(rows):
-    """A sentence for each kind of images on which something measured lies below the report."""
-    below = {row.data for row in rows if None not in (row.reported, row.measured)
-             and row.measured < row.reported}
-    return [f"Where figures on {name} lie below the report's: "
-            f"{book().images.get(name, 'not explained')}." for name in sorted(below)]
+        fewer = f" of {row.planned.epochs}" if row.data and row.epochs != row.planned.epochs else ""
+        cells = {
+            "reported %": row.reported and f"{row.reported:.2f}", "images": row.data,
+            "measured %": row.state if row.measured is None else f"{row.measured:.2f}{std}",
+            "difference": "other images" if row.elsewhere else row.difference is not None
+            and f"{row.difference:+.2f}".replace("-", "−"),
+            "epochs": row.epochs and f"{row.epochs}{fewer}",
+            "time": row.seconds and duration(row.seconds)}
+        lines.append([str(cells.get(name, getattr(row, name, None)) or "–") for name in columns])
+    return Table(columns, lines)
 
 
 def duration(seconds):
@@ -314,11 +380,28 @@ def duration(seconds):
             if seconds >= 120 else f"{seconds:.1f} s")
 
 
+def replace(path, content, sign):
+    """Write a file that this package makes: never over one that has not the text `sign` in it."""
+    path = Path(path)
+    if path.exists() and sign not in path.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(f"{path}: is not from here (no {sign!r} in it) and stays as it is; "
+                              f"move it away or choose another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
 def read_results(path):
-    """{(id, run, accuracy): `Row`} of a CSV file of measured results."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [Row(**{name: parse_value(name, line.get(name) or "none", kind)
-                       for name, kind in KINDS.items()}) for line in csv.DictReader(file)]
+    """{(id, run, accuracy): `Row`} of a CSV file of measured results; ValueError for another."""
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        try:
+            header, *lines = csv.reader(file, strict=True)
+            if header != [*COLUMNS] or {len(line) for line in lines} - {len(header)}:
+                raise ValueError(f"its columns must be {','.join(COLUMNS)}")
+            rows = [Row(**{name: parse_value(name, text or "none", kind)
+                           for (name, kind), text in zip(COLUMNS.items(), line)})
+                    for line in lines]
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}: no table of measured results ({error})") from error
     return {(row.id, row.run, row.accuracy): row for row in rows}
 
 
@@ -326,28 +409,28 @@ def keep_results(path, rows):
     """Put `rows` into the CSV file of measured results, in place of older rows of the same runs."""
     kept = read_results(path) if path.exists() else {}
     kept |= {(row.id, row.run, row.accuracy): row for row in rows}
-    order = [*book().experiments]
+    order = {name: number for number, name in enumerate(book().experiments)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, Table([*KINDS], [
-        ["" if (value := getattr(row, name)) is None else str(value) for name in KINDS]
-        for row in sorted(kept.values(), key=lambda row: order.index(row.id))]).csv())
+    write_atomically(path, Table([*COLUMNS], [
+        ["" if (value := getattr(row, name)) is None else str(value) for name in COLUMNS]
+        for row in sorted(kept.values(), key=lambda row: order.get(row.id, len(order)))]).csv())
 
 
-def results(path: str | None = None, readme: str = "README.md"):
-    """Write the table of measured results from PATH into README, between its two markers."""
-    text = Path(readme).read_text(encoding="utf-8")
-    start, end = "<!-- results -->\n", "<!-- end of results -->"
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"{readme}: needs the lines {start.strip()} and {end} once each")
-    before, after = text.split(start)[0], text.split(end)[1]
-    write_atomically(readme, before + start + results_markdown(path or RESULTS) + end + after)
-    return Path(readme)
+def results(path: str | None = None, out: str = "docs/results.md"):
+    """Write the measured results in the CSV file PATH beside the reported ones, as Markdown."""
+    replace(out, results_markdown(path or RESULTS), WRITTEN_BY)
+    return Path(out)
 
 
 def results_markdown(path):
     """All runs of the experiments with what the CSV file `path` says of them, as Markdown."""
-    measured = read_results(path)
-    rows = [measured.get((row.id, row.run, row.accuracy), row)
-            for experiment in book().experiments.values()
-            for run in experiment.runs.values() for row in claims(run)]
-    return comparison(rows).markdown() + "".join(f"\n{text}\n" for text in explanations(rows))
+    measured, parts = read_results(path), [RESULTS_HEAD]
+    for report, title in book().reports.items():
+        experiments = choose(report)
+        rows = [measured.get((row.id, row.run, row.accuracy), row) for experiment in experiments
+                for run in experiment.runs.values() for row in claims(run)]
+        notes = "".join(f"- {experiment.id}: {experiment.note}\n" for experiment in experiments
+                        if experiment.note and experiment.runs)
+        if rows:
+            parts += [f"## {title}\n", comparison(rows).markdown(), notes]
+    return "\n".join(filter(None, parts))

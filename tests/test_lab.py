@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 import train
@@ -42,7 +43,9 @@ def test_ids_are_unique_and_selections_work():
     assert reproduce.choose("all") == EXPERIMENTS
     only, = reproduce.choose("2.7/adam")
     assert list(only.runs) == ["adam"] and not only.figures
-    for wrong, answer in (("9.9", r"9\.9.*cnn-trials"), ("2.7/x", "2.7/x.*batch22, adam, large"),
+    for wrong, answer in (("4.12", r"4\.12: no such experiment; did you mean .*4\.11.*\(python -m"),
+                          ("cnn-trails", "did you mean cnn-trials"), ("nine", r"nine: no such experiment \(python"),
+                          ("2.7/x", "2.7/x.*batch22, adam, large"),
                           ("2.1/x", "none"), ("all/x", "none")):
         with pytest.raises(ValueError, match=answer):
             reproduce.choose(wrong)
@@ -75,62 +78,119 @@ def test_every_figure_is_a_known_command_on_known_runs():
             assert bool(figure.runs) == any("a folder\\1" in word for word in words)
 
 
-def test_reproduce_alone_lists_the_experiments_with_their_cost_and_trains_nothing(capsys,
-                                                                                  monkeypatch):
+def test_reproduce_alone_lists_the_experiments_with_their_cost_and_trains_nothing(
+        capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results.csv")
+    reproduce.keep_results(reproduce.RESULTS, [
+        reproduce.Row("1.1", "lenet", "test", seconds=50.9),
+        *(reproduce.Row("4.2", "conv2_25", part, seconds=230.0) for part in ("test", "val"))])
     table = reproduce.reproduce()
-    rows = {row[0]: row for row in table.rows}
+    rows = {row[0]: row[-1] for row in table.rows}
     assert [*rows] == [entry.id for entry in EXPERIMENTS]
-    assert rows["1.1"][-1] == "50.9 s" and rows["3.1"][-1] == "not measured"
-    assert rows["4.2"][-1] == "4 min, 1 not measured" and rows["2.4"][-1] == "figures only"
+    assert rows["1.1"] == "50.9 s" and rows["2.4"] == "figures only"
+    assert rows["4.2"] == "4 min, 1 not measured"
+    assert rows["3.3"] == "2 not measured, 1 waits for a GPU"
     lab("reproduce")
     assert "4.11" in capsys.readouterr().out
+
+
+def test_what_waits_for_a_gpu_is_left_out_unless_named(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(reproduce, "perform", lambda run, *_: made.append(run.name))
+    monkeypatch.setattr(reproduce, "compare", lambda run, _done: reproduce.claims(run, "made"))
+    monkeypatch.setattr(reproduce, "draw", lambda figure, *_: made.append(figure.words[2]))
+    monkeypatch.setattr(train, "choose_device", lambda *_: torch.device("cpu"))
+    table = reproduce.reproduce("3.3")
+    assert made == ["width32", "width8", "width8", "leaky_relu_quarter_width", "width32", "curves"]
+    assert [row[4] for row in table.rows] == ["made", "waits for a GPU", "made"]
+    for what, given in (("3.3/width128", {}), ("3.5", {"limit": 40})):
+        made.clear()
+        reproduce.reproduce(what, **given)
+        assert made in (["width128"], ["final"])
+    monkeypatch.setattr(train, "choose_device", lambda *_: torch.device("cuda"))
+    reproduce.reproduce("3.1")
+    assert made[1:4] == ["relu", "leaky_relu", "elu"]
 
 
 # ---------------------------------------------------------------------------- results
 
 
-def test_the_readme_shows_what_was_measured():
-    table = reproduce.results_markdown(ROOT / "lab" / "results.csv")
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.count("\n") > len(EXPERIMENTS)
+def test_the_page_of_results_shows_what_was_measured():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert text == reproduce.results_markdown(ROOT / "lab" / "results.csv")
+    claims = [row for entry in EXPERIMENTS for run in entry.runs.values()
+              for row in reproduce.claims(run)]
+    assert len(re.findall(r"^\| \d", text, re.MULTILINE)) == len(claims)
+    assert "| 3.5 | final | train | 99.99 | waits for a GPU | – |" in text
+    for row in reproduce.read_results(ROOT / "lab" / "results.csv").values():
+        assert row.data.startswith("cifar10") and "jpeg" not in row.data and row.commit
+        assert row.precision and row.seeds and (row.threads or "cpu" not in row.device)
 
 
-def test_results_go_between_the_markers_of_a_markdown_file(tmp_path, capsys):
-    path = tmp_path / "the readme.md"
-    path.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
-    lab("results", f"--readme={path}")
-    table = reproduce.results_markdown(reproduce.RESULTS)
-    assert path.read_text() == (f"before\n<!-- results -->\n{table}"
-                                f"<!-- end of results -->\nafter\n")
-    assert capsys.readouterr().out == f"{path}\n"
-    path.write_text("no markers")
-    with pytest.raises(ValueError, match="once each"):
-        reproduce.results(readme=str(path))
+def test_results_are_written_and_never_over_another_file(tmp_path, capsys):
+    path = tmp_path / "a folder" / "results.md"
+    for _ in range(2):
+        lab("results", f"--out={path}")
+        assert path.read_text() == reproduce.results_markdown(reproduce.RESULTS)
+    assert capsys.readouterr().out == f"{path}\n{path}\n"
+    path.write_text("my own results")
+    with pytest.raises(FileExistsError, match=r"results\.md: is not from here"):
+        reproduce.results(out=str(path))
+    assert path.read_text() == "my own results" and len([*path.parent.iterdir()]) == 1
 
 
-def test_a_row_measured_after_fewer_epochs_or_in_bf16_says_so(tmp_path):
+def measured(**values):
+    """The row of experiment 1.1 of a run with these settings."""
     entry, = reproduce.choose("1.1/lenet")
-    config = train.Config.create(data="cifar10-jpeg", precision="bf16")
-    result = {"test/accuracy": 0.5, "epochs": 1, "seconds": 9.0, "device": "cpu", "commit": "abc",
-              "settings": dataclasses.asdict(config)}
+    config = train.Config.create(**values)
+    result = {"test/accuracy": 0.5, "epochs": 1, "seconds": 9.0, "commit": "abc",
+              "device": "cpu, 1 threads, AMD EPYC", "settings": dataclasses.asdict(config)}
     row, = reproduce.compare(entry.runs["lenet"], [result])
-    assert row.device == "cpu, bf16" and row.measured == 50
-    reproduce.keep_results(tmp_path / "results.csv", [row])
-    markdown = reproduce.results_markdown(tmp_path / "results.csv")
-    assert "| 57.20 | 50.00 | −7.20 | 1 of 2 | 9.0 s | cifar10-jpeg |" in markdown
-    assert "cifar10-jpeg lie below the report's: images re-encoded as JPEG" in markdown
+    return row
+
+
+def test_a_row_says_how_and_on_what_it_was_measured(tmp_path):
+    row, path = measured(precision="bf16"), tmp_path / "results.csv"
+    assert (row.device, row.threads, row.precision) == ("cpu, AMD EPYC", 1, "bf16")
+    assert measured().precision == "fp32" and row.measured == 50
+    reproduce.keep_results(path, [row])
+    assert reproduce.read_results(path) == {("1.1", "lenet", "test"): row}
+    assert ("| 57.20 | 50.00 | −7.20 | 1 | 1 of 2 | 9.0 s | cifar10 | 1 | bf16 | abc |"
+            in reproduce.results_markdown(path))
+
+
+def test_other_images_than_the_reports_are_not_compared(tmp_path):
+    for values, images in (({"data": "shapes"}, "shapes"), ({"data": "x/cifar10-jpeg"},
+                           "cifar10-jpeg"), ({"limit": 40}, "cifar10, limit 40")):
+        reproduce.keep_results(tmp_path / "results.csv", [measured(**values)])
+        assert (f"| 57.20 | 50.00 | other images | 1 | 1 of 2 | 9.0 s | {images} |"
+                in reproduce.results_markdown(tmp_path / "results.csv"))
+    planned = reproduce.book().experiments["1.3"].runs["vgg16_1x1"].config
+    assert reproduce.images_of(planned) == "cifar10, limit 8000"  # the report's own limit
+    row = reproduce.Row("1.3", "vgg16_1x1", "test", 24.5, 30.0, epochs=3,
+                        data="cifar10, limit 8000")
+    assert reproduce.comparison([row]).rows[0][5] == "+5.50"
 
 
 def test_results_are_kept_in_place_of_older_ones_of_the_same_run(tmp_path):
     path = tmp_path / "results.csv"
-    shutil.copy(reproduce.RESULTS, path)
-    rows = [*reproduce.read_results(path).values()]
-    reproduce.keep_results(path, rows[3:5])
-    assert path.read_bytes() == reproduce.RESULTS.read_bytes()
+    rows = [reproduce.Row(name, run, "test", 57.2, 55.0, seeds=1, epochs=2, data="cifar10")
+            for name, run in (("1.1", "lenet"), ("4.1", "base"), ("4.11", "stopped"))]
+    reproduce.keep_results(path, rows[::-1])
+    before = path.read_bytes()
+    reproduce.keep_results(path, rows[1:2])
+    assert path.read_bytes() == before
     reproduce.keep_results(path, [dataclasses.replace(rows[0], measured=99.0, std=0.5, seeds=2)])
-    assert path.read_text().splitlines()[1].startswith("1.1,lenet,test,57.2,99.0,0.5,2,2,50.9,")
-    assert "| 57.20 | 99.00 ± 0.50 | +41.80 |" in reproduce.results_markdown(path)
+    assert path.read_text().splitlines()[1].startswith("1.1,lenet,test,57.2,99.0,0.5,2,2,,")
+    assert "| 57.20 | 99.00 ± 0.50 | +41.80 | 2 |" in reproduce.results_markdown(path)
+    for foreign in ("a,b\n1,2\n", "", ",".join(reproduce.COLUMNS) + "\n1.1,x\n", '"' + 9 * "a"):
+        path.write_text(foreign)
+        for change in (lambda: reproduce.keep_results(path, rows),
+                       lambda: reproduce.reproduce("4.1", results=str(path))):
+            with pytest.raises(ValueError, match=r"results\.csv: no table of measured results"):
+                change()
+        assert path.read_text() == foreign
 
 
 # ---------------------------------------------------------------------------- running
@@ -245,7 +305,8 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
     report.report("cnn-trials", runs=str(tmp_path))
     parsed, page, text = read_report(tmp_path / "cnn-trials")
     assert len(parsed.links) == 1 and parsed.headings[1].startswith("4.1 ")
-    assert re.search(r"\| 4.1 \| base \| test \| 64.86 \| [\d.]+ \| −", text)
+    assert re.search(r"\| 4.1 \| base \| test \| 64.86 \| [\d.]+ \| other images \| 1 \|", text)
+    assert "0 were measured again" in text and "reported elsewhere" not in text
     assert r"| 4.2 | conv2_25 | test | 68.07 | not measured |" in text
     assert "reproduce cnn-trials --data=shapes --limit=40 --epochs=1" in page
     assert "python train.py --model=simple_cnn --optimizer=adam \\\n    --schedule" in page
@@ -253,13 +314,16 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
 
 @pytest.mark.parametrize("words, message", [
     (["report", "FOLDER"], "no finished run"),
-    (["report", "nothing"], "no folder nothing.*cnn-trials.*4.11"),
-    (["reproduce", "nothing"], "nothing: no such experiment.*cnn-trials.*4.11"),
+    (["report", "nothing"], r"nothing: no such run or experiment \(python -m lab"),
+    (["report", "FOLDER/typo"], r"typo: no such run or experiment; did you mean \S+/typed\?"),
+    (["reproduce", "nothing"], "nothing: no such experiment"),
     (["reproduce", "4.1", "--epohcs=1"], "epohcs"),
     (["results", "--path=FOLDER/none.csv"], "none.csv"),
     (["sweep", "--lr=0.1"], "no flag has several values"),
 ])
 def test_bad_input_is_one_line_and_exit_2(words, message, tmp_path, capsys):
+    (tmp_path / "typed").mkdir()
+    (tmp_path / "typed" / "config.json").touch()
     with pytest.raises(SystemExit) as leave:
         lab(*[word.replace("FOLDER", str(tmp_path)) for word in words])
     lines = capsys.readouterr().err.splitlines()
