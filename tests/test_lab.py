@@ -44,7 +44,8 @@ def test_ids_are_unique_and_selections_work():
     only, = reproduce.choose("2.7/adam")
     assert list(only.runs) == ["adam"] and not only.figures
     for wrong, answer in (("4.12", r"4\.12: no such experiment; did you mean .*4\.11.*\(python -m"),
-                          ("cnn-trails", "did you mean cnn-trials"), ("nine", r"nine: no such experiment \(python"),
+                          ("cnn-trails", "did you mean cnn-trials"),
+                          ("nine", r"nine: no such experiment \(python"),
                           ("2.7/x", "2.7/x.*batch22, adam, large"),
                           ("2.1/x", "none"), ("all/x", "none")):
         with pytest.raises(ValueError, match=answer):
