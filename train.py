@@ -1132,9 +1132,10 @@ def finish(state, dataset, folder, workers):
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
         "command": command_of(config), "processes": workers.world, **environment(network),
     }
-    write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
     with data.writing(folder.path / "test"):
         write_board(folder, network, dataset, logits, result)
+    # Last, since a run with a result counts as finished and is not gone on with.
+    write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
     result_table(result).print()
     print(result_line(result))
     for name in ("result.json", "metrics.csv", "best.pth", "last.pth"):

@@ -381,13 +381,19 @@ def duration(seconds):
 
 
 def replace(path, content, sign):
-    """Write a file that this package makes: never over one that has not the text `sign` in it."""
+    """Write a file that this package makes: all or nothing, and never over one that is not ours,
+    which has not the text `sign` in it."""
+    check_ours(path, sign)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def check_ours(path, sign):
+    """FileExistsError if the file `path` is there and has not the text `sign` in it."""
     path = Path(path)
     if path.exists() and sign not in path.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{path}: is not from here (no {sign!r} in it) and stays as it is; "
                               f"move it away or choose another place")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
 
 
 def read_results(path):

@@ -1,13 +1,12 @@
 """A grid of runs: python -m lab sweep --model=lenet --lr=0.1,0.01 --augment=flip+crop,none"""
 
-import contextlib
 import itertools
 import time
 
 import train
 import visualize
-from data import Busy, Table, write_atomically
-from lab.reproduce import RESULT, finished_result
+from data import Busy, Table, show
+from lab.reproduce import RESULT, check_ours, finished_result, replace
 
 
 def sweep(**flags):
@@ -15,26 +14,44 @@ def sweep(**flags):
 
     Within a value of a list, as of --augment, the parts are joined by + (--augment=flip+crop,none).
     Finished runs are skipped and stopped ones resumed; several sweeps can share a grid. The table
-    is written to runs/<name>/sweep.csv and .md, the overlaid curves to curves.png.
+    is written to runs/<name>/sweep.csv and .md, the overlaid curves to curves.png. A run that fails
+    is a row that says why; the others go on, and the sweep ends with an error.
     """
     choices, configs = grid_of(flags)
-    results = {}
-    while len(results) < len(configs):
+    folder, done = configs[0].folder.parent, {}
+    signs = {folder / "sweep.csv": ",".join(RESULT), folder / "sweep.md": " | ".join(RESULT)}
+    for path, sign in signs.items():
+        check_ours(path, sign)  # before anything is trained
+    while len(done) < len(configs):
         for number, config in enumerate(configs):
-            if number not in results:
-                with contextlib.suppress(Busy):
-                    results[number] = finished_result(config) or train.train(config, resume=True)
-        if len(results) < len(configs):
-            time.sleep(5)  # what is left is being trained by another process
-    folder = configs[0].folder.parent
-    table = Table([*choices[0], *RESULT], [
-        [*choice.values(), *(train.format_cell(results[number][name]) for name in RESULT)]
-        for number, choice in enumerate(choices)], str(folder))
-    for kind, content in (("csv", table.csv()), ("md", table.markdown())):
-        write_atomically(folder / f"sweep.{kind}", content)
-    curves = visualize.draw_curves(visualize.group_runs([config.folder for config in configs]))
-    visualize.save_figure(curves, None, "curves", folder / "curves.png")
-    return table, folder / "sweep.csv", folder / "sweep.md", curves
+            if number not in done:
+                try:
+                    done[number] = finished_result(config) or train.train(config, resume=True)
+                except Busy:  # another process trains it
+                    continue
+                except (ValueError, OSError) as error:
+                    done[number] = error
+        if len(done) < len(configs):
+            time.sleep(5)
+    rows = [[*choice.values(), *row_of(done[number])] for number, choice in enumerate(choices)]
+    table = Table([*choices[0], *RESULT, "state"], rows, str(folder))
+    for (path, sign), content in zip(signs.items(), (table.csv(), table.markdown())):
+        replace(path, content, sign)
+    made = [table, *signs]
+    if drawn := [config.folder for config in configs if train.read_rows(config.folder)]:
+        curves = visualize.draw_curves(visualize.group_runs(drawn))
+        made.append(visualize.save_figure(curves, None, "curves", folder / "curves.png"))
+    if failed := sum(isinstance(result, Exception) for result in done.values()):
+        show(made)
+        raise ValueError(f"{failed} of {len(configs)} runs failed; {folder / 'sweep.md'} says why")
+    return made
+
+
+def row_of(result):
+    """The cells of a run in the table: of its result, or of the error that it ended in."""
+    if isinstance(result, Exception):
+        return [*[""] * len(RESULT), f"failed: {' '.join(str(result).split())}"]
+    return [*(train.format_cell(result[name]) for name in RESULT), "finished"]
 
 
 def grid_of(flags):

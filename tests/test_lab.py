@@ -374,6 +374,42 @@ def test_sweep(tmp_path, monkeypatch, capsys):
         f"runs/sweep-lenet-lr-augment/{name}" for name in ("sweep.csv", "sweep.md", "curves.png")]
 
 
+def test_a_sweep_goes_on_where_a_run_fails_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = ["sweep", "--data=shapes", "--limit=32", "--epochs=1", "--batch_size=4",
+            "--warmup_epochs=0", "--lr=1e4,0.01", "--name=[/x] :cat:"]
+    folder = tmp_path / "runs" / "[/x] :cat:"
+    for _ in range(2):  # repeating it tries the failed run again and skips the other
+        with pytest.raises(SystemExit, match="2"):
+            lab(*line)
+        printed, error = capsys.readouterr()
+        assert error == f"error: 1 of 2 runs failed; {'runs/[/x] :cat:/sweep.md'} says why\n"
+        assert "runs/[/x] :cat:/curves.png\n" in printed
+        header, failed, finished = (folder / "sweep.csv").read_text().splitlines()
+        assert header == "lr,test/accuracy,val/accuracy,seconds,state"
+        assert re.match(r'1e4,,,,"?failed: .*not finite', failed)
+        assert re.match(r"0\.01,[\d.]+,[\d.]+,[\d.]+,finished$", finished)
+    monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("nothing is to be trained"))
+    lab(*line[:-2], "--lr=0.01,0.01", line[-1])
+    (folder / "sweep.md").write_text("my notes")
+    with pytest.raises(FileExistsError, match=r"sweep\.md: is not from here"):
+        sweep.sweep(**dict(word[2:].split("=") for word in line[1:]))
+    assert (folder / "sweep.md").read_text() == "my notes"
+
+
+def test_a_run_killed_before_its_board_was_written_is_not_finished(tmp_path, monkeypatch):
+    config = train.Config.create(data="shapes", limit=32, epochs=1, out=str(tmp_path))
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "write_board", killed)
+        train.train(config)
+    assert reproduce.finished_result(config) is None
+    train.train(config, resume=True)
+    assert reproduce.finished_result(config) and [*(config.folder / "test").glob("events*")]
+
+
 @pytest.mark.slow
 def test_two_sweeps_share_a_grid(tmp_path):
     line = [sys.executable, "-m", "lab", "sweep", "--data=shapes", "--limit=96", "--batch_size=16",
