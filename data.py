@@ -628,6 +628,7 @@ def lock(folder):
     """
     from filelock import FileLock, Timeout
 
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / ".lock")
     try:
@@ -639,7 +640,9 @@ def lock(folder):
     finally:
         if [path.name for path in folder.iterdir()] == [".lock"]:
             (folder / ".lock").unlink()
-            folder.rmdir()
+            with contextlib.suppress(OSError):  # not empty: of use to somebody else
+                for path in new:
+                    path.rmdir()
         held.release()
 
 

@@ -19,8 +19,8 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +52,15 @@ from data import (
 
 COLUMNS = ("epoch", "step", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr",
            "seconds", "images_per_second")
+# A run's folder: what says that it is one, and the paths of all files that runs write there.
+MARKER, MARK = ".run", "A run of train.py made this folder.\n"
+STEPS = f"step-{'[0-9]' * 9}.pth"  # checkpoints before the last
+EMPTYING = "emptying"  # in config.json while the files of a run before are being removed
+WRITTEN = re.compile(
+    r"(\.run|\.lock|config\.json|metrics\.csv|result\.json|(last|best|step-\d{9})\.pth"
+    r"|events\.out\.tfevents\.\d+\.\d{9}|test/events\.out\.tfevents\.\S+"
+    r"|test/projector_config\.pbtxt"
+    r"|test/\d{5}/(features|pixels)/(metadata\.tsv|sprite\.png|tensors\.tsv))(\.\d+\.tmp)?")
 POINT_STEPS = 50  # between two points of TensorBoard's train/batch_loss curve
 OPTIMIZERS = ("sgd", "muon", "adam", "adamw", "adagrad", "rmsprop")
 TTA = ("none", "flip", "full")
@@ -138,8 +147,10 @@ class Config:
         for entry in dataclasses.fields(Config):
             check_setting(entry.name, getattr(self, entry.name), kinds[entry.name],
                           entry.metadata["allowed"])
-        if self.name is not None and Path(self.name).is_absolute():
-            raise ValueError(f"name={self.name}: must be a name inside {self.out}; see --out")
+        if self.name is not None and (Path(self.name).is_absolute() or ".." in Path(
+                self.name).parts or not Path(self.name).parts):
+            raise ValueError(f"name={self.name}: must be the name of a folder inside {self.out}; "
+                             f"see --out")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: needs a momentum above 0")
         networks.check_options(self.model, self.options)
@@ -167,6 +178,7 @@ class Config:
             return tuple(value) if isinstance(value, list) else value
 
         try:
+            values = {name: value for name, value in values.items() if name != EMPTYING}
             options = {name: listed(value) for name, value in values["options"].items()}
             return cls(**{**{RENAMED.get(name, name): listed(value)
                              for name, value in values.items()}, "options": options})
@@ -441,6 +453,7 @@ def train(config, resume=False, overwrite=False):
     """
     device = choose_device(config.device)
     make_repeatable(config, device)
+    check_folder(config, resume, overwrite)  # here before anything is written, below for good
     with join_workers(device) as workers, hold(config.folder, workers):
         check_folder(config, resume, overwrite)
         dataset = load_images(config)
@@ -650,6 +663,8 @@ def prepare(config, dataset, device, workers, resume):
     if not checkpoint:
         say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
     description = describe(config, dataset)
+    if checkpoint:
+        check_checkpoint(config, checkpoint, description)
     state = new_state(config, description, device)
     batches = batches_of(config, dataset, device, workers)
     if checkpoint:
@@ -844,19 +859,24 @@ def tta_views(images, tta):
 
 
 def score(logits, labels, classes):
-    """Loss, accuracy and accuracy per class of N×classes `logits`: sums divided by counts."""
+    """Loss, accuracy and accuracy per class of N×classes `logits`: sums divided by counts.
+
+    A class without an image has no accuracy: None.
+    """
     correct = logits.argmax(1) == labels
     totals = torch.bincount(labels, minlength=classes)
     hits = torch.bincount(labels[correct], minlength=classes)
-    per_class = (hits / totals.clamp(min=1)).tolist()
+    per_class = [hit / total if total else None
+                 for hit, total in zip(hits.tolist(), totals.tolist())]
     return {"loss": F.cross_entropy(logits.double(), labels, reduction="sum").item() / len(labels),
             "accuracy": correct.sum().item() / len(labels), "per_class": per_class}
 
 
 def result_table(result):
-    """The accuracy of each class as a `Table`."""
+    """The accuracy of each class as a `Table`; a dash for one without test images."""
     return Table(("class", "test accuracy"), [
-        (name, f"{accuracy:.1%}") for name, accuracy in result["per_class"].items()])
+        (name, "–" if accuracy is None else f"{accuracy:.1%}")
+        for name, accuracy in result["per_class"].items()])
 
 
 def result_line(result):
@@ -885,19 +905,35 @@ class RunFolder:
         if not self.writes:
             return
         if anew:
-            clear_folder(self.path)
-        for path in self.path.glob("*.tmp"):
-            path.unlink()
+            self.empty()
+        for path in written_by_a_run(self.path):
+            if path.suffix == ".tmp":
+                path.unlink()
+        write_atomically(self.path / MARKER, MARK)
         with contextlib.suppress(FileNotFoundError):  # else `state` is from last.pth
             os.replace(self.older(), self.path / "last.pth")
         rows = [row for row in read_rows(self.path) if int(row["epoch"]) <= state.epoch]
         lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
         write_atomically(self.path / "metrics.csv", "\n".join(lines) + "\n")
-        write_atomically(self.path / "config.json",
-                                  json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+        self.write_config()
         data.trim_events(self.path, state.step)
         self.events = self.path / f"events.out.tfevents.{time.time():.0f}.{state.step:09d}"
         data.append(self.events, data.event_bytes(file_version="brain.Event:2"))
+
+    def empty(self):
+        """Remove the run before, if there is one.
+
+        A process that is killed here leaves the old run, or else the new one and some files that
+        go when it is resumed: the old one ends when config.json is replaced.
+        """
+        write_atomically(self.path / MARKER, MARK)
+        self.write_config({EMPTYING: True})
+        clear_folder(self.path)
+
+    def write_config(self, more=()):
+        """Write the settings, and what else is true of the run, to config.json."""
+        write_atomically(self.path / "config.json", json.dumps(
+            {**dataclasses.asdict(self.config), **dict(more)}, indent=1) + "\n")
 
     def close(self):
         """Wait for what is still being written."""
@@ -966,7 +1002,7 @@ class RunFolder:
         networks.save(self.path / "last.pth", {**checkpoint, "training": training},
                       None if keep == 1 or again else self.older())
         if keep:
-            for path in sorted(self.path.glob("step-*.pth"), reverse=True)[keep - 1:]:
+            for path in sorted(self.path.glob(STEPS), reverse=True)[keep - 1:]:
                 path.unlink()
         return checkpoint["step"]
 
@@ -1015,21 +1051,65 @@ def hold(folder, workers):
 
 def check_folder(config, resume, overwrite):
     """Raise what speaks against a run in `config.folder`, before any work is done."""
+    folder = config.folder
+    check_apart(config)
+    if folder.exists() and not is_run(folder) and not (
+            folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock"}):
+        raise FileExistsError(f"{folder}: is there and is not the folder of a run; a run needs a "
+                              f"folder of its own (--name=NAME, --out=FOLDER)")
     if resume:
         check_same_run(config)
-    elif not overwrite and any((config.folder / name).exists()
-                               for name in ("config.json", "last.pth")):
-        raise FileExistsError(f"{config.folder}: a run is there already; go on with it "
-                              f"(--resume), take another name (--name=NAME) or start it anew "
-                              f"(--overwrite)")
+    elif not overwrite and {path.name for path in written_by_a_run(folder)} - {".lock", MARKER}:
+        raise FileExistsError(f"{folder}: a run is there already; go on with it (--resume), take "
+                              f"another name (--name=NAME) or start it anew (--overwrite)")
+
+
+def check_apart(config):
+    """ValueError when images lie in the run's folder, or it lies among them."""
+    folder = config.folder.resolve()
+    for name in ("data", "root"):
+        path = Path(getattr(config, name)).resolve()
+        if name == "data" and not path.is_dir():
+            continue
+        if folder in (path, *path.parents) or (name == "data" and path in folder.parents):
+            raise ValueError(f"{name}={getattr(config, name)}: images and the run's folder, "
+                             f"{config.folder}, must lie apart (--{name}, --out, --name)")
+
+
+def is_run(folder):
+    """Whether a run of this package made `folder`; runs of earlier versions left no marker."""
+    with contextlib.suppress(OSError):
+        if (folder / MARKER).is_file() and (folder / MARKER).stat().st_size == len(MARK):
+            return True
+    with contextlib.suppress(OSError, ValueError):
+        read_config(folder / "config.json")
+        return any((folder / name).exists() for name in ("last.pth", "metrics.csv"))
+    return False
+
+
+def written_by_a_run(folder):
+    """The files in `folder` that runs of this package write: all that is ever removed."""
+    found = itertools.chain.from_iterable(map(folder.glob, ("*", "test/*", "test/*/*/*")))
+    return [path for path in sorted(found) if path.is_file()
+            and WRITTEN.fullmatch(path.relative_to(folder).as_posix())]
 
 
 def clear_folder(folder):
-    """Remove the run in `folder`, and only what a run writes."""
-    for pattern in ("config.json", "metrics.csv", "result.json", "*.pth", "*.tmp", "events.*"):
-        for path in folder.glob(pattern):
+    """Remove what runs wrote to `folder`, but for the marks that one is about to begin there."""
+    for path in written_by_a_run(folder):
+        if path.name not in ("config.json", ".lock", MARKER):
             path.unlink()
-    shutil.rmtree(folder / "test", ignore_errors=True)
+    clear_board(folder)
+
+
+def clear_board(folder):
+    """Remove what `write_board` wrote to `folder`/test."""
+    for path in written_by_a_run(folder):
+        if path.relative_to(folder).parts[0] == "test":
+            path.unlink()
+    for path in sorted(folder.glob("test/**"), reverse=True):  # folders only, inner ones first
+        with contextlib.suppress(OSError):  # not empty
+            path.rmdir()
 
 
 def newest_checkpoint(folder, device, say=print):
@@ -1037,7 +1117,10 @@ def newest_checkpoint(folder, device, say=print):
 
     A damaged one is named and the one before it taken; OSError when none is left.
     """
-    paths = [folder / "last.pth", *sorted(folder.glob("step-*.pth"), reverse=True)]
+    with contextlib.suppress(FileNotFoundError):
+        if data.read_json(folder / "config.json", lambda values: EMPTYING in values):
+            return None  # what is left is of the run before
+    paths = [folder / "last.pth", *sorted(folder.glob(STEPS), reverse=True)]
     paths = [path for path in paths if path.exists()]
     for path in paths:
         try:
@@ -1068,14 +1151,16 @@ def open_dataset(description, data=None, root=None):
     """The data set that a network was trained on, split as it was then, or another, `data`.
 
     `root` takes the place of the data set's folder; without it nothing is written or downloaded,
-    for where the checkpoint says is for its author to say. ValueError when its classes are not
-    the network's.
+    for where the checkpoint says is for its author to say. Classes are told by their names:
+    labels number the network's classes, of which the data set may have some. ValueError for any
+    other.
     """
     config = run_settings(description, data, root)
     config = dataclasses.replace(config, image_size=description.preprocessing.image_size)
     dataset = load_images(config, writes=root is not None)
-    check_classes(description, dataset.classes, config.data)
-    return dataset
+    parts = {part: as_named(getattr(dataset, part), dataset.classes, description, config.data)
+             for part in ("train", "val", "test")}
+    return dataclasses.replace(dataset, classes=description.classes or dataset.classes, **parts)
 
 
 def open_test(description, data=None, root=None):
@@ -1084,8 +1169,7 @@ def open_test(description, data=None, root=None):
     classes, test = load_split("test", config.data, config.root,
                                description.preprocessing.image_size, config.seed, config.limit,
                                config.skip_bad, writes=root is not None)
-    check_classes(description, classes, config.data)
-    return test
+    return as_named(test, classes, description, config.data)
 
 
 def run_settings(description, data=None, root=None):
@@ -1099,11 +1183,28 @@ def run_settings(description, data=None, root=None):
     return dataclasses.replace(config, root=root or config.root)
 
 
-def check_classes(description, classes, data):
-    """ValueError unless `classes` are those of the network, in their order; see `open_dataset`."""
-    if description.classes and tuple(classes) != description.classes:
-        raise ValueError(f"data={data}: its classes are {', '.join(classes)}; the network knows "
-                         f"{', '.join(description.classes)}")
+def as_named(split, classes, description, data):
+    """`split`, whose labels number `classes`, with labels that number the network's classes.
+
+    ValueError when the network does not know one of them.
+    """
+    known = description.classes or tuple(classes)
+    if not set(classes) <= set(known):
+        raise ValueError(f"data={data}: its classes are {difference(classes, known)}")
+    if tuple(classes) == known or split is None:
+        return split
+    numbers = torch.tensor([known.index(name) for name in classes])
+    return split._replace(labels=numbers[split.labels])
+
+
+def difference(classes, known):
+    """How `classes` differ from those that a network knows, for a message."""
+    unknown, missing = ([name for name in one if name not in other]
+                        for one, other in ((classes, known), (known, classes)))
+    words = [f"{what} {', '.join(names)}" for what, names in (
+        ("unknown to the network:", unknown), ("known to it and missing here:", missing)) if names]
+    return "; ".join(words)[:500] or (f"in another order than the network's, "
+                                      f"{', '.join(known)}")[:500]
 
 
 # ---------------------------------------------------------------------------- the result
@@ -1149,7 +1250,7 @@ def write_board(folder, network, dataset, logits, result):
     """TensorBoard's graph, PR curve per class, hyper-parameters and Projector, in `test/`."""
     from torch.utils.tensorboard.summary import hparams
 
-    shutil.rmtree(folder.path / "test", ignore_errors=True)
+    clear_board(folder.path)
     with summary_writer(folder.path / "test") as board:
         shown = data.subset(dataset.test, 100, seed=0)
         pixels = folder.preprocessing(shown.images, next(network.parameters()).device)
@@ -1275,7 +1376,8 @@ def train_command(**flags):
         path = path.parent if path.is_file() else path
         if not (path / "config.json").exists():
             raise FileNotFoundError(f"--resume={resume}: no such run")
-        given |= {"out": str(path.parent), "name": path.name}
+        named = path.name not in ("", "..")  # "." has no name of its own
+        given |= {"out": str(path.parent if named else path / ".."), "name": path.resolve().name}
     config = Config.create(**given)
     if resume:
         config = resumed_config(config, given)
@@ -1300,12 +1402,16 @@ def resumed_config(config, given):
     return config
 
 
-def check_same_run(config):
-    """ValueError when the run in `config.folder` began with settings of another meaning."""
-    path = config.folder / "config.json"
-    if not path.exists():
-        return
-    now, before = config.all_settings(), read_config(path).all_settings()
+def check_same_run(config, before=None):
+    """ValueError when the run in `config.folder` began with settings of another meaning.
+
+    `before` are those it began with (None: those in its config.json).
+    """
+    if before is None:
+        if not (config.folder / "config.json").exists():
+            return
+        before = read_config(config.folder / "config.json")
+    now, before = config.all_settings(), before.all_settings()
     for name in sorted({*now, *before}):
         if now.get(name) != before.get(name) and name not in MAY_CHANGE:
             raise ValueError(f"--{name}={now.get(name)}: the run in {config.folder} has "
@@ -1314,6 +1420,15 @@ def check_same_run(config):
     if now["epochs"] < before["epochs"]:
         raise ValueError(f"--epochs={now['epochs']}: the run in {config.folder} is one of "
                          f"{before['epochs']} epochs, which may grow but not shrink")
+
+
+def check_checkpoint(config, checkpoint, description):
+    """ValueError when `checkpoint` is of another run than the one that `config` and the new
+    `description` speak of, whatever the other files of the run say."""
+    check_same_run(config, Config.from_json(checkpoint["settings"]))
+    if checkpoint["classes"] != description["classes"]:
+        raise ValueError(f"data={config.data}: its classes are "
+                         f"{difference(description['classes'], checkpoint['classes'])}")
 
 
 def read_config(path):

@@ -1,6 +1,7 @@
 """Training: schedules by hand, runs that resume exactly, files that hold what they should."""
 
 import csv
+import dataclasses
 import errno
 import itertools
 import json
@@ -269,6 +270,164 @@ def test_the_run_before_survives_a_failed_overwrite(tmp_path):
     with pytest.raises(OSError, match="no such data set"):
         train.train(tiny(tmp_path, data="nowhere"), overwrite=True)
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def image_folder(folder, classes, images=4, size=32):
+    """`images` PNG files in each of `folder`/{train,test}/`classes`, of one grey a class."""
+    from PIL import Image
+    for part, (number, name) in itertools.product(("train", "test"), enumerate(classes)):
+        (folder / part / name).mkdir(parents=True)
+        for index in range(images):
+            Image.new("L", (size, size), 40 * number + index).save(
+                folder / part / name / f"{index}.png")
+    return str(folder)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("changes, complaint", [
+    ({"name": "pets"}, "must lie apart"), ({"name": "pets/runs/a"}, "must lie apart"),
+    ({"name": "photos"}, "not the folder of a run"), ({"name": "photos", "data": "shapes"},
+                                                      "not the folder of a run"),
+    ({"name": "file"}, "not the folder of a run"), ({"name": "a", "root": "{}/a/data"}, "root="),
+])
+def test_a_folder_that_no_run_made_is_left_alone(changes, complaint, overwrite, tmp_path):
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"))
+    (tmp_path / "photos" / "test").mkdir(parents=True)
+    for name in ("test/cat.png", "best.pth", "config.json", "metrics.csv", "events.txt"):
+        (tmp_path / "photos" / name).write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    values = {name: text.format(tmp_path) for name, text in changes.items()}
+    with pytest.raises((ValueError, OSError), match=complaint):
+        train.train(tiny(tmp_path, **{"data": pets, **values}), overwrite=overwrite)
+    assert contents(tmp_path) == before and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/../../x", ".", ""])
+def test_a_name_does_not_lead_out_of_the_folder_of_all_runs(name):
+    with pytest.raises(ValueError, match="name="):
+        train.Config.create(name=name)
+
+
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+    config = tiny(tmp_path)
+    train.train(config)
+    left = set(contents(config.folder)) - set(train.written_by_a_run(config.folder))
+    assert not left  # a file that the run wrote and does not know as its own
+    mine = [config.folder / name for name in ("notes.txt", "my.pth", "step-1.pth", "events.txt",
+                                              "test/disc/1.png", "test/00000/mine.txt")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    train.train(tiny(tmp_path, epochs=1), overwrite=True)
+    assert all(path.read_text() == "mine" for path in mine)
+    assert len(steady_rows(config.folder)) == 1
+
+
+def test_a_run_folder_made_before_there_was_a_marker_is_a_run(tmp_path):
+    train.train(tiny(tmp_path))
+    (tmp_path / "run" / ".run").unlink()
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    (tmp_path / "run" / ".run").unlink()
+    train.train(tiny(tmp_path, epochs=1), overwrite=True)
+    assert (tmp_path / "run" / ".run").exists()
+
+
+def operations_of(config, monkeypatch, fatal=None):
+    """Overwrite the run, or stop right before its file operation number `fatal`; how many."""
+    count = itertools.count(1)
+
+    def counted(operation):
+        def run(*arguments, **keywords):
+            if next(count) == fatal:
+                raise KeyboardInterrupt
+            return operation(*arguments, **keywords)
+        return run
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((os, "replace"), (Path, "unlink")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        patch.setattr(train, "train_epoch", lambda *_: sys.exit(0))
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            train.train(config, overwrite=True)
+    return next(count) - 1
+
+
+def test_a_killed_overwrite_leaves_the_old_run_or_the_new(tmp_path, monkeypatch):
+    old, new = tiny(tmp_path, epochs=1), tiny(tmp_path, epochs=1, lr=0.5)
+    train.train(new)
+    expected = network.read(new.folder / "last.pth")["weights"]
+    train.train(old, overwrite=True)
+    operations, seen = operations_of(new, monkeypatch), set()
+    for fatal in range(1, operations):
+        train.train(old, overwrite=True)
+        operations_of(new, monkeypatch, fatal)
+        config = train.read_config(new.folder / "config.json")
+        seen.add(config.lr)
+        train.train(config, resume=True)
+        checkpoint = network.read(new.folder / "last.pth")
+        assert checkpoint["settings"]["lr"] == config.lr
+        same = all(torch.equal(expected[name], checkpoint["weights"][name]) for name in expected)
+        assert same == (config == new)
+    assert seen == {old.lr, new.lr} and operations > 8
+
+
+def test_a_checkpoint_knows_its_settings_without_config_json(tmp_path):
+    train.train(tiny(tmp_path))
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"--lr=0\.5"):
+        train.train(tiny(tmp_path, lr=0.5), resume=True)
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+
+
+def test_a_run_goes_on_from_inside_its_folder(tmp_path, monkeypatch):
+    train.train(tiny(tmp_path))
+    monkeypatch.chdir(tmp_path / "run")
+    train.train_command(resume=".", epochs="3", root=str(tmp_path / "data"))
+    assert len(steady_rows(tmp_path / "run")) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_a_refused_command_leaves_nothing(tmp_path):
+    for flags in ({"data": "nowhere"}, {"data": str(tmp_path)}, {"device": "cuda"}):
+        with pytest.raises((ValueError, OSError)):
+            train.train(tiny(tmp_path / "runs" / "deep", root=str(tmp_path / "data"), **flags))
+    assert not list(tmp_path.iterdir())
+
+
+def test_classes_are_told_by_their_names(tmp_path):
+    ab, cab, b, bc = (image_folder(tmp_path / "-".join(names), names)
+                      for names in ("ab", "cab", "b", "bc"))
+    config = tiny(tmp_path / "runs", data=ab, val=0, limit=None, epochs=30, lr=0.02,
+                  root=str(tmp_path / "cache"), image_size=32)
+    train.train(config)
+    _, about = train.open_network(config.folder)
+    table, _ = train.evaluate(str(config.folder), data=b)
+    assert [row[0] for row in table.rows] == ["a", "b"] and table.rows[0][1] == "–"
+    assert train.open_test(about, b).labels.tolist() == [1] * 4
+    assert train.open_dataset(about, b).classes == ("a", "b")
+    for other, complaint in ((bc, "unknown to the network: c; known to it and missing here: a"),
+                             (cab, "unknown to the network: c"), ("shapes", "disc")):
+        for opened in (train.open_test, train.open_dataset):
+            with pytest.raises(ValueError, match=complaint):
+                opened(about, other)
+    Path(ab, "train", "a").rename(Path(ab, "train", "z"))  # comes after b now
+    Path(ab, "test", "a").rename(Path(ab, "test", "z"))
+    with pytest.raises(ValueError, match=r"unknown to the network: z; .*missing here: a"):
+        train.train(dataclasses.replace(config, epochs=31), resume=True)
+
+
+def test_other_images_are_measured_without_the_run_s_limit(tmp_path):
+    names = data.SHAPES
+    train.train(tiny(tmp_path / "runs", limit=20, epochs=1))
+    _, about = train.open_network(tmp_path / "runs" / "run")
+    assert len(train.open_test(about).labels) == 20
+    other = image_folder(tmp_path / "other", names)
+    assert len(train.open_test(about, other, str(tmp_path)).labels) == 40
 
 
 def test_a_second_process_is_refused(tmp_path):
