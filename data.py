@@ -829,6 +829,8 @@ def parse(commands, words, default=None):
     except SystemExit as leave:
         trace = getattr(leave, "trace", None)
         reason = trace.elements[-1].ErrorAsStr() if trace and trace.HasError() else "bad usage"
+        reason = re.sub("Could not consume arg: (.*)", r"cannot make sense of \1; several values "
+                        "of a flag are separated by commas", reason)
         raise ValueError(f"{words[0]}: {reason} (see: {words[0]} --help)") from None
     if not pending:
         raise ValueError(f"{words[0]}: cannot make sense of {' '.join(words[1:])!r}")

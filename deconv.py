@@ -266,12 +266,12 @@ def draw_norms(figure, position, norms):
         # Two levels deep; deeper, in residual branches, there is only a part of the signal.
         names = [name for name in values if name.count(".") < 2 and not any(
                  other.startswith(f"{name}.") for other in values if other.count(".") == 1)]
-        axes.semilogy([values[name][0].item() or math.nan for name in names], color=color,
-                      marker=marker, markersize=4, label=f"batch norm {label}")
+        axes.plot([values[name][0].item() or math.nan for name in names], color=color,
+                  marker=marker, markersize=4, label=f"batch norm {label}")
+    visualize.log_scale(axes)
     stages = [name.split(".")[0] for name in names]
     ticks = {stage: stages.index(stage) for stage in stages}
     axes.set_xticks([*ticks.values()], [*ticks], rotation=30, ha="right")
-    axes.tick_params(which="both", labelsize=8)
     axes.legend(fontsize=8)
 
 

@@ -20,8 +20,9 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import json
 import math
+import os
+import textwrap
 import typing
 from pathlib import Path
 
@@ -39,31 +40,48 @@ from data import (
     mean_of_image_stds,
     progress,
     read_image,
+    read_json,
     subset,
     write_atomically,
+    writing,
 )
 
 Format = typing.Literal["png", "svg", "pdf"]
-FORMATS = typing.get_args(Format)
+SUFFIXES = (*typing.get_args(Format), "jpg", "jpeg", "eps")  # of files that --out may name
 DPI = 150  # of figures as PNG
 # Okabe & Ito's colours, told apart by colour-blind readers; in grey print the markers do it.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-UNITS = {"loss": "cross-entropy", "accuracy": "share of images"}
+UNITS = {"loss": "cross-entropy", "accuracy": "of the images"}
 PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
 GREY = 0.85  # what lies outside the image
+NOTHING = "–"  # instead of a number where nothing was there to be measured
 
 
 # ---------------------------------------------------------------------------- grids and axes
 
 
 def new_figure(width, height, title):
-    """An empty figure, in inches, that lays itself out."""
+    """An empty figure that lays itself out: height×width inches below its title, whose lines are
+    broken where they are wider."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # slow to import, and not pyplot, which keeps figures
+    from matplotlib.text import Text
 
-    figure = Figure((width, height), layout="constrained")
+    class LiteralFigure(Figure):
+        """A figure in which a $ begins no formula, as names of classes and runs may hold it."""
+
+        def draw(self, renderer):
+            with rc_context({"text.parse_math": False}):  # for the ticks, which are made now
+                for text in self.findobj(Text):
+                    text.set_parse_math(False)
+                super().draw(renderer)
+
+    lines = [part for line in title.split("\n")  # a letter of this size is 0.087 inches wide
+             for part in textwrap.wrap(line, int(width / 0.087)) or [""]]
+    figure = LiteralFigure((width, height + 0.1 + 0.2 * len(lines)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.07)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle("\n".join(lines), fontsize=11)
     return figure
 
 
@@ -79,14 +97,51 @@ def plot(figure, position, title, xlabel="", ylabel=""):
     return axes
 
 
-def log_scale(axes):
-    """Make the vertical axis logarithmic, labelled with plain numbers."""
-    from matplotlib.ticker import LogFormatter
+def log_ticks(low, high, most=8):
+    """{number: text} for a logarithmic axis from `low` to `high`: no two texts are the same."""
+    from matplotlib.ticker import MaxNLocator
 
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        ticks = [factor * 10.0**decade for decade in decades for factor in factors
+                 if low <= factor * 10.0**decade <= high]
+        if len(ticks) <= most:
+            break
+    if len(ticks) < 3:  # less than a decade: evenly spaced
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    ticks = ticks[::math.ceil(len(ticks) / most) or 1]
+    return dict(zip(ticks, distinct(ticks)))
+
+
+def distinct(numbers):
+    """`numbers` as texts with as few digits, but at least two, as tell them apart."""
+    for digits in range(2, 17):
+        texts = [f"{number:.{digits}g}" for number in numbers]
+        if len(set(texts)) == len(set(numbers)):
+            break
+    return texts
+
+
+def log_scale(axes):
+    """Make the vertical axis logarithmic and say so, labelled with plain numbers."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter())
-    axes.tick_params(axis="y", which="both", labelsize=8)
+    ticks = log_ticks(*axes.get_ylim())
+    axes.set_yticks([*ticks], [*ticks.values()])
+    axes.minorticks_off()
+    axes.set_ylabel(f"{axes.get_ylabel()} (logarithmic)".strip())
+
+
+def add_legend(figure, entries):
+    """A legend below all axes from {name: what is drawn}; matplotlib would leave out a _name."""
+    if not entries:
+        return
+    widest = 0.7 + 0.065 * max(map(len, entries))  # inches
+    columns = len(entries) if len(entries) <= 4 else math.ceil(len(entries) / 2)
+    columns = max(1, min(columns, int(figure.get_figwidth() / widest)))
+    legend = figure.legend([*entries.values()], ["name"] * len(entries), fontsize=8,
+                           loc="outside lower center", ncols=columns, frameon=False)
+    for text, name in zip(legend.get_texts(), entries):
+        text.set_text(name)
 
 
 def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row_titles=None,
@@ -98,9 +153,9 @@ def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row
     each image, `row_titles` for each row; `cell` is a picture's side in inches.
     """
     images = [image.detach().float().cpu() for image in images]
-    maps = torch.cat([torch.zeros(0), *(image.flatten() for image in images if image.ndim == 2)])
-    shared = len(maps) > 0 and scale == "shared"
-    limits = {"vmin": maps.min(), "vmax": maps.max()} if shared else {}
+    maps = [image.flatten() for image in images if image.ndim == 2]
+    shared = bool(maps) and scale == "shared"
+    limits = dict(zip(("vmin", "vmax"), span_of(torch.cat(maps)))) if shared else {}
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     cell = cell or min(1.4, max(0.6, 7 / columns))
@@ -109,10 +164,9 @@ def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row
     tall = max(image.shape[-2] / image.shape[-1] for image in images)
     pitch = tall + 0.06 + (0.19 / cell if titles else 0)
 
-    lines = suptitle.split("\n")
-    width = columns * 1.06 * cell + (0.9 if row_titles else 0) + (0.7 if shared else 0)
-    figure = new_figure(max(width, 0.087 * max(map(len, lines))) + 0.2,
-                        rows * pitch * cell + 0.2 * len(lines) + 0.2, suptitle)
+    beside = max((len(line) for text in row_titles or () for line in text.split("\n")), default=0)
+    width = columns * 1.06 * cell + 0.07 * beside + (0.7 if shared else 0)
+    figure = new_figure(max(width, 4) + 0.3, rows * pitch * cell + 0.1, suptitle)
     axes = figure.add_subplot()
     for index, image in enumerate(images):
         x, y = index % columns * 1.06, (index // columns + 1) * pitch - tall
@@ -137,7 +191,10 @@ def spaced(low, high, count):
 
 
 def span_of(values):
-    """Smallest and largest of `values`, never the same."""
+    """Smallest and largest of the finite `values`, never the same; ValueError if none is."""
+    values = values[values.isfinite()]
+    if not len(values):
+        raise ValueError("there is nothing to draw: not one value is finite")
     low, high = values.min().item(), values.max().item()
     return (low, high) if high > low else (low, low + 1)
 
@@ -148,19 +205,37 @@ def folder_of(ckpt):
     return path if path.is_dir() else path.parent if path.exists() else Path("runs")
 
 
+def file_of(out):
+    """The file that the flag `out` names; None for a folder, which has no suffix or is there.
+
+    ValueError for a suffix that no figure has, FileExistsError for a file that holds no figure.
+    """
+    path = Path(os.path.expanduser(out or ""))
+    if str(out).endswith("/") or not path.suffix or path.is_dir():
+        return None
+    if path.suffix[1:].lower() not in SUFFIXES:
+        raise ValueError(f"out={out}: a figure's file ends in .{', .'.join(SUFFIXES)}; a folder "
+                         f"with a suffix needs a / at its end")
+    # Matplotlib leaves its name in all that it writes.
+    if path.exists() and not (path.is_file() and b"atplotlib" in path.read_bytes()):
+        raise FileExistsError(f"out={out}: is there already, and is no figure made here")
+    return path
+
+
 def figure_path(ckpt, name, out=None, format="png"):
     """Where figure `name` of `ckpt` goes: its folder's `figures/`, or file or folder `out`."""
-    if out is not None and Path(out).suffix[1:] in FORMATS:
-        return Path(out)
-    return Path(out or folder_of(ckpt) / "figures", f"{name}.{format}")
+    folder = os.path.expanduser(out or folder_of(ckpt) / "figures")
+    return file_of(out) or Path(folder, f"{name}.{format}")
 
 
 def save_figure(figure, ckpt, name, out=None, format="png", **_others):
     """Write `figure` to its `figure_path`, which becomes `figure.path`, and return it."""
-    path = figure_path(ckpt, name, out, format)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:], dpi=DPI, facecolor="white")
+    path = figure_path(ckpt, name, out, format or "png")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    kind, content = path.suffix[1:].lower(), io.BytesIO()
+    signed = {"pil_kwargs": {"comment": "Matplotlib"}} if kind in ("jpg", "jpeg") else {}
+    figure.savefig(content, format=kind, dpi=DPI, facecolor="white", **signed)
     write_atomically(path, content.getvalue())
     figure.path = path
     return figure
@@ -299,7 +374,8 @@ def confusion_matrix(labels, predictions, classes):
 def precision_recall(scores, positive):
     """(precision, recall, average precision) for every threshold, from the highest score down.
 
-    `scores` N, `positive` N bool. Average precision is the sum of precision × rise in recall.
+    `scores` N, `positive` N bool. Average precision is the sum of precision × rise in recall; it
+    is NaN where none is positive.
     """
     scores, order = scores.sort(descending=True)
     hits = positive[order].double().cumsum(0)
@@ -307,7 +383,8 @@ def precision_recall(scores, positive):
     last = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])
     precision = (hits / torch.arange(1, len(order) + 1))[last]
     recall = (hits / hits[-1].clamp(min=1))[last]
-    return precision, recall, (precision * recall.diff(prepend=torch.zeros(1))).sum().item()
+    average = (precision * recall.diff(prepend=torch.zeros(1))).sum().item()
+    return precision, recall, average if positive.any() else math.nan
 
 
 def group_runs(runs):
@@ -316,17 +393,26 @@ def group_runs(runs):
     for run in map(Path, runs):
         settings = {"run": str(run)}
         with contextlib.suppress(OSError, ValueError):
-            settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+            settings = read_json(run / "config.json", dict)
         same = {name: value for name, value in settings.items()
                 if name not in ("seed", "name", "out", "device", "root")}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+        groups.setdefault(repr(sorted(same.items())), []).append(run)
     for members in groups.values():
         more = len(members) - 1
         label = members[0].name + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
         while label in labelled:  # runs of the same name in different folders
             label += "′"
-        labelled[label] = [train.read_metrics(run) for run in members]
+        labelled[label] = [comparable(train.read_metrics(run)) for run in members]
     return labelled
+
+
+def comparable(metrics):
+    """`metrics` of a run, in which the training loss is measured as the validation loss is.
+
+    A run with label smoothing logs the plain cross-entropy, "train/plain_loss", as well.
+    """
+    plain = metrics.get("train/plain_loss", [math.nan])
+    return metrics if math.isnan(plain[-1]) else {**metrics, "train/loss": plain}
 
 
 # ---------------------------------------------------------------------------- computing: the loss
@@ -432,11 +518,14 @@ def plane_of(network, ckpt, directions, seed, span, points):
 
 def read_table(path):
     """The rows of the CSV file `path`, dictionaries of floats (and the text "model"), or []."""
-    if not path.exists():
+    if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{name: value if name == "model" else float(value) for name, value in row.items()}
-                for row in csv.DictReader(file)]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [{name: value if name == "model" else float(value) for name, value
+                     in row.items()} for row in csv.DictReader(file)]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path}: damaged ({error}); without it all is computed anew") from error
 
 
 def write_table(path, rows):
@@ -461,17 +550,22 @@ def evaluate_points(path, points, evaluate, description):
 
 
 def grid_values(rows, xs, ys, column):
-    """`column` of `evaluate_points`' rows on the grid, len(ys)×len(xs)."""
+    """`column` of `evaluate_points`' rows on the grid, len(ys)×len(xs), NaN where it overflowed."""
     values = torch.tensor([[rows[f"{x:.6g}", f"{y:.6g}"][column] for x in xs] for y in ys])
-    highest = values[values.isfinite()].max().item()  # stands for a loss that overflowed
-    return values.nan_to_num(highest, posinf=highest)
+    return values.where(values.isfinite(), math.nan)
 
 
-def fingerprint(network, *settings):
-    """Eight letters and digits that stand for the network's weights and `settings`."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=4)
-    for tensor in network.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+def fingerprint(*settings):
+    """Eight letters and digits that stand for `settings`: tensors, the weights of networks, and
+    what else there is by its text."""
+    digest = hashlib.blake2b(digest_size=4)
+    for part in settings:
+        tensors = part.state_dict().values() if isinstance(part, nn.Module) else [part]
+        for tensor in tensors:
+            content = tensor if isinstance(tensor, torch.Tensor) else torch.frombuffer(
+                bytearray(f"{tensor!r};", "utf-8"), dtype=torch.uint8)
+            # As bytes, because not every type of number has one in numpy.
+            digest.update(content.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -536,7 +630,7 @@ def smoothness_rows(model, lr, dataset, device, steps, batch_size, seed, every=0
 def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10):
     """Each picture beside the probabilities of its `bars` likeliest classes, with the logits."""
     rows, bars = math.ceil(len(images) / columns), min(bars, len(classes))
-    figure = new_figure(4.2 * columns, rows * (0.6 + 0.17 * bars) + 0.5, title)
+    figure = new_figure(4.2 * columns, rows * (0.6 + 0.17 * bars) + 0.1, title)
     grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1, 1.1] * columns)
     for index, (image, label, scores) in enumerate(zip(images, labels.tolist(), logits)):
         row, column = divmod(index, columns)
@@ -558,23 +652,27 @@ def draw_probabilities(axes, scores, label, classes, bars):
     shown = scores.topk(bars).indices.sort().values.tolist()
     shares = scores.softmax(0)[shown].tolist()
     colors = {scores.argmax().item(): COLORS[1], label: COLORS[0]}  # blue where both are one
-    drawn = axes.barh([classes[index] for index in shown], shares, height=0.75,
-                      color=[colors.get(index, "#BBBBBB") for index in shown])
+    drawn = axes.barh(range(bars), shares, height=0.75, color=[
+        colors.get(index, "#BBBBBB") for index in shown])
     texts = axes.bar_label(drawn, [f"{share:.0%}  {scores[index]:+.1f}" for share, index
                                    in zip(shares, shown)], padding=2, fontsize=6.5)
     for text, share in zip(texts, shares):
         text.set_color("black" if share >= 0.005 else "#777777")  # grey where it says 0%
-    axes.tick_params(axis="y", labelsize=7.5)
+    axes.set_yticks(range(bars), [classes[index] for index in shown], fontsize=7.5)
     axes.set(xlim=(0, 1.45), xticks=(), ylim=(bars - 0.4, -0.6))
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def draw_confusion(matrix, classes, title):
-    """The confusion matrix, as shares of each true class, beside every class's accuracy."""
+    """The confusion matrix, as shares of each true class, beside every class's accuracy.
+
+    A class without images is an empty row.
+    """
     count, few = len(classes), len(classes) <= 25  # more than that leave no room for numbers
-    shares, size = matrix / matrix.sum(1, keepdim=True).clamp(min=1), 8 if few else 4
+    size, totals = 8 if few else 4, matrix.sum(1, keepdim=True)
+    shares = torch.where(totals > 0, matrix / totals, math.nan)
     side = max(5.0, 0.52 * min(count, 25))
-    figure = new_figure(side + 3.4, side + 0.5, title)
+    figure = new_figure(side + 3.4, side + 0.2, title)
     axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=(side, 2))
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     axes.set_xticks(range(count), classes, fontsize=size, rotation=45 if few else 90,
@@ -584,10 +682,13 @@ def draw_confusion(matrix, classes, title):
     axes.set_ylabel("true class (its images are 100 %)", fontsize=9)
     for row, column in itertools.product(range(count), repeat=2) if few else ():
         share = shares[row, column].item()
-        axes.text(column, row, f"{share * 100:.0f}" if share >= 0.005 else "·", ha="center",
-                  va="center", fontsize=8, color="black" if share > 0.5 else "white")
-    drawn = bars.barh(range(count), shares.diagonal(), color=COLORS[0])
-    bars.bar_label(drawn, fmt="{:.1%}", padding=2, fontsize=size)
+        if not math.isnan(share):
+            axes.text(column, row, f"{share * 100:.0f}" if share >= 0.005 else "·", ha="center",
+                      va="center", fontsize=8, color="black" if share > 0.5 else "white")
+    own = shares.diagonal()
+    drawn = bars.barh(range(count), own.nan_to_num(), color=COLORS[0])
+    bars.bar_label(drawn, [NOTHING if math.isnan(share) else f"{share:.1%}"
+                           for share in own.tolist()], padding=2, fontsize=size)
     bars.set(xlim=(0, 1.3), xticks=(0, 1), xticklabels=("0", "100 %"))
     bars.set_title("accuracy of a class", fontsize=9)
     bars.tick_params(labelleft=False, left=False, labelsize=8)
@@ -599,9 +700,11 @@ def draw_pr_curves(curves, classes, title):
     """One plot a class: its (precision, recall, average precision) before those of all others."""
     columns = min(5, len(classes)) if len(classes) <= 25 else 10
     rows = math.ceil(len(classes) / columns)
-    figure = new_figure(1.9 * columns + 0.4, 1.9 * rows + 0.5, title)
+    curves = [curve if curve[2] == curve[2] else ((), (), math.nan) for curve in curves]
+    figure = new_figure(1.9 * columns + 0.4, 1.9 * rows + 0.2, title)
     for index, (name, (precision, recall, average)) in enumerate(zip(classes, curves)):
-        axes = plot(figure, (rows, columns, index + 1), f"{name} · {average:.3f}")
+        measured = NOTHING if math.isnan(average) else f"{average:.3f}"
+        axes = plot(figure, (rows, columns, index + 1), f"{name} · {measured}")
         for others in curves if len(classes) <= 25 else ():
             axes.plot(others[1], others[0], color="#CCCCCC", linewidth=0.6)
         axes.plot(recall, precision, color=COLORS[0], linewidth=1.8)
@@ -620,43 +723,63 @@ def draw_curves(groups, x="epoch"):
     Training is dashed, validation solid; several seeds are their mean in a band from the lowest
     to the highest.
     """
-    figure = new_figure(10, 4.2, "training (dashed) and validation (solid)")
-    for position, (kind, unit) in enumerate(UNITS.items(), 1):
-        axes = plot(figure, (1, 2, position), kind, "time / s" if x == "seconds" else x, unit)
+    lines = []
+    for index, (label, members) in enumerate(groups.items()):
+        length = min(len(metrics[x]) for metrics in members)  # a seed may still be running
+        columns = {name: torch.tensor([metrics[name][:length] for metrics in members])
+                   for name in members[0]}
+        # "seconds" are those of one epoch: their sum is the time since the run began.
+        at = (columns[x].cumsum(1) if x == "seconds" else columns[x]).mean(0)
+        for part, style, inside in (("train", "--", "white"), ("val", "-", None)):
+            lines.append(({kind: columns[f"{part}/{kind}"] for kind in UNITS}, at,
+                          f"{label}, {PART_NAMES[part]}", {
+                "linestyle": style, "color": COLORS[index % len(COLORS)], "markersize": 4.5,
+                "marker": MARKERS[index % len(MARKERS)], "markerfacecolor": inside,
+                "markevery": max(1, length // 8)}))
+    xlabel = "time / s" if x == "seconds" else x
+    figure = draw_measures(lines, "loss and accuracy on training and validation images", xlabel)
+    for axes in figure.axes:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        for index, (label, members) in enumerate(groups.items()):
-            length = min(len(metrics[x]) for metrics in members)  # a seed may still be running
-            columns = {name: torch.tensor([metrics[name][:length] for metrics in members])
-                       for name in (x, f"val/{kind}", f"train/{kind}")}
-            # "seconds" are those of one epoch: their sum is the time since the run began.
-            at = (columns[x].cumsum(1) if x == "seconds" else columns[x]).mean(0)
-            color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-            for part, style in (("val", "-"), ("train", "--")):
-                values = columns[f"{part}/{kind}"]
-                if values.isnan().all():  # trained without validation images
-                    continue
-                axes.plot(at, values.mean(0), style, color=color, linewidth=1.5, marker=marker,
-                          markevery=max(1, length // 8), markersize=4, label=label)
-                label = None  # one entry in the legend
-                if len(members) > 1:
-                    axes.fill_between(at, values.amin(0), values.amax(0), color=color, alpha=0.2,
-                                      linewidth=0)
-    axes.legend(fontsize=8, frameon=False)
     return figure
 
 
-def draw_landscape_line(rows, title):
-    """Loss and accuracy along one direction, from `evaluate_points`' rows."""
-    figure = new_figure(9, 3.8, title)
-    rows = sorted(rows, key=lambda row: row["x"])
+def draw_measures(lines, title, xlabel):
+    """Loss beside accuracy, with one legend for both.
+
+    `lines` are ({"loss": M×n, "accuracy": M×n}, n positions, label, style): the mean of M rows, in
+    a band from the lowest to the highest. What was never measured is left out.
+    """
+    figure, entries = new_figure(10, 3.9, title), {}
     for position, (kind, unit) in enumerate(UNITS.items(), 1):
-        axes = plot(figure, (1, 2, position), kind, "distance along the direction, in filter norms",
-                    unit)
-        for part, style, color in (("train", "--", COLORS[0]), ("test", "-", COLORS[1])):
-            axes.plot([row["x"] for row in rows], [row[f"{part}/{kind}"] for row in rows], style,
-                      color=color, linewidth=1.8, label=PART_NAMES[part])
+        axes = plot(figure, (1, 2, position), kind, xlabel, unit)
+        for values, at, label, style in lines:
+            values = values[kind]
+            if not values.isfinite().any():
+                continue
+            [entries[label]] = axes.plot(at, values.mean(0), linewidth=1.6, **style)
+            if len(values) > 1:
+                axes.fill_between(at, values.amin(0), values.amax(0), color=style["color"],
+                                  alpha=0.2, linewidth=0)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share * 100:.4g}%")
+    add_legend(figure, entries)
+    return figure
+
+
+def draw_landscape_line(rows, title, xlabel="distance along the direction, in filter norms"):
+    """Loss and accuracy along one direction, from `evaluate_points`' rows.
+
+    Columns "train/…" and "test/…" are drawn, and "train, WORDS/…" with these words in the legend.
+    """
+    rows = sorted(rows, key=lambda row: row["x"])
+    parts = [column.rpartition("/")[0] for column in rows[0] if column.endswith("/loss")]
+    lines = []
+    for index, part in enumerate(parts):
+        values = {kind: torch.tensor([[row[f"{part}/{kind}"] for row in rows]]) for kind in UNITS}
+        name, comma, words = part.partition(", ")
+        lines.append((values, [row["x"] for row in rows], PART_NAMES[name] + comma + words, {
+            "linestyle": "--" if name == "train" else "-", "color": COLORS[index % len(COLORS)]}))
+    figure = draw_measures(lines, title, xlabel)
     log_scale(figure.axes[0])
-    figure.axes[0].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -665,7 +788,7 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
 
     Both share one logarithmic scale. `path` is a list of points (x, y), drawn as a line.
     """
-    figure = new_figure(5.2 * len(parts) + 0.8, 5.1, title)
+    figure = new_figure(5.2 * len(parts) + 0.8, 4.8, title)
     low, high = span_of(torch.stack([*parts.values()]).clamp(min=1e-4))
     levels = torch.logspace(math.log10(low), math.log10(high), 17).tolist()
     levels[0], levels[-1] = low * 0.999, high * 1.001  # so that rounding leaves no hole
@@ -675,7 +798,12 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
         filled = axes.contourf(xs, ys, shown, levels, cmap="viridis", norm="log",
                                vmin=low, vmax=high)
         lines = axes.contour(xs, ys, shown, levels[1:-1], colors="white", linewidths=0.5)
-        axes.clabel(lines, lines.levels[::2], fmt="%.2g", fontsize=7)
+        texts = dict(zip(levels, distinct(levels)))
+        for text in axes.clabel(lines, lines.levels[::2], fmt=texts, fontsize=7):
+            across, up = axes.transAxes.inverted().transform(
+                axes.transData.transform(text.get_position()))
+            if not (0.07 < across < 0.93 and 0.04 < up < 0.96):  # the border would cut it
+                text.remove()
         if path is None:
             axes.plot(0, 0, "+", color="white", markersize=11, markeredgewidth=2)
             axes.set_aspect("equal")
@@ -685,19 +813,20 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
         for text, point in (("start", path[0]), ("end", path[-1])):
             axes.annotate(text, point, (6, 6), textcoords="offset points", fontsize=9,
                           color="white", fontweight="bold")
-    bar = figure.colorbar(filled, ax=figure.axes, shrink=0.8, format="%.3g", ticks=levels[::4])
+    bar, ticks = figure.colorbar(filled, ax=figure.axes, shrink=0.8), log_ticks(low, high)
+    bar.set_ticks([*ticks], labels=[*ticks.values()], fontsize=8)
     bar.set_label("cross-entropy (logarithmic)", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
     bar.ax.minorticks_off()
     return figure
 
 
 def draw_landscape_surface(xs, ys, parts, title, labels):
     """The same loss as a surface over two directions; height is the loss's logarithm."""
-    figure = new_figure(5.4 * len(parts), 5.0, title)
+    figure = new_figure(5.4 * len(parts), 4.7, title)
     # matplotlib's 3d axes have no logarithmic scale: heights are logarithms, ticks their powers.
     logs = {name: values.clamp(min=1e-4).log10() for name, values in parts.items()}
     low, high = span_of(torch.stack([*logs.values()]))
+    ticks = log_ticks(10**low, 10**high, most=6)
     x, y = torch.meshgrid(torch.tensor(xs), torch.tensor(ys), indexing="xy")
     for position, (name, values) in enumerate(logs.items(), 1):
         axes = figure.add_subplot(1, len(parts), position, projection="3d")
@@ -707,8 +836,10 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
         axes.set_title(f"{PART_NAMES[name]} loss (logarithmic height)", fontsize=10)
         axes.set_xlabel(labels[0], fontsize=8)
         axes.set_ylabel(labels[1], fontsize=8)
-        axes.zaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
+        axes.set_zticks([*map(math.log10, ticks)], [*ticks.values()])
         axes.tick_params(labelsize=7)
+        for axis in ("x", "y"):
+            axes.locator_params(axis, nbins=5)
         axes.view_init(35, -60)
         axes.set_box_aspect(None, zoom=0.8)  # leaves room for the labels
     return figure
@@ -717,7 +848,7 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
 def draw_smoothness(rows, models, title):
     """Four plots of `smoothness_rows`, all `models` in each (Santurkar et al. 2018, figure 4): the
     band of losses over separate runs, and the three measures along the gradient."""
-    figure = new_figure(11, 7.5, title)
+    figure = new_figure(11, 7.4, title)
     losses, ahead, gradients, beta = (
         plot(figure, (2, 2, position), name, "step", unit) for position, (name, unit) in enumerate((
             ("loss over separate runs, one for each learning rate", "training loss"),
@@ -726,33 +857,31 @@ def draw_smoothness(rows, models, title):
             ("effective β-smoothness along the gradient", "largest change / distance moved")), 1))
     for index, model in enumerate(models):
         own = [row for row in rows if row["model"] == model]
-        draw_loss_band(losses, own, model, index)
+        draw_loss_band(losses, own, index)
         measured = [row for row in own if not math.isnan(row["beta"])]
         columns = {name: [row[name] for row in measured] for name in ("step", *MEASURES)}
-        draw_band(ahead, columns["step"], columns["loss_low"], columns["loss_high"], model, index)
-        draw_band(gradients, columns["step"], columns["change_low"], columns["change_high"], model,
-                  index)
-        beta.plot(columns["step"], columns["beta"], ("-", "--", ":")[index % 3], label=model,
+        draw_band(ahead, columns["step"], columns["loss_low"], columns["loss_high"], index)
+        draw_band(gradients, columns["step"], columns["change_low"], columns["change_high"], index)
+        beta.plot(columns["step"], columns["beta"], ("-", "--", ":")[index % 3],
                   color=COLORS[index % len(COLORS)])
+    add_legend(figure, dict(zip(models, ahead.collections)))
     for axes in figure.axes:
         log_scale(axes)
-        axes.legend(fontsize=8, frameon=False)
     return figure
 
 
-def draw_loss_band(axes, rows, model, index):
+def draw_loss_band(axes, rows, index):
     """A band from the lowest to the highest loss of all runs at each step."""
     losses = {}
     for row in rows:  # a loss that is NaN has gone beyond all bounds
         loss = math.inf if math.isnan(row["loss"]) else row["loss"]
         losses.setdefault(row["step"], []).append(loss)
-    draw_band(axes, [*losses], [*map(min, losses.values())], [*map(max, losses.values())], model,
-              index)
+    draw_band(axes, [*losses], [*map(min, losses.values())], [*map(max, losses.values())], index)
 
 
-def draw_band(axes, steps, low, high, model, index):
+def draw_band(axes, steps, low, high, index):
     """The band of model number `index`, told from others in grey print by its hatching."""
-    axes.fill_between(steps, low, high, alpha=0.45, linewidth=0.8, label=model,
+    axes.fill_between(steps, low, high, alpha=0.45, linewidth=0.8,
                       color=COLORS[index % len(COLORS)], hatch=("", "////", "....")[index % 3])
 
 
@@ -769,13 +898,14 @@ class Flags(typing.TypedDict, total=False):
     weights: str | None
     image_size: int | None
     out: str | None
-    format: Format
+    format: Format | None
 
 
 def open_network(ckpt=None, network=None, weights=None, image_size=None, device="auto", data=None,
-                 root=None, out=None, format="png"):
+                 root=None, out=None, format=None):
     """The network that `ckpt` or `network` names, in evaluation mode, and its `Description`.
     It takes all `Flags`, and so refuses any other; what is not used here is for those below."""
+    file_of(out)  # may refuse, which is better said now than when all is computed
     if (ckpt is None) == (network is None):
         raise ValueError("give either a checkpoint (a file, or a run's folder) or a network from "
                          "elsewhere (--network=torchvision:NAME or package.module:function)")
@@ -805,6 +935,8 @@ def predicted(network, about, test):
     """Logits N×classes of the `test` images, with a progress bar, and the classes' names."""
     logits = train.predict(network, test.images, about.preprocessing,
                            bar=f"predicting {len(test.images)} images")
+    if not logits.isfinite().all():
+        raise ValueError(f"{about.title}: its outputs are not finite, as if training diverged")
     if test.labels.max() >= logits.shape[1]:
         raise ValueError(f"the images have {test.labels.max() + 1} classes, the network "
                          f"{logits.shape[1]}")
@@ -822,26 +954,31 @@ def need(out=None, **least):
     for name, value in least.items():
         if value <= 0:
             raise ValueError(f"{name}={value}: must be above 0")
-    if out is not None and Path(out).suffix[1:] in FORMATS:
+    if file_of(out):
         raise ValueError(f"out={out}: this command draws several figures; name a folder")
 
 
 def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: int = 0,
             out: str | None = None, format: Format = "png"):
-    """Draw COUNT random training images with their classes, and the data set's figures."""
+    """Draw COUNT random training images of each class, a row a class, and the data set's figures.
+    """
     need(count=count)
     dataset = load(data, root, val=0)
     images, labels = dataset.train
-    chosen = torch.randperm(len(labels), generator=generator(seed, "samples"))[:count]
+    order = torch.randperm(len(labels), generator=generator(seed, "samples"))
+    rows = [order[labels[order] == label][:count] for label in range(len(dataset.classes))]
+    blank = images.new_full(images.shape[1:], 255)  # where a class has fewer
+    shown = [picture / 255 for row in rows for picture in [*images[row], *[blank] * count][:count]]
     statistics = {"pixel mean": dataset.mean, "pixel std": dataset.std,
                   "mean of the per-image stds": mean_of_image_stds(images)}
     name = Path(data).name
-    title = (f"{name}: {len(labels)} training and {len(dataset.test.labels)} test images of "
-             f"{len(dataset.classes)} classes\n" + " · ".join(
-                 f"{what} {' '.join(f'{value:.4f}' for value in values)}"
-                 for what, values in statistics.items()))
-    names = [dataset.classes[label] for label in labels[chosen]]
-    figure = image_grid(images[chosen] / 255, names, min(count, 5), title)
+    title = "\n".join([
+        f"{name}: {len(labels)} training and {len(dataset.test.labels)} test images of "
+        f"{len(dataset.classes)} classes", *(
+            f"{what} {' '.join(f'{value:.4f}' for value in values)}"
+            for what, values in statistics.items())])
+    figure = image_grid(shown, None, count, title, row_titles=dataset.classes,
+                        cell=0.62 if len(rows) <= 25 else 0.32)
     return save_figure(figure, None, f"samples-{name}", out, format)
 
 
@@ -852,9 +989,9 @@ def curves(*runs: str, x: typing.Literal["epoch", "step", "seconds"] = "epoch",
     Runs that differ only in their seed become one line, the mean, in a band from lowest to
     highest. `--x=seconds` compares by time instead of epochs.
     """
-    runs = [run for word in runs for run in str(word).split(",")]
     if not runs:
         raise ValueError("curves: name one run folder or more")
+    file_of(out)
     return save_figure(draw_curves(group_runs(runs), x), runs[0], "curves", out, format)
 
 
@@ -894,38 +1031,39 @@ def pr_curves(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
     logits, classes = predicted(network, about, test)
     lines = [precision_recall(scores, test.labels == label)
              for label, scores in enumerate(logits.softmax(1).T)]
-    mean = sum(average for _, _, average in lines) / len(lines)
+    mean = torch.tensor([average for _, _, average in lines]).nanmean()  # of classes with images
     title = (f"{about.title}: average precision of each class (mean {mean:.3f}), other classes in "
              f"grey")
     return save_figure(draw_pr_curves(lines, classes, title), ckpt, "pr_curves", **flags)
 
 
-def filters(ckpt: str | None = None, layer: str = "conv1", channel: str = "rgb",
+def filters(ckpt: str | None = None, layer: str = "conv1", channel: str | None = None,
             **flags: typing.Unpack[Flags]):
-    """Draw the filters of LAYER's first convolution: `--channel=rgb`, or the number of an input
-    channel."""
+    """Draw the filters of LAYER's first convolution, in colour (`--channel=rgb`) where it sees the
+    image's three channels, else what they do to one of its input channels, the first."""
     network, about = open_network(ckpt, **flags)
     weights = next((module.weight.detach().cpu() for module in networks.find_layer(
         network, layer).modules() if isinstance(module, nn.Conv2d)), None)
     if weights is None:
         raise ValueError(f"layer={layer}: has no convolution")
-    channel, channels = str(channel), weights.shape[1]
+    channels = weights.shape[1]
+    channel = str(("rgb" if channels == 3 else 0) if channel is None else channel)
     title = f"{about.title}: {layer}, {len(weights)} filters"
     if channel == "rgb" and channels == 3:
         images = 0.5 + weights / (2 * weights.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12))
         title += "\nin RGB, each on its own scale, grey is 0"
     elif channel in map(str, range(channels)):
         images = weights[:, int(channel)]
-        title += f"\ninput channel {channel}, all on one scale"
+        title += f"\nof input channel {channel} (from 0 to {channels - 1}), all on one scale"
     else:
         raise ValueError(f"channel={channel}: must be from 0 to {channels - 1}, or rgb for a layer "
                          f"that sees the image's three channels")
-    return save_figure(image_grid(images, suptitle=title, scale="shared"), ckpt,
-                       f"filters-{layer}-{channel}", **flags)
+    figure = image_grid(images, [*map(str, range(len(images)))], suptitle=title, scale="shared")
+    return save_figure(figure, ckpt, f"filters-{layer}-{channel}", **flags)
 
 
 def features(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
-             image: str | None = None, index: int = 0, maps: int = 64,
+             *, image: str | None = None, index: int = 0, maps: int = 64,
              **flags: typing.Unpack[Flags]):
     """Draw the first MAPS feature maps of each of LAYERS for one picture, one figure a layer."""
     layers = listed(layers)
@@ -984,7 +1122,7 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     axes, xs, ys, labels, trail = plane_of(network, ckpt, directions, seed, span, points)
     dataset = train.open_dataset(about, flags.get("data"), flags.get("root"))
     parts = {part: subset(getattr(dataset, part), images, seed) for part in ("train", "test")}
-    key = fingerprint(network, dataset.name, images, seed, trail)
+    key = fingerprint(network, seed, trail, *parts["train"], *parts["test"])
     table = figure_path(ckpt, f"landscape-{directions}-{key}", flags.get("out"), "csv")
     title = (f"{about.title}: loss on {len(parts['train'].labels)} training and "
              f"{len(parts['test'].labels)} test images")
@@ -993,6 +1131,9 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
         return evaluate_points(table, points, lambda point: loss_at(
             network, axes, point, parts, about.preprocessing), f"loss at {len(points)} points")
 
+    [centre] = values_at([(0.0, 0.0)]).values()
+    if not all(map(math.isfinite, centre.values())):
+        raise ValueError(f"{about.title}: its loss is not finite; there is no landscape around it")
     figures = {}
     if directions == "random":
         line = values_at([(x, 0.0) for x in spaced(-span, span, 2 * points - 1)])
@@ -1021,13 +1162,12 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
          lr=min(lrs, default=0))
     for model in models:
         networks.options_of(model)
-    key = fingerprint(nn.Module(), data, seed, steps, every, batch_size, lrs[0])
+    dataset = load(data, root, val=0)
+    key = fingerprint(*dataset.train, seed, steps, every, batch_size, lrs[0])
     table = figure_path(None, "smoothness", out).with_name(f"smoothness-{key}.csv")
     rows = read_table(table)
     done = {(row["model"], row["lr"]) for row in rows}
-    missing = [run for run in itertools.product(models, lrs) if run not in done]
-    dataset = load(data, root, val=0) if missing else None
-    for model, lr in missing:
+    for model, lr in (run for run in itertools.product(models, lrs) if run not in done):
         rows += smoothness_rows(model, lr, dataset, train.choose_device(device), steps, batch_size,
                                 seed, every if lr == lrs[0] else 0)
         write_table(table, rows)
@@ -1051,7 +1191,8 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
     logits, classes = predicted(network, about, test)
     labels = [[classes[label], classes[guess], "right" if label == guess else "wrong"]
               for label, guess in zip(test.labels, logits.argmax(1))]
-    folder = Path(flags.get("out") or folder_of(ckpt) / "projector" / (layer or "features"))
+    folder = Path(os.path.expanduser(
+        flags.get("out") or folder_of(ckpt) / "projector" / (layer or "features")))
     with contextlib.redirect_stdout(io.StringIO()), SummaryWriter(str(folder)) as board:
         # It announces what it writes anew, which only the command line may.
         train.add_projector(board, network, about.preprocessing, test.images, labels, layer,
@@ -1072,16 +1213,16 @@ MEANINGS = {
     "root": "where data sets are downloaded to and cached",
     "device": "auto, cpu, cuda or mps",
     "out": "file or folder; none: figures/ beside the checkpoint",
-    "format": "of the figures, where --out is no file:",
+    "format": "of the figures, where --out is no file (none: png):",
     "seed": "of what is drawn at random",
-    "count": "how many images",
+    "count": "how many images (samples: of each class)",
     "image": "picture file; none: a test image",
     "index": "number of the test image",
     "only": "which predictions:",
     "x": "what the curves are drawn against:",
     "layer": "dotted path of a layer, such as conv2 or conv3_x.0",
     "layers": "dotted paths of layers, separated by commas",
-    "channel": "rgb, or the number of an input channel",
+    "channel": "rgb, or the number of an input channel; none: rgb, or 0",
     "maps": "at most so many feature maps of a layer",
     "units": "how many channels, or the numbers of several, separated by commas",
     "top": "patches of a unit",

@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import io
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -143,6 +145,114 @@ def test_gradients_reach_what_capture_keeps():
     assert torch.equal(before, after)
 
 
+# ---------------------------------------------------------------------------- names, axes, files
+
+NAMES = ("cash_$1_$5", "_name", "$x^{", r"\frac", "100 % {0}", "a\\$b$c")
+
+
+def texts_of(figure):
+    """All texts in a figure that was drawn, as they are shown; none of them is a formula."""
+    from matplotlib.text import Text
+
+    figure.savefig(io.BytesIO(), dpi=20)
+    texts = figure.findobj(Text)
+    assert not any(text.get_parse_math() for text in texts)
+    return [text.get_text() for text in texts]
+
+
+@pytest.mark.parametrize("draw", [
+    lambda: visualize.draw_confusion(torch.eye(6), NAMES, " ".join(NAMES)),
+    lambda: visualize.draw_pr_curves([(torch.ones(2), torch.ones(2), 1.0)] * 6, NAMES, NAMES[0]),
+    lambda: visualize.draw_predictions(torch.zeros(6, 3, 4, 4), torch.arange(6),
+                                       torch.eye(6).roll(1, 1), NAMES, NAMES[0]),
+    lambda: visualize.image_grid(torch.zeros(6, 3, 4, 4), NAMES, 1, NAMES[0], row_titles=NAMES),
+    lambda: visualize.draw_curves({name: [METRICS] for name in NAMES}),
+    lambda: visualize.draw_smoothness([{"model": name, "step": 0, "loss": 1, "beta": 1}
+                                       | dict.fromkeys(visualize.MEASURES, 1) for name in NAMES],
+                                      NAMES, NAMES[0]),
+])
+def test_names_from_outside_are_shown_as_they_are(draw):
+    shown = texts_of(draw())
+    for name in NAMES:
+        assert any(name in text for text in shown), name
+
+
+METRICS = {name: [0.5, 0.6] for name in train.COLUMNS}
+
+
+def test_a_name_of_a_run_with_an_underscore_is_in_the_legend():
+    figure = visualize.draw_curves({"_a": [METRICS], "$b$ $": [METRICS]})
+    figure.savefig(io.BytesIO(), dpi=20)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "_a, training", "_a, validation", "$b$ $, training", "$b$ $, validation"]
+    styles = {(line.get_marker(), line.get_markerfacecolor(), line.get_linestyle())
+              for line in figure.axes[0].lines}
+    assert len(styles) == 4  # told apart also where each is a single point
+
+
+@pytest.mark.parametrize("low, high", [
+    (2.30, 2.31), (1e-4, 30), (0.9, 1.1), (0.5, 3), (1e-9, 1e9), (2.3, 2.3000001), (7, 4e4)])
+def test_no_two_ticks_of_a_logarithmic_axis_read_the_same(low, high):
+    ticks = visualize.log_ticks(low, high)
+    assert 3 <= len(set(ticks.values())) == len(ticks) <= 8
+    assert all(low <= tick <= high for tick in ticks)
+    assert all(abs(float(text) - tick) < (high - low) / 10 for tick, text in ticks.items())
+
+
+def test_ticks_of_decades():
+    assert visualize.log_ticks(0.01, 10) == {0.01: "0.01", 0.1: "0.1", 1: "1", 10: "10"}
+    assert [*visualize.log_ticks(1, 12).values()] == ["1", "2", "5", "10"]
+    axes = visualize.draw_landscape_line([{"x": x, "test/loss": 2.3 + x / 100, "test/accuracy": 0.5}
+                                          for x in (0.0, 1.0)], "").axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len({*labels}) == len(labels) >= 3 and "logarithmic" in axes.get_ylabel()
+
+
+def test_a_title_is_broken_where_it_is_wider_than_its_figure():
+    figure = visualize.image_grid(torch.zeros(1, 3, 4, 4), suptitle="word " * 40)
+    texts_of(figure)
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+
+
+@pytest.mark.parametrize("out, name", [
+    ("f.PNG", "f.PNG"), ("f.jpg", "f.jpg"), ("f.Svg", "f.Svg"), ("f.pdf", "f.pdf"),
+    ("new/f.eps", "new/f.eps"), ("some", "some/filters-conv1-rgb.png"),
+    ("some.v2/", "some.v2/filters-conv1-rgb.png"), ("there.1", "there.1/filters-conv1-rgb.png"),
+    ("~/deep", "home/deep/filters-conv1-rgb.png"), ("~/f.png", "home/f.png")])
+def test_out_names_a_file_or_a_folder(out, name, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "there.1").mkdir()
+    for _ in range(2):  # what was made here may be made anew
+        assert (visualize.filters(str(run), out=out).path).resolve() == tmp_path / name
+    assert (tmp_path / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("out", ["notes.txt", "f.gif", "f.png.bak", "train.py"])
+def test_a_file_of_another_kind_is_refused(out, run, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(out)):
+        visualize.filters(str(run), out=str(tmp_path / out))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_only_figures_made_here_are_replaced(run, tmp_path):
+    from PIL import Image
+
+    holiday, pipe = tmp_path / "holiday.png", tmp_path / "pipe.png"
+    Image.new("RGB", (4, 4)).save(holiday)
+    os.mkfifo(pipe)
+    before = holiday.read_bytes()
+    for command in (visualize.filters, visualize.confusion, visualize.curves):
+        for path in (holiday, pipe):
+            with pytest.raises(FileExistsError, match=path.name):
+                command(str(run), out=str(path))
+    assert holiday.read_bytes() == before and pipe.is_fifo()
+    (tmp_path / "figures").write_text("a file")
+    with pytest.raises(OSError, match=r"figures.*cannot be written"):
+        visualize.filters(str(run), out=str(tmp_path / "figures"))
+
+
 # ---------------------------------------------------------------------------- predictions
 
 
@@ -159,6 +269,52 @@ def test_precision_and_recall_by_hand():
     assert precision.tolist() == pytest.approx([1, 2 / 3, 1 / 2, 3 / 5])
     assert recall.tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
     assert average == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+    assert math.isnan(visualize.precision_recall(scores, torch.zeros(5, dtype=torch.bool))[2])
+
+
+def test_a_class_without_images_has_no_accuracy_and_no_average_precision(monkeypatch, run,
+                                                                         tmp_path):
+    figure = visualize.draw_confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 2]]),
+                                      ("a", "b", "c"), "")
+    shown = texts_of(figure)
+    assert "75.0%" in shown and "50.0%" in shown and "–" in shown and "0.0%" not in shown
+    split = data.draw_shapes(30, seed=1)
+    kept = split.labels != 3
+    test = data.Split(split.images[kept], split.labels[kept])
+    monkeypatch.setattr(train, "open_test", lambda *_: test)
+    shown = texts_of(visualize.pr_curves(str(run), out=str(tmp_path)))
+    averages = {text.partition(" · ")[0]: text.partition(" · ")[2] for text in shown
+                if " · " in text}
+    assert averages.pop(data.SHAPES[3]) == "–"
+    mean = sum(map(float, averages.values())) / 9
+    [title] = [text for text in shown if "mean" in text]
+    assert float(re.search(r"mean (\S+)\)", title)[1]) == pytest.approx(mean, abs=2e-3)
+
+
+def test_outputs_that_are_not_finite_are_said_to_be_so(run, tmp_path, few_shapes):
+    checkpoint = network.read(run / "last.pth")
+    for weight in checkpoint["weights"].values():
+        weight.fill_(math.nan)
+    network.save(tmp_path / "last.pth", checkpoint)
+    for command, flags in ((visualize.confusion, {}), (visualize.pr_curves, {}),
+                           (visualize.landscape, {"images": 20, "points": 3})):
+        with pytest.raises(ValueError, match="finite"):
+            command(str(tmp_path), **flags)
+
+
+def test_the_loss_without_label_smoothing_is_drawn_where_there_is_one():
+    smooth = METRICS | {"train/loss": [2.0, 1.5], "train/plain_loss": [0.7, 0.6]}
+    assert visualize.comparable(smooth)["train/loss"] == [0.7, 0.6]
+    assert visualize.comparable(METRICS) == METRICS
+
+
+def test_a_comma_in_a_runs_path_is_part_of_it(tmp_path):
+    folder = tmp_path / "a,b"
+    folder.mkdir()
+    (folder / "metrics.csv").write_text(
+        ",".join(train.COLUMNS) + "\n" + ",".join("1" for _ in train.COLUMNS) + "\n")
+    figure = visualize.curves(str(folder), out=str(tmp_path))
+    assert "a,b, training" in texts_of(figure)
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
@@ -237,6 +393,41 @@ def test_an_interrupted_grid_goes_on_and_computes_nothing_twice(tmp_path):
     visualize.evaluate_points(tmp_path / "grid.csv", points, None, "")
 
 
+def test_where_the_loss_overflows_there_is_a_hole():
+    rows = {(f"{x:.6g}", f"{y:.6g}"): {"test/loss": math.inf if x == y == 2 else 1 + x + y}
+            for x in range(3) for y in range(3)}
+    values = visualize.grid_values(rows, range(3), range(3), "test/loss")
+    assert values.isnan().tolist() == [[False] * 3, [False] * 3, [False, False, True]]
+    for draw in (visualize.draw_landscape_contours, visualize.draw_landscape_surface):
+        texts_of(draw([*range(3)], [*range(3)], {"test": values}, "", ("x", "y")))
+    with pytest.raises(ValueError, match="not one value is finite"):
+        visualize.draw_landscape_contours([0, 1], [0, 1], {"test": values[1:, 1:] * math.nan}, "",
+                                          ("x", "y"))
+
+
+def test_a_saved_landscape_is_not_that_of_other_images(run, tmp_path, monkeypatch):
+    draw, tables = data.draw_shapes, []
+    for seed in (5, 6, 5):
+        monkeypatch.setattr(data, "draw_shapes", lambda _count, part, seed=seed: draw(
+            60, 10 * seed + part))
+        *_, table = visualize.landscape(str(run), points=3, images=9, out=str(tmp_path))
+        tables.append(table)
+    assert tables[0] == tables[2] != tables[1]
+    losses = [visualize.read_table(table)[0]["test/loss"] for table in tables[:2]]
+    assert losses[0] != losses[1]
+    tables[0].write_text("x,y\n1,two\n")
+    with pytest.raises(ValueError, match="damaged"):
+        visualize.landscape(str(run), points=3, images=9, out=str(tmp_path))
+
+
+def test_a_fingerprint_tells_tensors_and_settings_apart():
+    one, two = nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2).bfloat16()
+    prints = {visualize.fingerprint(*parts) for parts in (
+        (one,), (two,), (one, 1), (one, 11), (one, 1, 1), (one, torch.ones(2)),
+        (one, torch.zeros(2)), (one, torch.ones(()), "a"))}
+    assert len(prints) == 8 and visualize.fingerprint(one) in prints
+
+
 def test_smoothness_along_the_gradient_of_a_quadratic():
     curvature = torch.tensor([1.0, 3.0])
 
@@ -269,6 +460,7 @@ def test_measuring_smoothness_leaves_running_statistics_alone():
     (["confusion", "RUN"], ["confusion"]),
     (["pr_curves", "RUN"], ["pr_curves"]),
     (["filters", "RUN"], ["filters-conv1-rgb"]),
+    (["filters", "RUN", "--layer=conv2"], ["filters-conv2-0"]),
     (["features", "RUN", "--layers=conv1,fc"], ["features-conv1", "features-fc"]),
     (["patches", "RUN", "--layer=conv2", "--units=2", "--top=3"], ["patches-conv2"]),
     (["landscape", "RUN", "--points=3", "--images=8"],
@@ -309,6 +501,15 @@ def test_a_text_or_a_number_is_a_list_of_one(run, tmp_path, few_shapes):
         assert labels == ["unit 0", "unit 4", "unit 8", "unit 12"]  # four of sixteen
     figure = deconv.gallery(str(run), layer="conv2", units=2, top=2, out=str(tmp_path))
     assert [text.get_text()[:6] for text in figure.axes[0].texts] == ["unit 0", "unit 8"]
+
+
+def test_samples_are_a_row_a_class_and_filters_have_numbers(run, tmp_path, few_shapes):
+    axes = visualize.samples("shapes", count=3, out=str(tmp_path)).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*data.SHAPES]
+    assert len(axes.images) == 30
+    figure = visualize.filters(str(run), "conv2", out=str(tmp_path))
+    assert [text.get_text() for text in figure.axes[0].texts] == [*map(str, range(16))]
+    assert "input channel 0 (from 0 to 5)" in figure.get_suptitle()
 
 
 def test_without_a_run_a_figure_goes_to_runs(tmp_path, monkeypatch, few_shapes):
@@ -360,7 +561,9 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     (["features", "RUN", "--layers=conv9"], "conv9.*conv1, conv2"),
+    (["features", "RUN", "--layers", "conv1", "conv2"], "conv2; several values.*by commas"),
     (["filters", "RUN", "--channel=3"], "channel=3.*0 to 2"),
+    (["filters", "RUN", "--layer=conv2", "--channel=rgb"], "channel=rgb.*0 to 5"),
     (["features", "RUN", "--index=99999"], "index=99999.*0 to"),
     (["features", "RUN", "--image=RUN/last.pth"], "cannot be read as an image"),
     (["confusion", "RUN", "--format=gif"], "gif.*png, svg, pdf"),
