@@ -33,6 +33,7 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
         model, data=data, root=root, batch_size=batch_size, augment=augment, epochs=1, val=0,
         precision=precision, device=device, save_minutes=1e6,
         lr=1e-4)  # so low that no network diverges over the rounds
+    train.make_repeatable(config, chosen)  # and as quick as in training
     dataset = load(data, root, image_size_of(model), val=0)
     state = train.new_state(config, train.describe(config, dataset), chosen)
     batches = train.batches_of(config, dataset, chosen, train.Workers())
@@ -71,12 +72,13 @@ def rates_table(rates, operations, title):
 
 def timed(function, device, times=1):
     """Mean seconds of a call, the device's work included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _device: None
-    wait(device)
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
+        device.type, lambda: None)  # of this process's device
+    wait()
     started = time.perf_counter()
     for _ in range(times):
         function()
-    wait(device)
+    wait()
     return (time.perf_counter() - started) / times
 
 
@@ -122,27 +124,33 @@ def usual_transforms(augment):
     return [known[name] for name in augment]
 
 
-def usual_steps(config, dataset, state, steps, device):
-    """Seconds for `steps` steps fed by PIL transforms and a DataLoader with two workers."""
+def usual_loader(config, dataset, steps, device):
+    """torchvision's data set class and PIL transforms on these images, in a DataLoader."""
     from torchvision import transforms
     from torchvision.datasets import CIFAR10
 
-    source = object.__new__(CIFAR10)  # torchvision's own __getitem__, on these images
+    source = object.__new__(CIFAR10)  # its own __getitem__
     source.data = dataset.train.images[:steps * config.batch_size].permute(0, 2, 3, 1).numpy()
     source.targets = dataset.train.labels.tolist()
     source.target_transform = None
     source.transform = transforms.Compose(
         [*usual_transforms(config.augment), transforms.ToTensor(),
          transforms.Normalize(dataset.mean, dataset.std)])
-    loader = torch.utils.data.DataLoader(source, config.batch_size, shuffle=True, num_workers=2,
-                                         drop_last=True)
+    return torch.utils.data.DataLoader(source, config.batch_size, shuffle=True, num_workers=2,
+                                       drop_last=True, pin_memory=device.type == "cuda")
+
+
+def usual_steps(config, dataset, state, steps, device):
+    """Seconds for `steps` steps fed by PIL transforms and a DataLoader with two workers."""
+    loader = usual_loader(config, dataset, steps, device)
 
     def epoch():
         for images, labels in loader:
+            images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
             with train.autocast(device, config.precision):
-                logits = state.network(images.to(device))
+                logits = state.network(images)
             state.optimizer.zero_grad()
-            loss = F.cross_entropy(logits.float(), labels.to(device))
+            loss = F.cross_entropy(logits.float(), labels)
             loss.backward()
             state.optimizer.step()
             loss.item()  # the tutorial's running loss
@@ -156,7 +164,15 @@ def usual_steps(config, dataset, state, steps, device):
 
 
 def matrix_rate(device, precision, size=2048):
-    """Operations per second of a size×size matrix product in `precision`."""
+    """Operations per second of a size×size matrix product, in the type in which training computes,
+    and with TF32 where its convolutions have it."""
     with train.autocast(device, precision):
-        matrix = torch.randn(size, size, device=device)
+        kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(
+            device.type) else torch.float32
+    matrix = torch.randn(size, size, device=device, dtype=kind)
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before, products.allow_tf32 = products.allow_tf32, convolutions.allow_tf32
+    try:
         return 2 * size**3 / timed(lambda: matrix @ matrix, device, 5)
+    finally:
+        products.allow_tf32 = before

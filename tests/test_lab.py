@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
@@ -354,6 +355,35 @@ def test_benchmark_compares_the_loop_with_its_bounds(capsys):
         benchmark.benchmark(batch_size=0)
     with pytest.raises(ValueError, match=r"augment=cutout.*crop, flip"):
         benchmark.benchmark(augment=("flip", "cutout"))
+
+
+def test_the_benchmark_flatters_nobody(monkeypatch):
+    waited, products = [], []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("cuda"))
+    for name in ("mps", "cuda", "cpu"):
+        benchmark.timed(lambda name=name: waited.append(f"work on {name}"), torch.device(name))
+    assert waited == ["mps", "work on mps", "mps", "cuda", "work on cuda", "cuda", "work on cpu"]
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, _types, arguments=(), flags=None):
+            products.append((str(operator), arguments[0].dtype if torch.is_tensor(arguments[0])
+                             else None, torch.backends.cuda.matmul.allow_tf32))
+            return operator(*arguments, **flags or {})
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    cpu, dataset = torch.device("cpu"), data.load("shapes", limit=20)
+    before = torch.backends.cuda.matmul.allow_tf32
+    for precision, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        products.clear()
+        with Seen():
+            assert benchmark.matrix_rate(cpu, precision, size=8) > 0
+        assert products[1:] == [("aten.mm.default", kind, True)] * 5
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+    config = train.Config.create(batch_size=4)
+    assert benchmark.usual_loader(config, dataset, 2, torch.device("cuda")).pin_memory
+    loader = benchmark.usual_loader(config, dataset, 2, cpu)
+    assert not loader.pin_memory and len(loader) == 2
 
 
 def test_sweep(tmp_path, monkeypatch, capsys):
