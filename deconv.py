@@ -181,7 +181,7 @@ def top_reconstructions(network, layer, images, preprocessing, units, top, rule=
     """
     values, images, positions, boxes = visualize.top_fields(network, layer, images, preprocessing,
                                                             units, top)
-    device, signals = next(network.parameters()).device, []
+    device, signals = networks.device_of(network), []
     # Fewer at a time than in `visualize.layer_batches`: the way back needs all that lies between.
     count = max(1, 2**18 // preprocessing.image_size**2)
     for chunk in progress(torch.arange(len(positions)).split(count), f"back from {layer}"):
@@ -310,7 +310,7 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     visualize.need(layers=len(layers))
     network, about = visualize.open_network(ckpt, **flags)
     picture, name = visualize.load_image(about, image, index, **flags)
-    images = about.preprocessing(picture, next(network.parameters()).device)
+    images = about.preprocessing(picture, networks.device_of(network))
     ways = ("through", "skip") if bn == "both" else (bn,)
     descents = {layer: {way: descend(network, layer, images, unit, rule, way) for way in ways}
                 for layer in progress(layers, "going back")}

@@ -17,6 +17,7 @@ fc                            10                      5 130    (in all 11 181 64
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -35,11 +36,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from data import Preprocessing, Table, command_line, parse_value, text_of, write_atomically
+from data import (
+    Preprocessing,
+    Table,
+    command_line,
+    generator,
+    parse_value,
+    text_of,
+    write_atomically,
+)
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU,
                "silu": nn.SiLU}
+# Functions as they are called, by their names.
+RECTIFIERS = {"relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu",
+              "silu", "hardswish", "mish", "softplus"}
+BOUNDED = {"clamp", "clip", "clamp_min", "hardtanh", "threshold"}  # rectifiers from 0 on
 
 
 # ---------------------------------------------------------------------------- building blocks
@@ -390,11 +404,11 @@ def build(name, classes=10, image_size=None, **options):
 
 def check_size(network, size):
     """ValueError unless `network` takes images of size×size as well as those it was built for."""
-    images = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
+    images = torch.zeros(1, 3, size, size, device=device_of(network))
     try:
         with torch.no_grad(), evaluation(network):
-            network(images)
-    except RuntimeError as error:
+            forward(network, images)
+    except ValueError as error:
         raise ValueError(f"the network was built for images of another size and cannot take "
                          f"{size}×{size} ones") from error
 
@@ -417,7 +431,36 @@ def last_linear(network):
     return linear[-1]
 
 
-class _Reached(Exception):
+def device_of(network):
+    """The device of the network's weights or buffers; the CPU for one that has none."""
+    held = next(itertools.chain(network.parameters(), network.buffers()), None)
+    return held.device if held is not None else torch.device("cpu")
+
+
+def forward(network, images, dtype=None):
+    """What the network makes of normalised `images`, N×3×H×W, brought to its own type or `dtype`.
+
+    Where its first layer takes one channel, it gets the mean of the three. ValueError, in one
+    line, when it cannot take them.
+    """
+    values = itertools.chain(network.parameters(), network.buffers())
+    dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
+                          images.dtype)
+    first = next((module for module in network.modules()
+                  if isinstance(module, (nn.Conv2d, nn.Linear))), None)
+    if images.shape[1] == 3 and (getattr(first, "in_channels", 3) == 1 or images[0, 0].numel()
+                                 == getattr(first, "in_features", None)):
+        images = images.mean(1, keepdim=True)
+    try:
+        return network(images.to(dtype))
+    except Exception as error:  # anybody's code: whatever it raises
+        shape = "×".join(map(str, images.shape))
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"the network cannot take {str(dtype)[6:]} images {shape} and nothing "
+                         f"else ({told:.240})") from error
+
+
+class _Reached(BaseException):
     """All layers asked for have been computed."""
 
 
@@ -447,15 +490,33 @@ def capture(network, layers, stop=False):
 
 
 def captured_maps(outputs, layer):
-    """The output of `layer` that `capture` kept; ValueError if it is not N×C×H×W or N×C."""
+    """The output of `layer` that `capture` kept, as N×C×H×W or N×C; ValueError for any other.
+
+    Channels that come last are told by square maps, N×S×S×C. Tokens N×T×C become N×C×S×S with
+    the largest square S·S there is in T; those before it, such as the class token, are left out.
+    """
     if layer not in outputs:
-        raise ValueError(f"layer={layer}: is not used when the network runs")
+        raise ValueError(f"layer={layer}: is not called when the network runs (in a network that "
+                         f"torch.export or a compiler made, no layer is)")
     maps = outputs[layer]
-    if not isinstance(maps, Tensor) or maps.ndim not in (2, 4):
+    if not isinstance(maps, Tensor) or maps.ndim not in (2, 3, 4) or not (
+            maps.is_floating_point() and maps.numel()):
         kind = "×".join(map(str, getattr(maps, "shape", ()))) or f"a {type(maps).__name__}"
-        raise ValueError(f"layer={layer}: returns {kind}, neither feature maps N×C×H×W nor "
-                         f"vectors N×C")
-    return maps
+        kind += f" of {str(maps.dtype)[6:]}" if isinstance(maps, Tensor) else ""
+        raise ValueError(f"layer={layer}: returns {kind}, neither feature maps N×C×H×W or N×H×W×C, "
+                         f"tokens N×T×C nor vectors N×C of real numbers")
+    if maps.ndim == 3:
+        side = math.isqrt(maps.shape[1])
+        maps = maps[:, -side * side:].unflatten(1, (side, side))
+    elif maps.ndim == 2 or not maps.shape[1] == maps.shape[2] != maps.shape[3]:
+        return maps
+    return maps.permute(0, 3, 1, 2)
+
+
+def refuse_scripted(network):
+    """ValueError for a network of TorchScript, whose functions nothing can take the place of."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise ValueError("a scripted network hides its functions: give the module it was made of")
 
 
 @contextlib.contextmanager
@@ -469,6 +530,170 @@ def evaluation(network):
             module.training = training
 
 
+# ---------------------------------------------------------------------------- receptive fields
+
+
+def _scaled(_function, x, *_others, **_named):
+    """`x` itself, brought back to a size of about 1."""
+    return x / x.detach().abs().mean().clamp(min=1e-30)
+
+
+def _averaged(function, x, weight, bias=None, *options, **named):
+    """A convolution whose weights are all one positive constant: one kernel does for all."""
+    # conv2d and conv_transpose2d both have `groups` as the fourth of their options.
+    groups = named.pop("groups", options[3] if len(options) > 3 else 1)
+    outputs = weight.shape[1] * groups if "transpose" in function.__name__ else weight.shape[0]
+    means = x.unflatten(1, (groups, -1)).mean(2).flatten(0, 1)[:, None]  # N·groups×1×H×W
+    kernel = x.new_full((1, 1, *weight.shape[2:]), 1 / weight[0, 0].numel())
+    options = (*options[:3], *[1][:len(options) - 3], *options[4:])
+    maps = function(means, kernel, None, *options, **named).unflatten(0, (-1, groups))
+    return maps.expand(-1, -1, outputs // groups, *maps.shape[3:]).flatten(1, 2)
+
+
+def _pooled(function, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *_others,
+            **_named):
+    """A max-pool over N×C×H×W that gives the mean of each window instead of its maximum."""
+    kernel, stride, padding, dilation = (
+        (value, value) if isinstance(value, int) else (*value, *value)[:2]
+        for value in (kernel_size, stride or kernel_size, padding, dilation))
+    found = function(x, kernel, stride, padding, dilation, ceil_mode)
+    size, pads = found[0].shape if isinstance(found, tuple) else found.shape, []
+    for axis in (1, 0):  # first left and right, then top and bottom: as far as windows reach
+        reach = (size[axis - 2] - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1
+        pads += [padding[axis], reach - x.shape[axis - 2] - padding[axis]]
+    mean = x.new_full((1, 1, *kernel), 1 / math.prod(kernel))
+    maps = F.conv2d(F.pad(x, pads).flatten(0, -3)[:, None], mean, None, stride, 0, dilation)
+    return (maps.view(size), found[1]) if isinstance(found, tuple) else maps.view(size)
+
+
+def _largest(_function, x, other=None, keepdim=False, dim=None):
+    """torch.max and maximum, of which the mean or sum is taken."""
+    if isinstance(other, Tensor):
+        return x + other
+    dim = dim if other is None else other
+    return x.mean() if dim is None else torch.return_types.max(
+        (x.mean(dim, keepdim), x.argmax(dim, keepdim)))
+
+
+def _grouped(_function, x, groups, *_others, **_named):
+    """Group normalisation: each value looks at all of its group."""
+    means = x.unflatten(1, (groups, -1)).flatten(2).mean(2)
+    means = means.repeat_interleave(x.shape[1] // groups, 1)
+    return _scaled(None, x + means.view(*means.shape, *[1] * (x.ndim - 2)))
+
+
+def _batch_norm(_function, x, *others, **named):
+    """With running statistics a scale, without them each value looks at all of the batch."""
+    own = named.get("training", others[4] if len(others) > 4 else False)
+    return _scaled(None, x + x.mean([0, *range(2, x.ndim)], True) if own else x)
+
+
+# What takes the place of a function, given it and its arguments, in `Connections`.
+CONNECTIONS = {
+    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "hardtanh"], _scaled),
+    **dict.fromkeys(["sigmoid", "hardsigmoid"],  # gates, which multiply: near ½ for all values
+                    lambda _, x, *others, **named: 0.5 + 1e-3 * (x - x.detach())),
+    **dict.fromkeys(["conv1d", "conv2d", "conv3d", "conv_transpose2d"], _averaged),
+    "linear": lambda _, x, weight, bias=None: x.mean(-1, True).expand(
+        *x.shape[:-1], weight.shape[0]),
+    **dict.fromkeys(["max_pool2d", "max_pool2d_with_indices"], _pooled),
+    "adaptive_max_pool2d": lambda _, x, size, *others, **named: F.adaptive_avg_pool2d(x, size),
+    "amax": lambda _, x, *others, **named: x.mean(*others, **named),
+    **dict.fromkeys(["max", "maximum"], _largest),
+    "batch_norm": _batch_norm, "group_norm": _grouped,
+    "instance_norm": lambda _, x, *others, **named: _grouped(None, x, x.shape[1]),
+    "layer_norm": lambda _, x, shape, *others, **named: _scaled(
+        None, x + x.mean([*range(-len(shape), 0)], True)),
+    # Queries T×N×C and values; the weights of attention are positive.
+    "multi_head_attention_forward": lambda _, query, key, value, *others, **named: (
+        query + value.mean(0, True), None),
+}
+
+
+class Connections(TorchFunctionMode):
+    """While open, a gradient is above 0 where there is any connection, and elsewhere exactly 0.
+
+    All weights are one positive constant, maxima are means, activations the identity, and a
+    normalisation adds the mean of what it looks at (see `CONNECTIONS`).
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = getattr(function, "__name__", "").split(".")[0].strip("_")  # relu_, relu.default
+        if name in CONNECTIONS:
+            return CONNECTIONS[name](function, *([] if args else [kwargs.pop("input")]), *args,
+                                     **kwargs)
+        # Weights that are no layer's, such as an embedding or the scale of a channel.
+        args = [value.new_ones(value.shape) if isinstance(value, nn.Parameter) else value
+                for value in args]
+        return function(*args, **kwargs)
+
+
+def receptive_fields(network, layer, image_size):
+    """The exact receptive field of every unit of `layer`, C×H×W×4: top, left, bottom, right.
+
+    A box is half open, in pixels of the network's image_size×image_size input, and ends where
+    the image does. It is found, not derived: by the gradient of single units while all that the
+    network computes are averages (see `Connections`), through any strides, padding, pooling and
+    branches. The box of a unit that looks at nothing is 0, 0, 0, 0. ValueError for a layer there
+    is not, or whose network hides what it computes.
+    """
+    refuse_scripted(network)
+    device = device_of(network)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    # Grey noise: channels with other fields get other values, and those with the same the same.
+    noise = 1 + torch.rand(1, 1, image_size, image_size, generator=generator("fields"))
+    noise = noise.to(device, dtype).requires_grad_()
+    with (evaluation(network), torch.enable_grad(), Connections(),
+          capture(network, [layer], stop=True) as outputs):
+        forward(network, noise.expand(-1, 3, -1, -1), dtype)
+    maps = captured_maps(outputs, layer)[0]
+    if not maps.requires_grad:
+        raise ValueError(f"layer={layer}: no gradient leads from it to the images")
+    maps = maps if maps.ndim == 3 else maps[:, None, None]
+    height, width = maps.shape[1:]
+    kinds, kind = maps.detach().flatten(1).unique(dim=0, return_inverse=True)
+    first = [(kind == number).nonzero()[0, 0] for number in range(len(kinds))]
+
+    def fields_at(index):
+        """Of the unit in this row and column, of each kind of channel: kinds×4."""
+        boxes = torch.zeros(len(first), 4, dtype=torch.long)
+        for box, channel in zip(boxes, first):
+            unit = maps[channel, min(index, height - 1), min(index, width - 1)]
+            seen = torch.autograd.grad(unit, noise, retain_graph=True)[0][0, 0] != 0
+            for axis in (0, 1):
+                lines = seen.any(1 - axis).nonzero().cpu()  # the GPU waits here
+                if len(lines):
+                    box[axis], box[axis + 2] = lines[0, 0], lines[-1, 0] + 1
+        return boxes
+
+    fields = filled_in(fields_at, max(height, width)).transpose(0, 1)  # kinds×n×4
+    rows, columns = fields[:, :height, None], fields[:, None, :width]
+    top, bottom = (rows[..., side].expand(-1, -1, width) for side in (0, 2))
+    left, right = (columns[..., side].expand(-1, height, -1) for side in (1, 3))
+    return torch.stack([top, left, bottom, right], -1)[kind.cpu()]
+
+
+def filled_in(values_at, count):
+    """values_at(0) … values_at(count − 1), tensors of integers, stacked; asked for at few places.
+
+    Where the values between two places lie on a line as far as the two in the middle show, all do:
+    a receptive field moves by the stride, until the image's border stops one of its sides.
+    """
+    known = functools.cache(values_at)
+    values = [None] * count
+    spans = [*itertools.pairwise(sorted({0, min(1, count - 1), max(0, count - 2), count - 1}))]
+    for first, last in spans:  # grows as it goes
+        middle, slope = (first + last) // 2, (known(last) - known(first)) / (last - first)
+        line = {index: known(first) + slope * (index - first) for index in range(first, last + 1)}
+        if last - first < 2 or all(torch.equal(line[index], known(index).float())
+                                   for index in (middle, middle + 1)):
+            values[first:last + 1] = [value.round().long() for value in line.values()]
+        else:
+            spans += [(first, middle), (middle, last)]
+    return torch.stack([known(0)] if count == 1 else values)
+
+
 # ---------------------------------------------------------------------------- summary
 
 
@@ -480,10 +705,10 @@ def stages(network, image_size):
     from torch.utils.flop_counter import FlopCounterMode
 
     children = dict(network.named_children())
-    images = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
+    images = torch.zeros(1, 3, image_size, image_size, device=device_of(network))
     with (torch.no_grad(), evaluation(network), capture(network, children) as outputs,
           FlopCounterMode(display=False) as counter):
-        network(images)
+        forward(network, images)
     operations = {name.rpartition(".")[2]: sum(counts.values()) // 2
                   for name, counts in counter.get_flop_counts().items() if name.count(".") == 1}
     return [(name, tuple(outputs[name].shape[1:]), count_parameters(stage),

@@ -836,13 +836,14 @@ def predict(network, images, preprocessing, tta="none", bar=None):
     `preprocessing` is how the network wants its images, which are moved to its device batch by
     batch; `tta` see `tta_views`; `bar` is the text of a progress bar.
     """
-    device, size = next(network.parameters()).device, preprocessing.image_size
+    device, size = networks.device_of(network), preprocessing.image_size
     batch_size = max(1, (512 if device.type == "cpu" else 4096) * 32**2 // size**2)
     chunks, logits = images.split(batch_size), []
     with torch.no_grad(), networks.evaluation(network), autocast(device, preprocessing.precision):
         for chunk in progress(chunks, bar) if bar else chunks:
             pixels = preprocessing(chunk, device)
-            logits.append(sum(network(view).float() for view in tta_views(pixels, tta)))
+            logits.append(sum(networks.forward(network, view).float()
+                              for view in tta_views(pixels, tta)))
     return torch.cat(logits).cpu()
 
 
@@ -1253,7 +1254,7 @@ def write_board(folder, network, dataset, logits, result):
     clear_board(folder.path)
     with summary_writer(folder.path / "test") as board:
         shown = data.subset(dataset.test, 100, seed=0)
-        pixels = folder.preprocessing(shown.images, next(network.parameters()).device)
+        pixels = folder.preprocessing(shown.images, networks.device_of(network))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing says that it will be replaced one day
             board.add_graph(network, pixels[:1])
@@ -1296,7 +1297,7 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
     if layer is None:
         last = [network.get_submodule(name) for name in leaves].index(networks.last_linear(network))
         layer = leaves[last - 1]
-    device, points = next(network.parameters()).device, []
+    device, points = networks.device_of(network), []
     with torch.no_grad(), networks.evaluation(network):
         for chunk in images.split(256):
             with networks.capture(network, [layer], stop=True) as outputs:
@@ -1310,7 +1311,7 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
 
 def environment(network):
     """Versions, commit and hardware, as result.json keeps them."""
-    device = next(network.parameters()).device
+    device = networks.device_of(network)
     commit = None
     with contextlib.suppress(OSError):  # git may not be there
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"],

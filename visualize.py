@@ -248,17 +248,20 @@ def save_figure(figure, ckpt, name, out=None, format="png", **_others):
 def feature_maps(network, layer, images):
     """What `layer` makes of normalised images: N×C×H×W, where a vector's H and W are 1.
 
-    Nothing behind the layer is computed.
+    Nothing behind the layer is computed. See `network.captured_maps` for what else there is.
     """
     with networks.capture(network, [layer], stop=True) as outputs:
-        network(images)
+        networks.forward(network, images)
     maps = networks.captured_maps(outputs, layer)
+    if len(maps) != len(images):
+        raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {len(images)} "
+                         f"images")
     return maps if maps.ndim == 4 else maps[:, :, None, None]
 
 
 def layer_batches(network, layer, images, preprocessing):
     """Yield (number of the first image, N×C×H×W output of `layer`), through all uint8 `images`."""
-    device = next(network.parameters()).device
+    device = networks.device_of(network)
     # As many pixels a batch, whatever the size of an image: 512 images of 32×32 on a CPU.
     count = max(1, (2**19 if device.type == "cpu" else 2**22) // preprocessing.image_size**2)
     starts = range(0, len(images), count)
@@ -290,33 +293,6 @@ def top_activations(network, layer, images, preprocessing, units, top):
     return best, found[0], (found[1] // width, found[1] % width)
 
 
-def receptive_fields(network, layer, image_size):
-    """The exact receptive field of every unit of `layer`, C×H×W×4: top, left, bottom, right.
-
-    A box is half open, in pixels of the network's image_size×image_size input, and ends where
-    the image does. It is found, not derived: an input line of NaN turns exactly those units into
-    NaN that look at it, through any strides, padding, pooling and branches. The box of a unit
-    that looks at nothing is 0, 0, 0, 0.
-    """
-    device = next(network.parameters()).device
-    # One image for each line of pixels, rows (axis 2) and columns (axis 3), in chunks.
-    chunks = torch.arange(image_size).split(max(1, 2**18 // image_size**2))
-    low, high = {2: image_size, 3: image_size}, {2: 0, 3: 0}
-    # In training, batch norm would spread a NaN over the batch; and cuDNN's fast algorithms work
-    # tile by tile and spread it over the tile.
-    with networks.evaluation(network), torch.backends.cudnn.flags(enabled=False):
-        for lines, axis in progress([*itertools.product(chunks, low)], "receptive fields"):
-            images = torch.zeros(len(lines), 3, image_size, image_size, device=device)
-            images.transpose(1, axis)[torch.arange(len(lines)), lines] = torch.nan
-            seen = feature_maps(network, layer, images).isnan().cpu()  # lines×C×H×W
-            index = lines.short().view(-1, 1, 1, 1)
-            # A unit's field goes from the first to the last line that it sees.
-            low[axis] = index.where(seen, image_size).amin(0).clamp(max=low[axis])
-            high[axis] = (index + 1).where(seen, 0).amax(0).clamp(min=high[axis])
-    boxes = torch.stack([low[2], low[3], high[2], high[3]], -1).long()
-    return boxes * (boxes[..., 2:3] > 0)
-
-
 def cut_patches(images, boxes):
     """Cut box i out of image i of N×3×S×S floats: N×3×h×w for the largest box, h×w.
 
@@ -337,11 +313,11 @@ def top_fields(network, layer, images, preprocessing, units, top):
     """What the `units` of `layer` looked at where they were strongest, unit by unit.
 
     Returns the activations, units×top, and for each of these units·top the uint8 image, the
-    position in C·H·W of the feature maps, and the receptive field (see `receptive_fields`).
+    position in C·H·W of the feature maps, and the receptive field (see `network.receptive_fields`).
     """
     values, chosen, (rows, columns) = top_activations(network, layer, images, preprocessing,
                                                       units, top)
-    fields = receptive_fields(network, layer, preprocessing.image_size)
+    fields = networks.receptive_fields(network, layer, preprocessing.image_size)
     height, width = fields.shape[1:3]
     positions = ((torch.tensor(units)[:, None] * height + rows) * width + columns).flatten()
     return values, images[chosen.flatten()], positions, fields.flatten(0, 2)[positions]
@@ -350,7 +326,7 @@ def top_fields(network, layer, images, preprocessing, units, top):
 def choose_units(network, layer, image_size, units):
     """Channel numbers of `layer` from the flag `units`: one number is how many, evenly spread over
     all channels; several are the units themselves."""
-    device, units = next(network.parameters()).device, listed(units)
+    device, units = networks.device_of(network), listed(units)
     blank = torch.zeros(1, 3, image_size, image_size, device=device)
     channels = feature_maps(network, layer, blank).shape[1]
     if len(units) == 1 and units[0] > 0:
@@ -1072,7 +1048,7 @@ def features(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     for layer in layers:
         networks.find_layer(network, layer)  # all of them, before the first is drawn
     picture, name = load_image(about, image, index, **flags)
-    pixels, figures = about.preprocessing(picture, next(network.parameters()).device), []
+    pixels, figures = about.preprocessing(picture, networks.device_of(network)), []
     for layer in layers:
         shown = feature_maps(network, layer, pixels)[0].cpu()  # C×H×W
         count, vector = min(maps, len(shown)), shown[0].numel() == 1

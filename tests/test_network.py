@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 import network
 
@@ -216,3 +217,25 @@ def test_a_mistaken_command_is_one_line(line, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(network.__file__, run_name="__main__")
     assert re.fullmatch("error: .+\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_are_brought_to_a_networks_type_and_channels(dtype):
+    grey = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2)).to(dtype)
+    images = torch.rand(2, 3, 8, 8)
+    expected = grey(images.mean(1, keepdim=True).to(dtype))
+    assert torch.equal(network.forward(grey, images), expected)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).to(dtype)
+    assert network.forward(flat, images).dtype == dtype
+    assert network.forward(nn.ReLU(), images).dtype == torch.float32
+    assert network.device_of(nn.ReLU()) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("built, message", [
+    (nn.Bilinear(3, 3, 2), "missing 1 required positional argument"),
+    (nn.Sequential(nn.Flatten(), nn.Linear(7, 2)), "2×3×8×8.*shapes cannot be multiplied"),
+    (nn.Conv2d(4, 2, 3), "2×3×8×8.*4 channels")])
+def test_images_a_network_cannot_take_are_one_line(built, message):
+    with pytest.raises(ValueError, match=message) as failed:
+        network.forward(built, torch.rand(2, 3, 8, 8))
+    assert "\n" not in str(failed.value)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -73,7 +74,7 @@ def test_receptive_fields_of_a_stack_follow_the_formula():
     stack = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.MaxPool2d(2),
                           nn.Conv2d(4, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
                           nn.AvgPool2d(3, 1))
-    fields = visualize.receptive_fields(stack, "5", 33)
+    fields = network.receptive_fields(stack, "5", 33)
     assert fields.shape == (4, 6, 6, 4) and stack.training
     for row in range(6):
         for column in range(6):
@@ -88,11 +89,105 @@ def test_receptive_field_of_a_residual_block_is_that_of_its_longest_branch():
         network.BasicBlock(3, 3, 1, "relu", network.projection_shortcut),
         network.BasicBlock(3, 5, 2, "relu", network.PaddedShortcut))
     for layer, last in (("1", [(3, 2, 1), (3, 1, 1)]), ("1.shortcut", [(1, 2, 0)])):
-        fields = visualize.receptive_fields(blocks, layer, 18)
+        fields = network.receptive_fields(blocks, layer, 18)
         expected = [field_by_formula([(3, 1, 1)] * 2 + last, place, 18) for place in range(9)]
         assert [tuple(box) for box in fields[0, 4, :, [1, 3]].tolist()] == expected
         assert [tuple(box) for box in fields[0, :, 8, [0, 2]].tolist()] == expected
     assert fields[3:].abs().sum() == 0  # the shortcut's zero channels look at nothing
+
+
+class Lambda(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        """N×C×H×W to whatever the function makes of it."""
+        return self.function(x)
+
+
+class Branches(nn.Module):
+    """A 1×1 and a 5×5 convolution and the image itself, beside each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 5, padding=2, bias=False)
+
+    def forward(self, x):
+        """N×3×H×W to N×7×H×W."""
+        return torch.cat([self.small(x), self.large(x).relu(), x], 1)
+
+
+def test_channels_of_one_layer_may_have_different_fields():
+    fields = network.receptive_fields(nn.Sequential(Branches()), "0", 12)
+    assert fields[:, 5, 1].tolist() == 2 * [[5, 1, 6, 2]] + 2 * [[3, 0, 8, 4]] + 3 * [[5, 1, 6, 2]]
+
+
+def test_receptive_fields_where_the_border_breaks_the_formula():
+    # The strided 1×1 convolution sees columns 0 and 4 of 7 alone; a third one there is not.
+    strided = nn.Sequential(nn.Conv2d(3, 2, 1, 4), nn.Conv2d(2, 2, 3, 1, 1))
+    assert network.receptive_fields(strided, "1", 7)[0, 1, 1].tolist() == [0, 0, 5, 5]
+    pools = nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2, 1, dilation=2))
+    fields = network.receptive_fields(pools, "1", 10)  # windows at 0, 2, 4, 6 and, cut off, 8
+    assert fields[0, :, 0].tolist() == [[0, 0, 7, 7], [2, 0, 9, 7], [4, 0, 10, 7]]
+    up = nn.Sequential(nn.AvgPool2d(4), nn.Upsample(scale_factor=2))  # two units see the same
+    assert network.receptive_fields(up, "1", 32)[0, :, 0, 0].tolist() == [
+        4 * (row // 2) for row in range(16)]
+
+
+@pytest.mark.parametrize("rectify", [
+    torch.relu, lambda x: torch.where(x > 0, x, 0), lambda x: x * (x > 0), lambda x: -F.relu(-x),
+    lambda x: x.clamp(min=torch.tensor(0.0)), torch.sigmoid])
+def test_a_receptive_field_does_not_depend_on_the_activation(rectify):
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(rectify), nn.MaxPool2d(2)).half()
+    weights = [weight.clone() for weight in stack.parameters()]
+    assert network.receptive_fields(stack, "2", 16)[:, 3, 2].tolist() == [[6, 4, 10, 8]] * 4
+    assert all(map(torch.equal, weights, stack.parameters()))
+
+
+@pytest.mark.parametrize("norm", [
+    nn.LayerNorm([4, 14, 14]), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4),
+    nn.BatchNorm2d(4, track_running_stats=False)])
+def test_a_normalisation_over_the_image_sees_all_of_it(norm):
+    fields = network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), norm), "1", 16)
+    assert fields[:, 3, 2].tolist() == [[0, 0, 16, 16]] * 4
+
+
+def test_receptive_fields_of_large_images_and_without_onednn():
+    # 7×7 with stride 2; then, of a map with half the lines, what one, three and five lines see.
+    with torch.backends.mkldnn.flags(enabled=False):
+        fields = network.receptive_fields(network.build("resnet18"), "conv1.0", 32)
+        assert fields[0, 16, 16].tolist() == [15, 15, 18, 18]
+        fields = network.receptive_fields(network.build("resnet18_imagenet"), "conv2_x", 224)
+    layers = [(7, 2, 3), (3, 2, 1), *[(3, 1, 1)] * 4]
+    expected = [field_by_formula(layers, row, 224) for row in range(56)]
+    assert [tuple(box) for box in fields[63, :, 9, [0, 2]].tolist()] == expected
+    assert [tuple(box) for box in fields[0, 50, :, [1, 3]].tolist()] == expected
+
+
+def test_feature_maps_of_tokens_and_of_channels_that_come_last():
+    x, patches = torch.randn(2, 3, 8, 8), nn.Conv2d(3, 5, 2, 2)
+    maps = patches(x)
+    last = nn.Sequential(patches, Lambda(lambda x: x.permute(0, 2, 3, 1)))
+    assert torch.equal(visualize.feature_maps(last, "1", x), maps)
+    tokens = nn.Sequential(patches, nn.Flatten(2), Lambda(lambda x: torch.cat(
+        [torch.zeros(2, 1, 5), x.transpose(1, 2)], 1)))  # the first is the class token
+    assert torch.equal(visualize.feature_maps(tokens, "2", x), maps)
+    assert network.receptive_fields(last, "1", 8)[4, 1, 3].tolist() == [2, 6, 4, 8]
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    found = visualize.top_activations(last, "1", images, data.Preprocessing(8, (0,) * 3, (1,) * 3),
+                                      [4], 1)
+    assert found[0].item() == pytest.approx(patches(images / 255)[:, 4].max().item())
+
+
+@pytest.mark.parametrize("layer, message", [
+    (Lambda(lambda x: (x, x)), "a tuple"), (Lambda(lambda x: x.argmax(1)), "int64"),
+    (Lambda(lambda x: x.flatten(0, 1)[:, None]), "6 maps or vectors for 2")])
+def test_what_is_no_feature_map_is_refused(layer, message):
+    with pytest.raises(ValueError, match=f"layer=0: returns .*{message}"):
+        visualize.feature_maps(nn.Sequential(layer), "0", torch.randn(2, 3, 4, 4))
 
 
 def test_patches_that_the_border_cuts_are_filled_with_grey():
