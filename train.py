@@ -995,7 +995,7 @@ class RunFolder:
 
     def _write(self, checkpoint, training, best):
         for path in (self.path / "metrics.csv", self.events):  # on the disk before the checkpoint
-            with open(path, "ab") as file:
+            with data.writing(path), open(path, "ab") as file:
                 os.fsync(file.fileno())
         if best:
             networks.save(self.path / "best.pth", checkpoint)
