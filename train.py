@@ -132,7 +132,7 @@ class Config:
     tta: str = setting("none", "views of a test image whose logits add up:", TTA)
     seed: int = setting(0, "of weights, split, order and augmentation", (0, 2**62))
     device: str = setting("auto", "", ("auto", "cpu", "cuda", "mps"))
-    precision: str = setting("auto", "auto: bf16 on CUDA;", ("auto", "fp32", "bf16"))
+    precision: str = setting("auto", "auto: bf16 on a GPU made for it;", ("auto", "fp32", "bf16"))
     compile: bool = setting(False, "compile the network with torch.compile")
     deterministic: bool = setting(False, "the same result again on a GPU too, more slowly")
     on_nan: str = setting("stop", "at a loss or gradient that is not finite:", ("stop", "skip"))
@@ -358,14 +358,26 @@ def choose_device(name="auto"):
     if not available.get(name):
         raise ValueError(f"device={name}: not available here; there is "
                          f"{', '.join(name for name in available if available[name])}")
+    if name != "cuda":
+        return torch.device(name)
     local = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device(name, local) if name == "cuda" else torch.device(name)
+    if local >= torch.cuda.device_count():
+        raise ValueError(f"device=cuda: process {local} of this machine has none to itself; there "
+                         f"are {torch.cuda.device_count()} GPUs")
+    # Convolutions would compute in TF32, with 10 bits after the point, where fp32 is asked for.
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device(name, local)
+
+
+def in_bf16(device, precision):
+    """Whether the network computes in bf16 on `device`; "auto": where the device really does."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda"
+                                   and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def autocast(device, precision):
     """A context in which the network computes in `precision`."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, precision))
 
 
 @dataclass(frozen=True)
@@ -375,31 +387,58 @@ class Workers:
     rank: int = 0
     world: int = 1
 
-    def sum_(self, tensors):
-        """Sum each tensor over all processes, in place, in one exchange."""
-        if self.world == 1:
-            return
-        flat = torch.cat([tensor.flatten().double() for tensor in tensors])
+    def add_up(self, tensors):
+        """Begin to sum float32 `tensors` over all processes, in one exchange; the function that
+        is returned waits for the sums and puts them in place."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         with together():
-            distributed.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view_as(tensor))
+            exchange = distributed.all_reduce(flat, async_op=True)
 
-    def share(self, network, gradients, sums):
-        """Make `gradients` and `sums` those of the whole batch, and batch norm's statistics the
-        means over all processes."""
-        if self.world > 1:
-            statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-            for buffer in statistics:
-                buffer.div_(self.world)
-            self.sum_([*gradients, *statistics, sums])
+        def finish():
+            with together():
+                exchange.wait()
+            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(part.view_as(tensor))
+        return finish
+
+    @contextlib.contextmanager
+    def sharing(self, network, parameters, sums):
+        """While open, a backward pass leaves gradients that are summed over all processes, as
+        are `sums` then; batch norm's statistics become the means.
+
+        The gradients travel while those of the layers below are still being computed. Unlike
+        those of DistributedDataParallel, the buckets never change, so a resumed run adds up in
+        the same order.
+        """
+        if self.world == 1:
+            yield
+            return
+        statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        means = [buffer / self.world for buffer in statistics]  # which autograd does not let change
+        waiting, ready, begun = buckets_of(parameters), set(), [self.add_up([*means, sums])]
+
+        def note(parameter):
+            ready.add(parameter)
+            while waiting and ready.issuperset(waiting[0]):  # in the same order everywhere
+                begun.append(self.add_up([parameter.grad for parameter in waiting.pop(0)]))
+
+        hooks = [parameter.register_post_accumulate_grad_hook(note) for parameter in parameters]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for finish in begun:
+            finish()
+        for buffer, mean in zip(statistics, means):
+            buffer.copy_(mean)
 
     def any(self, flag, like):
         """Whether `flag` is true in any process, told by tensors on the device of `like`."""
         if self.world == 1:
             return bool(flag)
         votes = like.new_full((1,), bool(flag))
-        self.sum_([votes])
+        self.add_up([votes])()
         return votes.item() > 0
 
     def meet(self):
@@ -411,6 +450,19 @@ class Workers:
         if self.world > 1:
             with together():
                 distributed.barrier()
+
+
+def buckets_of(parameters, most=2**20):
+    """`parameters`, last ones first, as a backward pass comes to them, in lists of about `most`
+    values, which travel together."""
+    buckets, values = [], most
+    for parameter in reversed(parameters):
+        if values >= most:
+            buckets.append([])
+            values = 0
+        buckets[-1].append(parameter)
+        values += parameter.numel()
+    return buckets
 
 
 @contextlib.contextmanager
@@ -430,12 +482,15 @@ def join_workers(device):
     if world == 1:
         yield Workers()
         return
+    if device.type == "mps":
+        raise ValueError(f"device=mps: {world} processes cannot share it; take --device=cpu")
     store, rank, _ = next(distributed.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # A restarted torchrun keeps its store, with the addresses of the processes before.
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
-                                   rank=rank, world_size=world)
+    on_gpu = device.type == "cuda"
+    distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
+                                   world_size=world, device_id=device if on_gpu else None)
     try:
         yield Workers(rank, world)
     finally:
@@ -518,12 +573,14 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
         logits = state.network(images)
     loss = F.cross_entropy(logits.float(), labels, reduction="sum",
                            label_smoothing=config.label_smoothing)
-    state.optimizer.zero_grad(set_to_none=True)
-    (loss / batch_size).backward()
+    # The number of images is written by the device itself: a Python number that is put into a
+    # tensor of the device is copied there, and the CPU waits until it has arrived.
     sums = torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(),
                         torch.full_like(loss, len(labels))])
+    state.optimizer.zero_grad(set_to_none=True)
+    with workers.sharing(state.network, [*state.parameters()], sums):
+        (loss / batch_size).backward()
     gradients = [parameter.grad for parameter in state.parameters()]
-    workers.share(state.network, gradients, sums)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
@@ -682,6 +739,7 @@ def make_repeatable(config, device):
     """Seed the weights and choose between speed and repeatability on a GPU."""
     torch.manual_seed(config.seed)
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # what a process seeds, and where it meets the others
         torch.backends.cudnn.benchmark = not config.deterministic
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -4,7 +4,6 @@ PyTorch can pretend. Fake tensors of a device of another type run forward and ba
 data, and a dispatch mode sees each operator with the devices and types of what goes in and out.
 """
 
-import functools
 import traceback
 from pathlib import Path
 
@@ -40,9 +39,11 @@ ANSWERS = {"aten._local_scalar_dense.default":
 cases = pytest.mark.parametrize("model, settings", CASES.values(), ids=CASES)
 
 
-@functools.cache
 def register_device():
-    """Make the device known to torch; False where this release has not what that needs."""
+    """Make the device known to torch; False where this release has not what that needs.
+
+    Once, and before the first backward pass of this process: with that, torch counts the devices.
+    """
     try:
         from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401
         from torch.utils import backend_registration as registration
@@ -56,6 +57,9 @@ def register_device():
     except (ImportError, AttributeError):
         return False
     return True
+
+
+PRETENDS = register_device()
 
 
 class Watch(TorchDispatchMode):
@@ -124,7 +128,7 @@ def moved_module(module, *args, memory_format=None, **kwargs):
 @pytest.fixture
 def watch(monkeypatch):
     """A `Watch` over everything, in a world where no tensor has data."""
-    if not register_device():
+    if not PRETENDS:
         pytest.skip(f"torch {torch.__version__} has not the private interfaces that pretend a "
                     f"device")
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -273,3 +277,93 @@ def test_figures_are_computed_on_the_device(model, layer, watch):
     visualize.along_gradient(visualize.batch_loss(state.network, images, labels),
                              dict(state.network.named_parameters()), [0.1, 0.2])
     watch.assert_clean()
+
+
+class Done:
+    """An exchange between processes that is over at once."""
+
+    def wait(self):
+        pass
+
+
+def test_gradients_travel_during_the_backward_pass(monkeypatch):
+    """Two processes with the same images: every sum is twice what one has."""
+    twin = network.build("vgg_a_bn", image_size=32)
+    first, travelled = next(twin.parameters()), []
+
+    def all_reduce(flat, async_op):
+        assert async_op and flat.dtype == torch.float32
+        travelled.append((flat.numel(), first.grad is None))
+        flat.mul_(2)
+        return Done()
+
+    def loss():
+        return (twin(images) * weights).sum()
+
+    images, weights = torch.randn(4, 3, 32, 32), torch.randn(4, 10)
+    expected = torch.autograd.grad(loss(), [*twin.parameters()])
+    monkeypatch.setattr(train.distributed, "all_reduce", all_reduce)
+    value, sums = loss(), torch.tensor([1.0, 2.0, 4.0])
+    with train.Workers(0, 2).sharing(twin, [*twin.parameters()], sums):
+        value.backward()
+    assert all(torch.allclose(parameter.grad, 2 * gradient, rtol=1e-4, atol=1e-5)
+               for parameter, gradient in zip(twin.parameters(), expected))
+    assert sums.tolist() == [2, 4, 8] and not any(
+        parameter._post_accumulate_grad_hooks for parameter in twin.parameters())
+    statistics = sum(buffer.numel() for buffer in twin.buffers() if buffer.is_floating_point())
+    assert travelled[0] == (statistics + 3, True)
+    assert [early for _, early in travelled[1:]] == [True] * (len(travelled) - 2) + [False]
+    assert sum(values for values, _ in travelled[1:]) == network.count_parameters(twin)
+
+
+def test_buckets_by_hand():
+    one, two, three, four = (torch.zeros(count) for count in (5, 1, 4, 2))
+    found = train.buckets_of([one, two, three, four], most=5)
+    assert [[part.numel() for part in bucket] for bucket in found] == [[2, 4], [1, 5]]
+
+
+@pytest.mark.parametrize("model, settings", [CASES["resnet18"], CASES["lenet"]])
+def test_a_step_of_several_processes_waits_no_more(model, settings, watch, monkeypatch):
+    monkeypatch.setattr(train.distributed, "all_reduce", lambda flat, async_op: Done())
+    config, state, batches = begun(model, settings)
+    batch = next(batches.epoch(0))
+    watch.clear()
+    train.train_step(state, *batch, config, train.Workers(0, 2), 0.1, config.batch_size)
+    watch.assert_clean()
+    assert watch.waits == []
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    given = {}
+    monkeypatch.setattr(train.distributed, "rendezvous", lambda _url: iter([("store", 1, 2)]))
+    monkeypatch.setattr(train.distributed, "init_process_group",
+                        lambda backend, **keywords: given.update(keywords, backend=backend))
+    monkeypatch.setattr(train.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: given.update(current=device))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    device = train.choose_device("cuda")
+    train.make_repeatable(train.Config(), device)
+    with train.join_workers(device) as workers:
+        assert workers == train.Workers(1, 2)
+    assert device == given["device_id"] == given["current"] == torch.device("cuda", 1)
+    assert given["backend"] == "nccl" and given["rank"] == 1 and given["world_size"] == 2
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="2 GPUs"):
+        train.choose_device("cuda")
+    with pytest.raises(ValueError, match="device=mps"), train.join_workers(torch.device("mps")):
+        pass
+
+
+@pytest.mark.parametrize("precision, supported, bf16", [
+    ("auto", True, True), ("auto", False, False), ("bf16", False, True), ("fp32", True, False)])
+def test_bf16_where_the_card_computes_in_it(precision, supported, bf16, monkeypatch):
+    def is_supported(including_emulation=True):
+        return supported or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert train.in_bf16(torch.device("cuda", 0), precision) is bf16
+    assert train.in_bf16(torch.device("cpu"), precision) is (precision == "bf16")
