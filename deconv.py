@@ -25,7 +25,9 @@ import typing
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import network as networks
 import visualize
@@ -35,9 +37,6 @@ RULES = {"deconvnet": lambda signal, positive: signal.clamp(min=0),
          "guided": lambda signal, positive: signal.clamp(min=0) * positive,
          "gradient": None}
 BATCH_NORMS = {"through": None, "skip": lambda signal, positive: signal}
-RECTIFIERS = {"relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu",
-              "silu", "hardswish", "mish", "softplus"}
-BOUNDED = {"clamp", "clip", "clamp_min", "hardtanh", "threshold"}  # rectifiers from 0 on
 
 
 # ---------------------------------------------------------------------------- the rule
@@ -63,9 +62,12 @@ class _Replaced(torch.autograd.Function):
 class BackwardRule(TorchFunctionMode):
     """While open, rectifiers and batch norms that are called get another backward pass.
 
-    Leaky and smooth `RECTIFIERS` and clamping at 0 follow `rule` too, whatever their slope. Batch
-    norms scale the signal by γ/σ (`bn` "through") or pass it on ("skip"). Modules, functions,
-    methods and in-place calls are all seen; values and network stay as they are.
+    Leaky and smooth rectifiers and clamping at 0 follow `rule` too, whatever their slope, and so
+    does any function that sets to 0 just what is negative. Batch norms scale the signal by γ/σ
+    (`bn` "through"; one without running statistics has its whole derivative, as its σ depends
+    on the images) or pass it on ("skip"). Modules, functions, methods and in-place calls are all
+    seen, values and network stay as they are. What escapes, such as an `autograd.Function`, a
+    scripted function, one in `torch.vmap` or `x[x < 0] = 0`, a `_Watch` finds out.
     """
 
     def __init__(self, rule="deconvnet", bn="through"):
@@ -74,25 +76,63 @@ class BackwardRule(TorchFunctionMode):
             if value not in allowed:
                 raise ValueError(f"{name}={value}: must be one of {', '.join(allowed)}")
         self.rectify, self.normalize = RULES[rule], BATCH_NORMS[bn]
+        self.inside = ""  # a function that is "called", or "replaced"
+        self.hidden = []  # operators that rectified unseen
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        kwargs, before = dict(kwargs or {}), self.inside
+        if not torch.is_grad_enabled() or any(map(is_batchedtensor, filter(torch.is_tensor, args))):
+            return function(*args, **kwargs)  # in an autograd.Function's forward, or in vmap
         rule = self._rule_for(function, args, kwargs)
-        if rule is None:  # not a rectifier, or one whose own derivative is wanted
-            return function(*args, **kwargs)
-        x, *others = args or (kwargs.pop("input"),)
-        return _Replaced.apply(x, lambda x: function(x, *others, **kwargs), rule)
+        self.inside = "replaced" if rule else "called"
+        try:
+            if rule:
+                x, *others = args or (kwargs.pop("input"),)
+                return _Replaced.apply(x, lambda x: function(x, *others, **kwargs), rule)
+            value = function(*args, **kwargs)  # no rectifier, or its own derivative is wanted
+            x = next((x for x in args if self.rectify and rectifies(x, value)), None)
+            self.inside = "replaced"
+            return value if x is None else _Replaced.apply(x, lambda _: value.detach(),
+                                                           self.rectify)
+        finally:
+            self.inside = before
 
     def _rule_for(self, function, args, kwargs):
         name = getattr(function, "__name__", "").split(".")[0].strip("_")  # relu_, relu.default
         if name == "batch_norm":
             return self.normalize
-        if name in BOUNDED:
+        if name in networks.BOUNDED:
             # clamp(min=0) is a rectifier, clamp(-1, 1) is not: the lower bound tells them apart.
             named = [kwargs[key] for key in ("min", "min_val", "threshold") if key in kwargs]
             low = [*args[1:2], *named, None][0]
             return self.rectify if isinstance(low, (int, float)) and low == 0 else None
-        return self.rectify if name in RECTIFIERS else None
+        return self.rectify if name in networks.RECTIFIERS else None
+
+
+class _Watch(TorchDispatchMode):
+    """While open, operators that rectify without `rule` having seen it are noted there."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule = rule
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # The result of a function that was called is looked at there; what it changes is not.
+        changes = function._schema.is_mutable
+        if not self.rule.rectify or self.rule.inside in ("replaced", "called")[:2 - changes]:
+            return function(*args, **(kwargs or {}))
+        before = [x.clone() if changes else x for x in args if isinstance(x, Tensor)]
+        value = function(*args, **(kwargs or {}))
+        if any(rectifies(x, value) for x in before):
+            self.rule.hidden.append(str(function))
+        return value
+
+
+def rectifies(x, value):
+    """Whether `value` is `x` with what is negative set to 0, and something is."""
+    return (isinstance(x, Tensor) and isinstance(value, Tensor) and x is not value
+            and x.shape == value.shape and x.is_floating_point() and x.dtype == value.dtype
+            and x.numel() > 1 and torch.equal(value, x.clamp(min=0)) and bool((x < 0).any()))
 
 
 # ---------------------------------------------------------------------------- down to the pixels
@@ -130,32 +170,48 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
     A layer that is called several times counts with its first call. The network runs in
     evaluation mode and is afterwards as it was, also after an exception.
     """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
-        raise ValueError("a scripted network hides its rectifiers: give the module it was made of")
+    networks.refuse_opaque(network)
     if watched is None:
         watched = [name for name, _ in network.named_modules() if name]
-    images = images.detach().clone().requires_grad_()
-    # `kept` has the modules up to the layer, where the innermost context stops the network.
-    with (networks.evaluation(network), torch.enable_grad(), BackwardRule(rule, bn),
-          networks.capture(network, watched) as kept,
-          networks.capture(network, [layer], stop=True) as outputs):
-        network(images.clone())  # a clone, as a network may work in place from the start
-    found = networks.captured_maps(outputs, layer)
-    if not found.requires_grad:
-        raise ValueError(f"layer={layer}: does not depend on the images")
-    start = found.detach().flatten(1)
-    positions = unit if isinstance(unit, Tensor) else strongest(found.detach(), unit)
-    if positions is not None:
-        start = start * torch.nn.functional.one_hot(positions, start.shape[1])
-    # One backward pass gives the signal everywhere: what is kept is in the graph, so the
-    # "gradient" of the start with respect to it is the signal there.
-    below = {name: output for name, output in reversed(kept.items())
-             if isinstance(output, Tensor) and output.requires_grad}
-    *signals, signal = torch.autograd.grad(found, [*below.values(), images],
-                                           start.view(found.shape), allow_unused=True)
+    images = images.detach().to(torch.promote_types(images.dtype, torch.float32), copy=True)
+    images.requires_grad_()
+    with networks.evaluation(network), torch.enable_grad(), BackwardRule(rule, bn) as mode:
+        # `kept` has the modules up to the layer, where the innermost context stops the network.
+        with (_Watch(mode), networks.capture(network, watched) as kept,
+              networks.capture(network, [layer], stop=True) as outputs):
+            try:
+                networks.forward(network, images.clone())  # a clone: it may work in place at once
+            except ValueError:
+                if not mode.hidden:
+                    raise
+        if mode.hidden:
+            raise ValueError(f"{mode.hidden[0]} rectifies where rule={rule} cannot replace it (in "
+                             f"an autograd.Function, a scripted function, vmap, checkpointing or "
+                             f"without gradients, or in place): call torch.relu there, or take "
+                             f"rule=gradient")
+        found = networks.captured_maps(outputs, layer)
+        start = found.detach().flatten(1)
+        positions = unit if isinstance(unit, Tensor) else strongest(found.detach(), unit)
+        if positions is not None:
+            start = start * torch.nn.functional.one_hot(positions, start.shape[1])
+        # One backward pass gives the signal everywhere: what is kept is in the graph, so the
+        # "gradient" of the start with respect to it is the signal there.
+        below = {name: output for name, output in reversed(kept.items())
+                 if isinstance(output, Tensor) and output.requires_grad}
+        try:
+            *signals, signal = torch.autograd.grad(found, [*below.values(), images],
+                                                   start.view(found.shape), allow_unused=True)
+        except RuntimeError as error:  # of checkpoints, and of a network without gradients
+            raise ValueError(f"layer={layer}: there is no way back from it to the images "
+                             f"({' '.join(str(error).split()):.200})") from error
+    if signal is None:
+        raise ValueError(f"layer={layer}: no gradient reaches the images from it (it does not "
+                         f"depend on them, or something on the way computes none)")
+    if not signal.isfinite().all():
+        raise ValueError(f"layer={layer}: the signal overflows {str(found.dtype)[6:]} on its way")
     # A module that is called several times, as a shared rectifier, counts with its last call below
     # the layer, at the position of its first. What the layer does not look at has no signal.
-    norms = {name: part.flatten(1).norm(dim=1) for name, part in zip(below, signals)
+    norms = {name: part.flatten(1).float().norm(dim=1) for name, part in zip(below, signals)
              if part is not None}
     norms["image"] = signal.flatten(1).norm(dim=1)
     return Descent(signal, found.detach(), positions, norms)

@@ -456,8 +456,8 @@ def forward(network, images, dtype=None):
     except Exception as error:  # anybody's code: whatever it raises
         shape = "×".join(map(str, images.shape))
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"the network cannot take {str(dtype)[6:]} images {shape} and nothing "
-                         f"else ({told:.240})") from error
+        raise ValueError(f"the network cannot take one batch of images, {shape} of "
+                         f"{str(dtype)[6:]} ({told:.240})") from error
 
 
 class _Reached(BaseException):
@@ -513,10 +513,14 @@ def captured_maps(outputs, layer):
     return maps.permute(0, 3, 1, 2)
 
 
-def refuse_scripted(network):
-    """ValueError for a network of TorchScript, whose functions nothing can take the place of."""
-    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
-        raise ValueError("a scripted network hides its functions: give the module it was made of")
+def refuse_opaque(network):
+    """ValueError for a network in which functions cannot be replaced, or have no gradient."""
+    for module in network.modules():
+        for kind, found in (("scripted", isinstance(module, torch.jit.ScriptModule)),
+                            ("quantised", "quantized" in type(module).__module__)):
+            if found:
+                raise ValueError(f"a {kind} network has no way back through its layers: give the "
+                                 f"one it was made of")
 
 
 @contextlib.contextmanager
@@ -524,7 +528,12 @@ def evaluation(network):
     """While open, the network is in evaluation mode; then every module is as it was."""
     before = {module: module.training for module in network.modules()}
     try:
-        yield network.eval()
+        try:
+            network.eval()
+        except NotImplementedError as error:
+            raise ValueError("a network that torch.export made cannot be used layer by layer: give "
+                             "the one it was made of") from error
+        yield network
     finally:
         for module, training in before.items():
             module.training = training
@@ -638,7 +647,7 @@ def receptive_fields(network, layer, image_size):
     branches. The box of a unit that looks at nothing is 0, 0, 0, 0. ValueError for a layer there
     is not, or whose network hides what it computes.
     """
-    refuse_scripted(network)
+    refuse_opaque(network)
     device = device_of(network)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     # Grey noise: channels with other fields get other values, and those with the same the same.

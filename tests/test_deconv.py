@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import deconv
 import network
@@ -145,7 +146,10 @@ SAME = {
     "keyword": lambda x: torch.relu(input=x), "clamp": lambda x: x.clamp(min=0),
     "clamp_min": lambda x: torch.clamp_min(x, 0), "threshold": lambda x: F.threshold(x, 0, 0),
     "view": relu_of_a_view, "operator": torch.ops.aten.relu.default,
-    "leaky": lambda x: F.leaky_relu(x, 0.0, True),
+    "leaky": lambda x: F.leaky_relu(x, 0.0, True), "where": lambda x: torch.where(x > 0, x, 0),
+    "maximum": lambda x: torch.maximum(x, torch.zeros(())), "product": lambda x: x * (x > 0),
+    "clamp by a tensor": lambda x: x.clamp(min=torch.tensor(0.0)),
+    "filled": lambda x: x.masked_fill(x < 0, 0), "compiled": torch.compile(F.relu, backend="eager"),
 }
 
 
@@ -173,6 +177,110 @@ def test_rectifiers_however_they_are_called(rule):
         descent = deconv.descend(built, "c", x, rule=rule)
         assert torch.equal(descent.activations, values), name
         assert torch.equal(descent.signal, expected), name
+
+
+class OwnReLU(torch.autograd.Function):
+    """A rectifier whose backward pass is its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """x where that is positive."""
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, signal):
+        """The plain gradient."""
+        return signal * (ctx.saved_tensors[0] > 0)
+
+
+@torch.jit.script
+def scripted_relu(x):
+    """A scripted function."""
+    return torch.relu(x)
+
+
+def relu_by_index(x):
+    """The rectifier, in place."""
+    x = x.clone()
+    x[x < 0] = 0
+    return x
+
+
+HIDDEN = {
+    "own": OwnReLU.apply, "scripted": scripted_relu, "index": relu_by_index,
+    "product in place": lambda x: x.clone().mul_(x > 0), "vmap": torch.vmap(F.relu),
+    "vmap of where": torch.vmap(lambda x: torch.where(x > 0, x, 0)),
+    "checkpoint": lambda x: checkpoint(F.relu, x, use_reentrant=True),
+    "inference mode": torch.inference_mode()(F.relu), "no gradients": torch.no_grad()(F.relu),
+}
+
+
+@pytest.mark.parametrize("call", HIDDEN.values(), ids=HIDDEN)
+def test_a_rectifier_that_cannot_be_replaced_is_said(call):
+    built, x = Called(call), images()
+    for rule in ("deconvnet", "guided"):
+        with pytest.raises(ValueError, match=r"aten.* rectifies where rule"):
+            deconv.project(built, "c", x, rule=rule)
+    if call in (OwnReLU.apply, scripted_relu, relu_by_index):
+        reference = Called(F.relu)
+        reference.load_state_dict(built.state_dict())
+        torch.testing.assert_close(deconv.project(built, "c", x, rule="gradient"),
+                                   deconv.project(reference, "c", x, rule="gradient"))
+
+
+def test_a_network_without_a_way_back_is_said():
+    x = images(1, 32)
+    lenet = network.build("lenet")
+    again = stack(nn.Conv2d(3, 4, 3), Residual(nn.ReLU()))
+    again[1].forward = lambda x: checkpoint(F.relu, x, use_reentrant=False)
+    quantised = network.build("lenet")
+    quantised.fc[0] = torch.ao.nn.quantized.dynamic.Linear(400, 120)
+    for built, layer, message in (
+            (torch.jit.script(lenet.eval()), "conv1", "scripted"),
+            (torch.export.export(lenet, (x,)).module(), "conv1", "torch.export"),
+            (quantised, "fc", "quantised"), (again, "1", "layer=1: there is no way back"),
+            (stack(Residual(lambda x: torch.zeros(1, 2, requires_grad=True))), "0", "layer=0"),
+            (lenet.half(), "conv2", None)):
+        if message:
+            with pytest.raises(ValueError, match=message):
+                deconv.project(built, layer, x)
+        else:
+            built.conv2[0].weight.data.fill_(60_000)
+            with pytest.raises(ValueError, match="conv2: the signal overflows float16"):
+                deconv.project(built, layer, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_other_types_and_one_channel(dtype):
+    built, x = stack(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)), images()
+    grey = x.mean(1, keepdim=True)
+    expected = deconv.project(built, "2", grey, 3) / 3  # a third of it for each channel
+    descent = deconv.descend(built.to(dtype), "2", x, 3)
+    torch.testing.assert_close(descent.signal, expected.expand(-1, 3, -1, -1), atol=3e-2, rtol=0.1)
+    assert descent.signal.dtype == torch.float32 and descent.activations.dtype == dtype
+    pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    found = deconv.top_reconstructions(built, "2", pixels, Preprocessing(8, (0,) * 3, (1,) * 3),
+                                       [0], 2)
+    assert all(part.isfinite().all() for part in found)
+
+
+def test_a_network_without_parameters():
+    built, x = stack(nn.AvgPool2d(2), nn.ReLU()), images()
+    start = F.relu(F.avg_pool2d(x, 2))
+    torch.testing.assert_close(deconv.project(built, "1", x, "all"),
+                               F.interpolate(start, scale_factor=2) / 4)
+
+
+def test_tokens_and_channels_that_come_last_are_maps():
+    conv, x = nn.Conv2d(3, 5, 2, 2), images()
+    expected = deconv.project(stack(conv), "0", x, 3)
+    last = Residual(lambda x: x.permute(0, 2, 3, 1))
+    last.conv, last.forward = conv, lambda x: conv(x).permute(0, 2, 3, 1)
+    tokens = Residual(F.relu)
+    tokens.forward = lambda x: torch.cat([x.new_ones(2, 1, 5), conv(x).flatten(2).mT], 1)
+    for built in (last, tokens):
+        torch.testing.assert_close(deconv.project(nn.Sequential(built), "0", x, 3), expected)
 
 
 def test_a_network_that_begins_in_place_leaves_the_images_alone():
@@ -213,7 +321,7 @@ def test_nothing_remains_after_an_exception():
             raise RuntimeError("broken")
 
     built = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Broken()).train()
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(ValueError, match="broken"):
         deconv.project(built, "2", images())
     for module in built.modules():
         assert module.training
