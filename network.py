@@ -437,11 +437,11 @@ def device_of(network):
     return held.device if held is not None else torch.device("cpu")
 
 
-def forward(network, images, dtype=None):
+def forward(network, images, dtype=None, compiled=True):
     """What the network makes of normalised `images`, N×3×H×W, brought to its own type or `dtype`.
 
-    Where its first layer takes one channel, it gets the mean of the three. ValueError, in one
-    line, when it cannot take them.
+    Where its first layer takes one channel, it gets the mean of the three. Unless it is to run
+    `compiled`, if it was, its Python code runs. ValueError, in one line, when it cannot take them.
     """
     values = itertools.chain(network.parameters(), network.buffers())
     dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
@@ -452,7 +452,7 @@ def forward(network, images, dtype=None):
                                  == getattr(first, "in_features", None)):
         images = images.mean(1, keepdim=True)
     try:
-        return network(images.to(dtype))
+        return (network if compiled else network.forward)(images.to(dtype))
     except Exception as error:  # anybody's code: whatever it raises
         shape = "×".join(map(str, images.shape))
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -724,6 +724,22 @@ def stages(network, image_size):
              operations.get(name, 0)) for name, stage in children.items()]
 
 
+def largest_output(network, image_size):
+    """The number of values in the largest output of a layer, for one image of that side."""
+    counts = [3 * image_size**2]
+
+    def note(_layer, _inputs, output):
+        if isinstance(output, Tensor):
+            counts.append(output.numel())
+
+    images = torch.zeros(1, 3, image_size, image_size, device=device_of(network))
+    with contextlib.ExitStack() as hooks, torch.no_grad(), evaluation(network):
+        for layer in network.modules():
+            hooks.enter_context(layer.register_forward_hook(note))
+        forward(network, images, compiled=False)
+    return max(counts)
+
+
 def count_parameters(network):
     """Number of trainable values."""
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
@@ -752,8 +768,8 @@ def save(path, checkpoint, older=None):
     write_atomically(path, content + hashlib.sha256(content).digest(), older)
 
 
-def read(path, device="cpu"):
-    """The checkpoint at `path` as a dictionary, verified; runs no code from the file.
+def read(path):
+    """The checkpoint at `path` as a dictionary, verified, on the CPU; runs no code from the file.
 
     Raises OSError for a missing, damaged or truncated file and ValueError for one that does not
     describe a network of this package.
@@ -771,7 +787,7 @@ def read(path, device="cpu"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")
-        checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler and the zip reader raise whatever they like
         raise ValueError(f"{path}: not a checkpoint of this package (it holds what is neither a "
                          f"tensor nor plain data, or is put together wrongly)") from error
@@ -847,15 +863,15 @@ def load(source, weights=None, image_size=None, device="cpu"):
         raise ValueError("--weights and --image_size are for networks from elsewhere, such as "
                          "torchvision:resnet18")
     path = find_checkpoint(source)
-    checkpoint = read(path, device)
+    checkpoint = read(path)
     try:
         description = describe(checkpoint)
         network = build(description.model, len(description.classes), checkpoint["image_size"],
-                        **description.options).to(device)
+                        **description.options)
         load_weights(network, checkpoint)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: does not fit its own description ({error})") from error
-    return network.eval(), description
+    return network.eval().to(device), description
 
 
 def _load_elsewhere(source, weights, image_size, device):

@@ -262,8 +262,7 @@ def feature_maps(network, layer, images):
 def layer_batches(network, layer, images, preprocessing):
     """Yield (number of the first image, N×C×H×W output of `layer`), through all uint8 `images`."""
     device = networks.device_of(network)
-    # As many pixels a batch, whatever the size of an image: 512 images of 32×32 on a CPU.
-    count = max(1, (2**19 if device.type == "cpu" else 2**22) // preprocessing.image_size**2)
+    count = train.images_at_once(network, preprocessing.image_size)
     starts = range(0, len(images), count)
     for start in progress(starts, f"{layer} of {len(images)} images"):
         batch = preprocessing(images[start:start + count], device)

@@ -267,7 +267,6 @@ def test_figures_are_computed_on_the_device(model, layer, watch):
     for rule in deconv.RULES:
         signal = deconv.project(state.network, layer, images, rule=rule)
         assert signal.device.type == DEVICE and watch.waits == []
-    visualize.receptive_fields(state.network, layer, 32)
     visualize.top_activations(state.network, layer, dataset_of(8).test.images, about, [0, 1], 3)
     directions = [visualize.filter_normalized_direction(state.network, data.generator(0))] * 2
     watch.clear()
@@ -367,3 +366,19 @@ def test_bf16_where_the_card_computes_in_it(precision, supported, bf16, monkeypa
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     assert train.in_bf16(torch.device("cuda", 0), precision) is bf16
     assert train.in_bf16(torch.device("cpu"), precision) is (precision == "bf16")
+
+
+def test_evaluation_takes_as_many_images_as_fit():
+    def at_once(model):
+        with torch.device("meta"):  # which counts as a GPU
+            return train.images_at_once(network.build(model), network.image_size_of(model))
+
+    # By hand: the first stage of lenet is 6×28×28 values, of resnet50 256×32×32; and of
+    # resnet18_imagenet 64×112×112 at 224 pixels.
+    assert network.largest_output(network.build("lenet"), 32) == 6 * 28 * 28
+    assert at_once("lenet") == 4096 and at_once("resnet50") == 2**26 // (256 * 32 * 32) == 256
+    assert at_once("resnet18_imagenet") == min(2**22 // 224**2, 2**26 // (64 * 112 * 112)) == 83
+    assert train.images_at_once(network.build("lenet"), 32) == 512
+    compiled = network.build("lenet")
+    compiled.compile(backend=lambda *_: pytest.fail("one image is not worth compiling for"))
+    assert network.largest_output(compiled, 32) == 6 * 28 * 28
