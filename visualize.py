@@ -15,12 +15,14 @@ the end of this file write; they return their figures, each with the `path` it w
 """
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import hashlib
 import io
 import itertools
 import math
+import operator
 import os
 import textwrap
 import typing
@@ -110,14 +112,15 @@ def log_ticks(low, high, most=8):
     if len(ticks) < 3:  # less than a decade: evenly spaced
         ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
     ticks = ticks[::math.ceil(len(ticks) / most) or 1]
-    return dict(zip(ticks, distinct(ticks)))
+    return dict(zip(ticks, distinct(ticks, 1e-3)))
 
 
-def distinct(numbers):
-    """`numbers` as texts with as few digits, but at least two, as tell them apart."""
-    for digits in range(2, 17):
+def distinct(numbers, error=0.2):
+    """`numbers` as short texts, each off by less than `error` of the smallest step between them."""
+    step = min(map(abs, map(operator.sub, numbers[1:], numbers)), default=math.inf)
+    for digits in range(3, 17):
         texts = [f"{number:.{digits}g}" for number in numbers]
-        if len(set(texts)) == len(set(numbers)):
+        if all(abs(float(text) - number) <= error * step for text, number in zip(texts, numbers)):
             break
     return texts
 
@@ -131,13 +134,19 @@ def log_scale(axes):
     axes.set_ylabel(f"{axes.get_ylabel()} (logarithmic)".strip())
 
 
+def percent(axis):
+    """Label an axis of shares in per cent."""
+    axis.set_major_formatter(lambda share, _: f"{share * 100:.4g}%")
+
+
 def add_legend(figure, entries):
     """A legend below all axes from {name: what is drawn}; matplotlib would leave out a _name."""
     if not entries:
         return
     widest = 0.7 + 0.065 * max(map(len, entries))  # inches
-    columns = len(entries) if len(entries) <= 4 else math.ceil(len(entries) / 2)
-    columns = max(1, min(columns, int(figure.get_figwidth() / widest)))
+    columns = max(1, int(figure.get_figwidth() / widest))
+    if columns < len(entries) or len(entries) > 4:
+        columns = min(columns, math.ceil(len(entries) / 2))
     legend = figure.legend([*entries.values()], ["name"] * len(entries), fontsize=8,
                            loc="outside lower center", ncols=columns, frameon=False)
     for text, name in zip(legend.get_texts(), entries):
@@ -337,6 +346,129 @@ def choose_units(network, layer, image_size, units):
     return list(units)
 
 
+@torch.no_grad()
+def layer_outputs(network, layers, images, preprocessing):
+    """Yield {layer: its output N×C or N×C×H×W} for one batch of uint8 `images` after the other."""
+    device = next(network.parameters()).device
+    count = max(1, 2**17 // preprocessing.image_size**2)
+    for chunk in progress(images.split(count), "activations"):
+        with networks.capture(network, layers) as outputs:
+            network(preprocessing(chunk, device))
+        yield {layer: networks.captured_maps(outputs, layer).float() for layer in layers}
+
+
+def layer_statistics(network, layers, images, preprocessing, bins=40):
+    """{layer: numbers} over all outputs for uint8 `images`: "units", "mean", "std", "zeros" (their
+    share), "dead" (units that are 0 for every image), and the histogram of what is not 0: "edges"
+    (lowest, highest) and "counts"."""
+    spans, found = {}, {}
+    for outputs in layer_outputs(network, layers, images, preprocessing):
+        for layer, values in outputs.items():
+            spans[layer] = span_of(torch.stack([*values.aminmax(), *values.new_tensor(
+                spans.get(layer, (math.inf, -math.inf)))]))
+    # A second pass, because the bins have to be known before anything is counted.
+    for outputs in layer_outputs(network, layers, images, preprocessing):
+        for layer, values in outputs.items():
+            moments = [torch.ones_like(values), values, values.square(), values == 0]
+            sums = [*(part.sum(dtype=torch.float64) for part in moments),
+                    torch.histc(values[values != 0], bins, *spans[layer]),
+                    values.flatten(2).abs().amax(-1).sum(0) if values.ndim == 4
+                    else values.abs().sum(0)]
+            found[layer] = [old + new for old, new in zip(found.get(layer, [0] * 6), sums)]
+    statistics = {}
+    for layer, (count, total, squares, zeros, counts, peaks) in found.items():
+        mean = (total / count).item()
+        statistics[layer] = {
+            "units": len(peaks), "mean": mean, "zeros": (zeros / count).item(),
+            "std": max(0, (squares / count).item() - mean**2) ** 0.5,
+            "dead": (peaks == 0).nonzero()[:, 0].tolist(),
+            "edges": spans[layer], "counts": counts.cpu()}
+    return statistics
+
+
+def rectifiers_of(network):
+    """The dotted paths of all activations, or of all layers with weights where there are none, and
+    of the last layer."""
+    leaves = {name: module for name, module in network.named_modules() if not [*module.children()]}
+    kinds = (*networks.ACTIVATIONS.values(), nn.ReLU6, nn.Hardswish)
+    found = [name for name, module in leaves.items() if isinstance(module, kinds)]
+    weighted = [name for name, module in leaves.items() if [*module.parameters()]]
+    return [*dict.fromkeys([*(found or weighted), weighted[-1]])]
+
+
+# ---------------------------------------------------------------------------- computing: one image
+
+
+def class_gradient(network, images, label):
+    """The gradient of class number `label`'s logit at normalised images N×3×S×S: N×3×S×S."""
+    images = images.detach().clone().requires_grad_()
+    with networks.evaluation(network), torch.enable_grad():
+        logits = network(images.clone())  # a clone, as a network may work in place from the start
+    return torch.autograd.grad(logits[:, label].sum(), images)[0]
+
+
+def smooth_gradient(network, images, label, count=50, noise=0.15, seed=0):
+    """The mean `class_gradient` of `count` noisy copies: N×3×S×S. The noise's std is `noise` times
+    an image's range of values (Smilkov et al. 2017, section 3)."""
+    random = generator(seed, "smoothgrad")
+    spread = noise * (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True))
+    return sum(class_gradient(
+        network, images + spread * torch.randn(images.shape, generator=random).to(images), label)
+        for _ in range(count)) / count
+
+
+def integrated_gradients(network, images, label, steps=100):
+    """How much each value adds to the class's logit, on the way from 0, the mean colour, to the
+    images: N×3×S×S, whose sum is the difference of the logits (Sundararajan et al. 2017, section
+    3). The midpoint rule with `steps` points stands for the integral."""
+    return images * sum(class_gradient(network, images * ((step + 0.5) / steps), label)
+                        for step in range(steps)) / steps
+
+
+def grad_cam(network, layer, images, label):
+    """Grad-CAM (Selvaraju et al. 2017, section 3): N×H×W, the sum of `layer`'s maps, each weighted
+    by the mean gradient of the class's logit over it, where it is positive."""
+    images = images.detach().clone().requires_grad_()
+    with (networks.evaluation(network), torch.enable_grad(),
+          networks.capture(network, [layer]) as outputs):
+        logits = network(images.clone())
+    maps = networks.captured_maps(outputs, layer)
+    if maps.ndim != 4:
+        raise ValueError(f"layer={layer}: its output has no rows and columns for Grad-CAM")
+    [slopes] = torch.autograd.grad(logits[:, label].sum(), [maps])
+    return (slopes.mean((2, 3), keepdim=True) * maps).sum(1).clamp(min=0).detach()
+
+
+def spatial_layer(network, images):
+    """The last layer, as the network computes, that makes maps of more than one position."""
+    names = [name for name, _ in network.named_modules() if name]
+    with (torch.no_grad(), networks.evaluation(network),
+          networks.capture(network, names) as outputs):
+        network(images)
+    maps = [name for name, output in outputs.items() if isinstance(output, torch.Tensor)
+            and output.ndim == 4 and output[0, 0].numel() > 1]
+    if not maps:
+        raise ValueError("no layer of the network makes maps, which Grad-CAM needs")
+    return maps[-1]
+
+
+GRADIENTS = {"gradient": ("gradient", class_gradient),
+             "smoothgrad": ("SmoothGrad", smooth_gradient),
+             "integrated": ("integrated gradients", integrated_gradients)}
+
+
+def relevance(network, images, label, method, layer=None):
+    """(N×S×S values from 0 on: what of normalised images speaks for a class, by `method`; what to
+    call it). Over the colours absolute values are added."""
+    if method in GRADIENTS:
+        name, explain = GRADIENTS[method]
+        return explain(network, images, label).abs().sum(1), name
+    layer = layer or spatial_layer(network, images)
+    maps = grad_cam(network, layer, images, label)
+    return (F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")[:, 0],
+            f"Grad-CAM at {layer} ({'×'.join(map(str, maps.shape[1:]))})")
+
+
 # ---------------------------------------------------------------------------- computing: results
 
 
@@ -360,6 +492,16 @@ def precision_recall(scores, positive):
     recall = (hits / hits[-1].clamp(min=1))[last]
     average = (precision * recall.diff(prepend=torch.zeros(1))).sum().item()
     return precision, recall, average if positive.any() else math.nan
+
+
+def calibration(logits, labels, bins=15):
+    """(images, mean confidence, accuracy) of each of `bins` of the confidence, and the expected
+    calibration error (Guo et al. 2017, equations 2 and 3). NaN where a bin has no images."""
+    confidence, guess = logits.double().softmax(1).max(1)
+    number = (confidence * bins).ceil().long().clamp(1, bins) - 1  # ((m − 1)/bins, m/bins]
+    images, sums, hits = (torch.bincount(number, weights, bins) for weights in (
+        None, confidence, (guess == labels).double()))
+    return images, sums / images, hits / images, ((hits - sums).abs().sum() / len(labels)).item()
 
 
 def group_runs(runs):
@@ -458,14 +600,93 @@ def moved(network, directions, amounts):
 
 
 def loss_at(network, directions, amounts, parts, preprocessing):
-    """{"train/loss": …, "train/accuracy": …, "test/loss": …} of `parts` ({"train": split, …})
-    where the weights are moved along `directions` by `amounts`, in full precision."""
-    preprocessing, values = dataclasses.replace(preprocessing, precision="fp32"), {}
+    """`loss_on` all `parts` where the weights are moved along `directions` by `amounts`."""
     with moved(network, directions, amounts):
-        for name, split in parts.items():
-            logits = train.predict(network, split.images, preprocessing)
-            result = train.score(logits, split.labels, logits.shape[1])
-            values |= {f"{name}/{kind}": result[kind] for kind in ("loss", "accuracy")}
+        return loss_on(network, parts, preprocessing)
+
+
+def loss_on(network, parts, preprocessing, what=""):
+    """{"train/loss": …, "train/accuracy": …, "test/loss": …} of `parts` ({"train": split, …}), in
+    full precision; `what` is added to the names of the parts."""
+    preprocessing, values = dataclasses.replace(preprocessing, precision="fp32"), {}
+    for name, split in parts.items():
+        logits = train.predict(network, split.images, preprocessing)
+        result = train.score(logits, split.labels, logits.shape[1])
+        values |= {f"{name}{what}/{kind}": result[kind] for kind in UNITS}
+    return values
+
+
+def loss_between(network, ends, share, parts):
+    """`loss_on` all `parts` at `share` of the straight line between two networks (Goodfellow et al.
+    2015). `ends` are their state dicts and preprocessings; `network` gets the weights.
+
+    What batch norm knows of the layers before it is wrong on the way; so the loss is there also
+    with its statistics measured anew on the training images.
+    """
+    (first, second), (here, there) = zip(*ends)
+    network.load_state_dict({
+        name: value.lerp(second[name], share) if value.is_floating_point() else value
+        for name, value in first.items()})
+    preprocessing = dataclasses.replace(here, **{name: tuple(
+        a + share * (b - a) for a, b in zip(getattr(here, name), getattr(there, name)))
+        for name in ("mean", "std")})
+    values = loss_on(network, parts, preprocessing)
+    if measure_batch_norm(network, parts["train"].images, preprocessing):
+        values |= loss_on(network, parts, preprocessing, ", batch norm measured anew")
+    return values
+
+
+@torch.no_grad()
+def measure_batch_norm(network, images, preprocessing):
+    """Make batch norm's statistics the means over batches of uint8 `images`; how many norms."""
+    norms = [module for module in network.modules()
+             if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # the mean of all batches
+    for chunk in images.split(256) if norms else ():
+        network(preprocessing(chunk, next(network.parameters()).device))
+    for norm, momentum in zip(norms, momenta):
+        norm.eval()
+        norm.momentum = momentum
+    return len(norms)
+
+
+def hessian_eigenvalues(losses, weights, count=2, steps=100, tolerance=1e-3):
+    """The `count` eigenvalues of largest size of the Hessian, at the dictionary of tensors
+    `weights`, of the sum of `losses`, functions of such a dictionary.
+
+    By power iteration with Hessian-vector products (Pearlmutter 1994; Yao et al. 2020, section 3):
+    the gradient's product with a vector, differentiated again. Vectors found before are taken out.
+    """
+    point = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+
+    def flat(tensors):
+        return torch.cat([tensor.flatten() for tensor in tensors])
+
+    def product(vector):
+        slopes = (flat(torch.autograd.grad(loss_of(point), [*point.values()], create_graph=True))
+                  for loss_of in losses)
+        return sum(flat(torch.autograd.grad(slope @ vector, [*point.values()],
+                                            materialize_grads=True)) for slope in slopes)
+
+    vectors, values = [], []
+    for number in range(count):
+        start, value = flat(point.values()).detach(), math.nan
+        vector = torch.randn(start.shape, generator=generator("hessian", number)).to(start)
+        for _ in progress(range(steps), f"eigenvalue {number + 1} of the Hessian"):
+            for other in vectors:
+                vector = vector - (vector @ other) * other
+            vector = F.normalize(vector, dim=0)
+            ahead = product(vector)
+            before, value = value, (vector @ ahead).item()  # the GPU waits
+            if abs(value - before) <= tolerance * abs(value):
+                break
+            vector = ahead
+        vectors.append(F.normalize(vector, dim=0))
+        values.append(value)
     return values
 
 
@@ -689,6 +910,72 @@ def draw_pr_curves(curves, classes, title):
     return figure
 
 
+def draw_reliability(images, confidence, accuracy, title):
+    """Accuracy against confidence, and how many images have it; arguments as `calibration` returns
+    them (Guo et al. 2017, figure 1, upside down)."""
+    figure, bins = new_figure(5.2, 5.6, title), len(images)
+    edges, width = [number / bins for number in range(bins)], 1 / bins
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.bar(edges, accuracy.nan_to_num(), width, align="edge", color=COLORS[0],
+              edgecolor="white", label="accuracy")
+    upper.bar(edges, (confidence - accuracy).nan_to_num(), width, accuracy.nan_to_num(),
+              align="edge", color="none", edgecolor=COLORS[1], hatch="////", linewidth=0.8,
+              label="gap to the mean confidence")
+    upper.plot((0, 1), (0, 1), "--", color="black", linewidth=1, label="perfect calibration")
+    lower.bar(edges, images / images.sum(), width, align="edge", color="#999999", edgecolor="white")
+    upper.set_ylabel("accuracy", fontsize=9)
+    lower.set_ylabel("of the images", fontsize=9)
+    lower.set_xlabel("confidence: probability of the predicted class", fontsize=9)
+    upper.set(xlim=(0, 1), ylim=(0, 1))
+    add_legend(figure, dict(zip(*upper.get_legend_handles_labels()[::-1])))
+    for axes in (upper, lower):
+        percent(axes.yaxis)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    percent(lower.xaxis)
+    return figure
+
+
+def draw_relevance(picture, panels, title):
+    """A picture 3×S×S beside {name: S×S relevance}, each laid over it in grey, on its own scale."""
+    figure = new_figure(2.6 * (len(panels) + 1) + 0.5, 2.75, title)
+    axes = figure.subplots(1, len(panels) + 1)
+    axes[0].imshow(picture.permute(1, 2, 0), interpolation="nearest")
+    axes[0].set_title("image", fontsize=9)
+    for axis, (name, values) in zip(axes[1:], panels.items()):
+        axis.imshow(picture.mean(0), "gray", vmin=0, vmax=1, interpolation="nearest")
+        # One pixel in a hundred may be beyond the scale, so that few do not hide all others.
+        values = values / values.flatten().quantile(0.99).clamp(min=1e-30)
+        drawn = axis.imshow(values, "inferno", vmin=0, vmax=1, alpha=0.7, interpolation="nearest")
+        axis.set_title(name, fontsize=9)
+    for axis in axes:
+        axis.set_axis_off()
+    bar = figure.colorbar(drawn, ax=axes, aspect=25, pad=0.02)
+    bar.set_ticks([0, 1], labels=["nothing", "most"], fontsize=8)
+    return figure
+
+
+def draw_activations(statistics, title):
+    """Small multiples of `layer_statistics`: a layer's histogram, without what is 0."""
+    columns = min(4, len(statistics))
+    rows = math.ceil(len(statistics) / columns)
+    figure = new_figure(max(2.8 * columns, 5), 2.0 * rows, title)
+    for index, (layer, numbers) in enumerate(statistics.items(), 1):
+        axes = plot(figure, (rows, columns, index), f"{layer}: mean {numbers['mean']:.2g}, std "
+                    f"{numbers['std']:.2g}\n{numbers['zeros']:.0%} zeros, "
+                    f"{len(numbers['dead'])} of {numbers['units']} units dead")
+        axes.title.set_fontsize(8)
+        low, high = numbers["edges"]
+        width = (high - low) / len(numbers["counts"])
+        axes.bar([low + width * number for number in range(len(numbers["counts"]))],
+                 numbers["counts"] / numbers["counts"].sum().clamp(min=1), width, align="edge",
+                 color=COLORS[0])
+        percent(axes.yaxis)
+    figure.supxlabel("output", fontsize=9)
+    figure.supylabel("of the outputs that are not 0", fontsize=9)
+    return figure
+
+
 # ---------------------------------------------------------------------------- drawing: training
 
 
@@ -735,7 +1022,7 @@ def draw_measures(lines, title, xlabel):
             if len(values) > 1:
                 axes.fill_between(at, values.amin(0), values.amax(0), color=style["color"],
                                   alpha=0.2, linewidth=0)
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share * 100:.4g}%")
+    percent(axes.yaxis)
     add_legend(figure, entries)
     return figure
 
@@ -876,6 +1163,11 @@ class Flags(typing.TypedDict, total=False):
     format: Format | None
 
 
+# "class" is no name that a parameter could have.
+WhereFlags = typing.TypedDict("WhereFlags", {**Flags.__annotations__, "class": str | None},
+                              total=False)
+
+
 def open_network(ckpt=None, network=None, weights=None, image_size=None, device="auto", data=None,
                  root=None, out=None, format=None):
     """The network that `ckpt` or `network` names, in evaluation mode, and its `Description`.
@@ -971,23 +1263,90 @@ def curves(*runs: str, x: typing.Literal["epoch", "step", "seconds"] = "epoch",
 
 
 def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "right"] = "all",
-                count: int = 8, seed: int = 0, **flags: typing.Unpack[Flags]):
-    """Draw COUNT random test images with true and predicted class, probabilities and logits."""
+                count: int = 8, order: typing.Literal["random", "loss", "confidence"] = "random",
+                seed: int = 0, **flags: typing.Unpack[Flags]):
+    """Draw COUNT test images with true and predicted class, probabilities and logits.
+
+    The hardest come first with `--order=loss`, the surest with `confidence`: with `--only=wrong`
+    some of these are labelled wrongly (in CIFAR-10 about 0.5 %, Northcutt et al. 2021).
+    """
     need(count=count)
     network, about, test = open_test(ckpt, **flags)
-    order = torch.randperm(len(test.labels), generator=generator(seed, "predictions"))
-    order = order[:count] if only == "all" else order  # else all have to be looked at
-    test = test._replace(images=test.images[order], labels=test.labels[order])
+    chosen = torch.randperm(len(test.labels), generator=generator(seed, "predictions"))
+    if only == "all" and order == "random":  # else all have to be looked at
+        chosen = chosen[:count]
+    test = test._replace(images=test.images[chosen], labels=test.labels[chosen])
     logits, classes = predicted(network, about, test)
-    right = logits.argmax(1) == test.labels
-    kept = {"all": right | ~right, "wrong": ~right, "right": right}[only].nonzero()[:count, 0]
+    losses = F.cross_entropy(logits, test.labels, reduction="none")
+    first = {"random": torch.zeros_like(losses), "loss": losses,
+             "confidence": logits.softmax(1).amax(1)}[order].argsort(descending=True, stable=True)
+    right = (logits.argmax(1) == test.labels)[first]
+    kept = first[{"all": right | ~right, "wrong": ~right, "right": right}[only]][:count]
     if not len(kept):
         raise ValueError(f"only={only}: there is no such test image")
     figure = draw_predictions(
         about.preprocessing.pictures(test.images[kept]), test.labels[kept], logits[kept], classes,
-        f"{about.title}: probabilities and logits\n"
+        f"{about.title}: probabilities and logits"
+        f"{'' if order == 'random' else f', by falling {order}'}\n"
         f"blue: the true class, orange: what it was taken for")
-    return save_figure(figure, ckpt, f"predictions-{only}", **flags)
+    name = f"predictions-{only}" + ("" if order == "random" else f"-{order}")
+    return save_figure(figure, ckpt, name, **flags)
+
+
+def reliability(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
+    """Draw how often the network is right when it is so sure, over the test images, and the
+    expected calibration error (Guo et al. 2017, 15 bins)."""
+    network, about, test = open_test(ckpt, **flags)
+    logits, _ = predicted(network, about, test)
+    *bins, error = calibration(logits, test.labels)
+    title = (f"{about.title}, {len(logits)} test images\n"
+             f"expected calibration error {error:.2%}")
+    return save_figure(draw_reliability(*bins, title), ckpt, "reliability", **flags)
+
+
+def where(ckpt: str | None = None, method: typing.Literal[
+        "gradcam", "gradient", "smoothgrad", "integrated", "all"] = "gradcam",
+        layer: str | None = None, *, image: str | None = None, index: int = 0,
+        **flags: typing.Unpack[WhereFlags]):
+    """Draw what in a picture speaks for the predicted class, or for `--class=cat`.
+
+    By Grad-CAM at LAYER (Selvaraju et al. 2017, section 3), the logit's gradient (Simonyan et al.
+    2014, section 3), SmoothGrad (Smilkov et al. 2017) or integrated gradients (Sundararajan et al.
+    2017, section 3).
+    """
+    name = flags.pop("class", None)
+    network, about = open_network(ckpt, **flags)
+    picture, source = load_image(about, image, index, **flags)
+    shares = train.predict(network, picture, about.preprocessing)[0].softmax(0)
+    classes = about.classes or [*map(str, range(len(shares)))]
+    if name is not None and name not in classes:
+        raise ValueError(f"class={name}: must be of {', '.join(classes[:100])}")
+    label = shares.argmax().item() if name is None else classes.index(name)
+    pixels = about.preprocessing(picture, next(network.parameters()).device)
+    panels = {}
+    for each in ("gradcam", *GRADIENTS) if method == "all" else (method,):
+        values, text = relevance(network, pixels, label, each, layer)
+        panels[text] = values[0].cpu()
+    title = (f"{about.title}: {source}\nwhat speaks for class {classes[label]}, "
+             f"whose probability is {shares[label]:.1%}")
+    figure = draw_relevance(about.preprocessing.pictures(picture)[0], panels, title)
+    return save_figure(figure, ckpt, f"where-{method}", **flags)
+
+
+def activations(ckpt: str | None = None, layers: tuple[str, ...] = (), images: int = 500,
+                **flags: typing.Unpack[Flags]):
+    """Draw and tell each layer's mean, spread, share of zeros and dead units over IMAGES test
+    images. Without `--layers`: all activations, and the last layer."""
+    need(images=images)
+    network, about, test = open_test(ckpt, **flags)
+    test, layers = subset(test, images, seed=0), listed(layers) or rectifiers_of(network)
+    statistics = layer_statistics(network, layers, test.images, about.preprocessing)
+    title = f"{about.title}: outputs of its layers for {len(test.labels)} test images"
+    figure = save_figure(draw_activations(statistics, title), ckpt, "activations", **flags)
+    return figure, Table(("layer", "units", "mean", "std", "zeros", "dead units"), [
+        (layer, str(numbers["units"]), f"{numbers['mean']:.3g}", f"{numbers['std']:.3g}",
+         f"{numbers['zeros']:.1%}", ", ".join(map(str, numbers["dead"])) or "none")
+        for layer, numbers in statistics.items()], title)
 
 
 def confusion(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
@@ -1082,25 +1441,28 @@ def patches(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
 
 def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca"] = "random",
               images: int = 1000, points: int = 21, span: float = 1.0, seed: int = 0,
-              **flags: typing.Unpack[Flags]):
+              to: str | None = None, hessian: bool = False, **flags: typing.Unpack[Flags]):
     """Draw the loss around the weights (Li et al. 2018), on IMAGES training and test images each.
 
     `random`: along two filter-normalised directions, from −SPAN to SPAN: a line, contours and a
-    surface. `pca`: over the plane of the run's own checkpoints, with the path of training.
-    Values are kept in a CSV file as they come: the same command goes on where it was stopped,
-    and draws at once when all are there.
+    surface. `pca`: over the plane of the run's own checkpoints, with the path of training. With
+    `--to=RUN`: along the straight line to that run's network (Goodfellow et al. 2015). `--hessian`
+    adds the Hessian's two largest eigenvalues (Yao et al. 2020). Values are kept in a CSV file as
+    they come: the same command goes on where it was stopped, and draws at once when all are there.
     """
     need(flags.get("out"), images=images, span=span)
     if points < 3:
         raise ValueError(f"points={points}: must be at least 3")
     network, about = open_network(ckpt, **flags)
-    axes, xs, ys, labels, trail = plane_of(network, ckpt, directions, seed, span, points)
     dataset = train.open_dataset(about, flags.get("data"), flags.get("root"))
     parts = {part: subset(getattr(dataset, part), images, seed) for part in ("train", "test")}
-    key = fingerprint(network, seed, trail, *parts["train"], *parts["test"])
-    table = figure_path(ckpt, f"landscape-{directions}-{key}", flags.get("out"), "csv")
     title = (f"{about.title}: loss on {len(parts['train'].labels)} training and "
              f"{len(parts['test'].labels)} test images")
+    if to is not None:
+        return line_to(to, ckpt, network, about, parts, points, title, **flags)
+    axes, xs, ys, labels, trail = plane_of(network, ckpt, directions, seed, span, points)
+    key = fingerprint(network, seed, trail, *parts["train"], *parts["test"])
+    table = figure_path(ckpt, f"landscape-{directions}-{key}", flags.get("out"), "csv")
 
     def values_at(points):
         return evaluate_points(table, points, lambda point: loss_at(
@@ -1109,6 +1471,9 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     [centre] = values_at([(0.0, 0.0)]).values()
     if not all(map(math.isfinite, centre.values())):
         raise ValueError(f"{about.title}: its loss is not finite; there is no landscape around it")
+    if hessian:
+        title += (f"\nlargest eigenvalues of the training loss's Hessian: "
+                  f"{', '.join(f'{value:.3g}' for value in hessian_on(network, about, parts))}")
     figures = {}
     if directions == "random":
         line = values_at([(x, 0.0) for x in spaced(-span, span, 2 * points - 1)])
@@ -1120,6 +1485,36 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     figures[f"landscape-surface-{directions}"] = draw_landscape_surface(
         xs, ys, grids, title, labels)
     return [*(save_figure(figure, ckpt, name, **flags) for name, figure in figures.items()), table]
+
+
+def hessian_on(network, about, parts):
+    """`hessian_eigenvalues` of a network's loss on its training images, in batches of 128."""
+    images, labels = parts["train"]
+    device, weights = next(network.parameters()).device, dict(network.named_parameters())
+    weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
+
+    def loss_of(chunk, answers):
+        loss = batch_loss(network, about.preprocessing(chunk, device), answers.to(device))
+        return lambda weights: loss(weights) * (len(answers) / len(labels))
+
+    return hessian_eigenvalues([*map(loss_of, images.split(128), labels.split(128))], weights)
+
+
+def line_to(to, ckpt, network, about, parts, points, title, **flags):
+    """[figure, table] of the loss from a network to that of `to`, and a quarter beyond both."""
+    other, its = open_network(to, device=flags.get("device") or "auto")
+    first, second = network.state_dict(), other.state_dict()
+    if not networks.made_like(first, second) or about.classes != its.classes:
+        raise ValueError(f"to={to}: is a network of another kind, or of other classes, than {ckpt}")
+    key = fingerprint(network, other, *parts["train"], *parts["test"])
+    table = figure_path(ckpt, f"landscape-to-{key}", flags.get("out"), "csv")
+    ends = ((first, about.preprocessing), (second, its.preprocessing))
+    between, thirds = copy.deepcopy(network), max(1, round(points / 6))  # 0 and 1 are points
+    rows = evaluate_points(
+        table, [(x, 0.0) for x in spaced(-0.25, 1.25, 6 * thirds + 1)],
+        lambda point: loss_between(between, ends, point[0], parts), f"loss on the way to {to}")
+    figure = draw_landscape_line(rows.values(), title, f"from {about.title} (0) to {its.title} (1)")
+    return save_figure(figure, ckpt, "landscape-to", **flags), table
 
 
 def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cifar10",
@@ -1176,8 +1571,8 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
 
 
 COMMANDS = {command.__name__: command for command in (
-    samples, curves, predictions, confusion, pr_curves, filters, features, patches, landscape,
-    smoothness, projector)}
+    samples, curves, predictions, confusion, pr_curves, reliability, where, activations, filters,
+    features, patches, landscape, smoothness, projector)}
 MEANINGS = {
     "ckpt": "checkpoint, run's folder, torchvision:NAME or module:function",
     "runs": "folders of runs",
@@ -1194,15 +1589,20 @@ MEANINGS = {
     "image": "picture file; none: a test image",
     "index": "number of the test image",
     "only": "which predictions:",
+    "order": "of the predictions, the highest first:",
+    "method": "how relevance is found:",
+    "class": "the class asked about; none: the predicted one",
+    "to": "another run, to whose network the line leads",
+    "hessian": "the largest eigenvalues, in the titles",
     "x": "what the curves are drawn against:",
-    "layer": "dotted path of a layer, such as conv2 or conv3_x.0",
+    "layer": "dotted path of a layer, such as conv2 or conv3_x.0; where: the last with maps",
     "layers": "dotted paths of layers, separated by commas",
     "channel": "rgb, or the number of an input channel; none: rgb, or 0",
     "maps": "at most so many feature maps of a layer",
     "units": "how many channels, or the numbers of several, separated by commas",
     "top": "patches of a unit",
     "directions": "at random, or where the run's checkpoints lie:",
-    "images": "how many training and how many test images",
+    "images": "how many training and how many test images; of activations: test images",
     "points": "points along each direction",
     "span": "how far the random directions reach, in filter norms",
     "models": "networks to compare, separated by commas",

@@ -295,6 +295,8 @@ def test_no_two_ticks_of_a_logarithmic_axis_read_the_same(low, high):
 
 
 def test_ticks_of_decades():
+    assert [*visualize.log_ticks(1, 2.1).values()] == ["1", "1.25", "1.5", "1.75", "2"]
+    assert visualize.distinct([2.301, 2.302, 2.312]) == ["2.301", "2.302", "2.312"]
     assert visualize.log_ticks(0.01, 10) == {0.01: "0.01", 0.1: "0.1", 1: "1", 10: "10"}
     assert [*visualize.log_ticks(1, 12).values()] == ["1", "2", "5", "10"]
     axes = visualize.draw_landscape_line([{"x": x, "test/loss": 2.3 + x / 100, "test/accuracy": 0.5}
@@ -412,6 +414,128 @@ def test_a_comma_in_a_runs_path_is_part_of_it(tmp_path):
     assert "a,b, training" in texts_of(figure)
 
 
+def test_calibration_by_hand():
+    # Two classes, probabilities 0.7 (right, wrong), 0.9 (right) and 0.55 (wrong); bins of 0.2.
+    shares = torch.tensor([0.7, 0.7, 0.9, 0.55], dtype=torch.float64)
+    logits = torch.stack([shares.log(), (1 - shares).log()], 1)
+    images, confidence, accuracy, error = visualize.calibration(
+        logits, torch.tensor([0, 1, 0, 1]), bins=5)
+    assert images.tolist() == [0, 0, 1, 2, 1] and accuracy[:2].isnan().all()
+    assert confidence[2:].tolist() == pytest.approx([0.55, 0.7, 0.9])
+    assert accuracy[2:].tolist() == [0, 0.5, 1]
+    assert error == pytest.approx((1 * 0.55 + 2 * 0.2 + 1 * 0.1) / 4)
+
+
+def test_predictions_in_the_order_of_loss_and_of_confidence(run, tmp_path, monkeypatch):
+    test = data.draw_shapes(40, seed=1)
+    monkeypatch.setattr(train, "open_test", lambda *_: test)
+    logits = torch.randn(40, 10)
+    shown = []
+    monkeypatch.setattr(train, "predict", lambda _network, images, *_others, **_more: torch.stack([
+        logits[[(image == other).all() for other in test.images].index(True)] for image in images]))
+    monkeypatch.setattr(visualize, "draw_predictions", lambda images, labels, logits, *_: (
+        shown.append((logits, labels)), visualize.new_figure(1, 1, ""))[1])
+    for only, order in (("all", "loss"), ("wrong", "confidence")):
+        visualize.predictions(str(run), only, 3, order, out=str(tmp_path))
+    losses = nn.functional.cross_entropy(logits, test.labels, reduction="none")
+    assert torch.equal(shown[0][0], logits[losses.topk(3).indices])
+    wrong = logits[logits.argmax(1) != test.labels]
+    assert torch.equal(shown[1][0], wrong[wrong.softmax(1).amax(1).topk(3).indices])
+
+
+# ---------------------------------------------------------------------------- inside, one image
+
+
+def small_network():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+                         nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True),
+                         nn.Flatten(), nn.Linear(6 * 5 * 5, 7)).eval()
+
+
+def test_grad_cam_of_a_linear_head_by_hand():
+    # The head takes the mean of map 0, twice that of map 1 away, and nothing of map 2: with four
+    # positions the gradients are 1/4, −2/4 and 0, and so are their means.
+    network_ = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                             nn.Linear(3, 2, bias=False))
+    network_[3].weight.data = torch.tensor([[1.0, -2.0, 0.0], [-1.0, 0.0, 0.0]])
+    maps = torch.tensor([[[[4.0, 8.0], [0.0, 1.0]], [[1.0, 0.0], [3.0, 0.5]], [[9.0] * 2] * 2]])
+    cam = visualize.grad_cam(network_, "0", maps, 0)
+    assert cam[0].tolist() == [[4 / 4 - 2 / 4, 8 / 4], [0, 0]]  # −6/4 and 1/4 − 1/4 are cut off
+    assert visualize.grad_cam(network_, "0", maps, 1).abs().sum() == 0
+    assert visualize.spatial_layer(network_, maps) == "0"
+    with pytest.raises(ValueError, match="layer=2"):
+        visualize.grad_cam(network_, "2", maps, 0)
+    with pytest.raises(ValueError, match="makes maps"):
+        visualize.spatial_layer(network_[2:], maps[:, :, :1, :1])
+
+
+def test_the_default_layer_of_grad_cam(opened):
+    assert visualize.spatial_layer(opened[0], torch.zeros(1, 3, 32, 32)) == "conv2"
+    resnet = network.build("resnet20")
+    assert visualize.spatial_layer(resnet, torch.zeros(1, 3, 32, 32)) == "conv4_x"
+
+
+def test_integrated_gradients_add_up_to_the_difference_of_the_outputs():
+    model, images = small_network(), torch.randn(2, 3, 12, 12)
+    parts = visualize.integrated_gradients(model, images, 3, steps=400).sum((1, 2, 3))
+    with torch.no_grad():
+        rise = model(images)[:, 3] - model(torch.zeros(1, 3, 12, 12))[0, 3]
+    assert parts.tolist() == pytest.approx(rise.tolist(), abs=2e-3)
+    # Of a linear network the gradient is its weights, everywhere: one step is exact.
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    images = torch.randn(1, 3, 2, 2)
+    weights = linear[1].weight[1].view(1, 3, 2, 2)
+    assert torch.allclose(visualize.integrated_gradients(linear, images, 1, 1), weights * images)
+    assert torch.allclose(visualize.smooth_gradient(linear, images, 1, 4), weights)
+
+
+def test_smooth_gradient_averages_what_the_noise_does():
+    class Cubes(nn.Module):
+        def forward(self, images):
+            return images.pow(3).flatten(1).sum(1, keepdim=True)
+
+    images = torch.tensor([0.0, 1.0]).repeat(6).view(1, 3, 2, 2)  # their range is 1
+    smooth = visualize.smooth_gradient(Cubes(), images, 0, count=4000, noise=0.5)
+    # E[3 (x + ε)²] = 3 x² + 3·0.25.
+    assert torch.allclose(smooth, 3 * images**2 + 0.75, atol=0.25)
+    again = visualize.smooth_gradient(Cubes(), images, 0, count=4000, noise=0.5)
+    assert torch.equal(smooth, again)
+
+
+def test_captum_finds_the_same():
+    attr = pytest.importorskip("captum.attr")
+    model, images = small_network(), torch.randn(2, 3, 12, 12)
+    plain = nn.Sequential(*(nn.ReLU() if isinstance(module, nn.ReLU) else module
+                            for module in model)).eval()  # Captum's hooks bear nothing in place
+    for label in (0, 6):
+        pairs = [
+            (visualize.class_gradient(model, images, label),
+             attr.Saliency(plain).attribute(images, label, abs=False)),
+            (visualize.integrated_gradients(model, images, label, 30),
+             attr.IntegratedGradients(plain).attribute(images, target=label, n_steps=30,
+                                                       method="riemann_middle")),
+            (visualize.grad_cam(model, "3", images, label),
+             attr.LayerGradCam(plain, plain[3]).attribute(images, label,
+                                                          relu_attributions=True)[:, 0])]
+        for ours, theirs in pairs:
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_statistics_of_a_layer_by_hand():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    model[0].weight.data = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]])[:, :, None, None]
+    model[0].bias.data.zero_()
+    prep = data.Preprocessing(2, (0.0,) * 3, (1.0,) * 3)
+    images = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    images[1, 0] = 51  # 0.2: unit 0 is 0.2 at four positions of one image, unit 1 is dead
+    found = visualize.layer_statistics(model.eval(), ["1"], images, prep, bins=4)["1"]
+    assert found["units"] == 2 and found["dead"] == [1]
+    assert found["zeros"] == pytest.approx(20 / 24) and found["mean"] == pytest.approx(4 * 0.2 / 24)
+    assert found["std"] == pytest.approx((4 * 0.04 / 24 - (0.8 / 24) ** 2) ** 0.5)
+    assert found["counts"].tolist() == [0, 0, 0, 4]
+    assert visualize.rectifiers_of(model) == ["1", "3"]
+
+
 def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
     for name, lr, seed in (("a", 0.1, 0), ("b", 0.1, 1), ("c", 0.2, 0)):
         (tmp_path / name).mkdir()
@@ -454,6 +578,71 @@ def test_the_landscapes_centre_is_the_networks_loss_and_weights_are_put_back(ope
     with pytest.raises(KeyError), visualize.moved(lenet, [direction], [1.0]):
         raise KeyError
     assert all(torch.equal(*pair) for pair in zip(before, lenet.parameters()))
+
+
+def test_the_largest_eigenvalues_of_a_quadratics_hessian():
+    basis, _ = torch.linalg.qr(torch.randn(5, 5))
+    hessian = basis @ torch.diag(torch.tensor([3.0, -7.0, 0.5, 1.0, 0.0])) @ basis.T
+
+    def half_of_the_loss(weights):
+        point = torch.cat([weights["a"], weights["b"].flatten()])
+        return point @ hessian @ point / 4
+
+    weights = {"a": torch.randn(2), "b": torch.randn(3, 1)}
+    values = visualize.hessian_eigenvalues([half_of_the_loss] * 2, weights, 3, tolerance=1e-7)
+    assert values == pytest.approx([-7, 3, 1], rel=1e-4)
+
+
+def test_the_hessian_of_a_network_is_that_of_all_its_images(opened):
+    small = nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval()
+    prep = data.Preprocessing(1, (0.5,) * 3, (0.5,) * 3)
+    split = data.Split(torch.randint(0, 256, (200, 3, 1, 1), dtype=torch.uint8),
+                       torch.randint(0, 2, (200,)))  # more than one batch
+    [first, _] = visualize.hessian_on(small, dataclasses.replace(opened[1], preprocessing=prep),
+                                      {"train": split})
+
+    def loss(weight, bias):
+        logits = prep(split.images).flatten(1) @ weight.T + bias
+        return nn.functional.cross_entropy(logits, split.labels)
+
+    parts = torch.autograd.functional.hessian(loss, (small[1].weight, small[1].bias))
+    whole = torch.cat([torch.cat([parts[0][0].reshape(6, 6), parts[0][1].reshape(6, 2)], 1),
+                       torch.cat([parts[1][0].reshape(2, 6), parts[1][1].reshape(2, 2)], 1)])
+    assert first == pytest.approx(torch.linalg.eigvalsh(whole).max().item(), rel=1e-2)
+
+
+def test_the_line_between_two_networks_begins_and_ends_at_them():
+    torch.manual_seed(1)
+    nets = [network.build("resnet20").eval() for _ in range(2)]
+    preps = [data.Preprocessing(32, (mean,) * 3, (0.25,) * 3) for mean in (0.4, 0.5)]
+    for net, prep in zip(nets, preps):
+        visualize.measure_batch_norm(net, data.draw_shapes(40, seed=1).images, prep)
+    ends = [(net.state_dict(), prep) for net, prep in zip(nets, preps)]
+    parts = {part: data.draw_shapes(40, seed=seed) for part, seed in (("train", 1), ("test", 2))}
+    between = network.build("resnet20").eval()
+    for share, net, prep in zip((0.0, 1.0), nets, preps):
+        found = visualize.loss_between(between, ends, share, parts)
+        expected = visualize.loss_on(net, parts, prep)
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+        # These networks' statistics are those of the training images already.
+        assert found["train, batch norm measured anew/loss"] == pytest.approx(
+            expected["train/loss"], rel=1e-3)
+    halfway = visualize.loss_between(between, ends, 0.5, parts)
+    weights = between.state_dict()["conv1.0.weight"]
+    assert torch.allclose(weights, (nets[0].conv1[0].weight + nets[1].conv1[0].weight) / 2)
+    assert halfway["train, batch norm measured anew/loss"] != halfway["train/loss"]
+
+
+def test_batch_norms_statistics_measured_anew_are_those_of_the_images():
+    norm = nn.BatchNorm2d(3, momentum=0.3).eval()
+    prep = data.Preprocessing(4, (0.0,) * 3, (1.0,) * 3)
+    images = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
+    network_ = nn.Sequential(norm, nn.Dropout(0.5)).eval()
+    assert visualize.measure_batch_norm(network_, images, prep) == 1
+    assert torch.allclose(norm.running_mean, (images / 255).mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(norm.running_var, (images / 255).var((0, 2, 3)), atol=1e-5)
+    assert norm.momentum == 0.3 and not norm.training
+    assert visualize.measure_batch_norm(nn.Linear(1, 1), images, prep) == 0
 
 
 def test_principal_directions_of_a_path_in_a_plane():
@@ -562,12 +751,19 @@ def test_measuring_smoothness_leaves_running_statistics_alone():
      ["landscape-line", "landscape-contours-random", "landscape-surface-random"]),
     (["landscape", "RUN", "--points=3", "--images=8", "--directions=pca"],
      ["landscape-contours-pca", "landscape-surface-pca"]),
+    (["landscape", "RUN", "--points=3", "--images=8", "--to=RUN"], ["landscape-to"]),
+    (["landscape", "RUN", "--points=3", "--images=8", "--hessian"], ["landscape-line"]),
+    (["reliability", "RUN"], ["reliability"]),
+    (["where", "RUN", "--class=disc"], ["where-gradcam"]),
+    (["where", "RUN", "--method=all", "--layer=conv1"], ["where-all"]),
+    (["activations", "RUN", "--images=20"], ["activations"]),
+    (["predictions", "RUN", "--count=2", "--order=loss"], ["predictions-all-loss"]),
     (["smoothness", "--models=lenet", "--data=shapes", "--steps=2", "--every=1", "--lrs=.1,.2",
       "--batch_size=4"], ["smoothness"]),
 ])
 def test_a_command_writes_its_figures_and_prints_their_paths(words, names, run, tmp_path, capsys,
                                                              few_shapes):
-    words = [str(run) if word == "RUN" else word for word in words]
+    words = [word.replace("RUN", str(run)) for word in words]
     data.command_line(visualize.COMMANDS, argv=[*words, f"--out={tmp_path}"])
     printed = capsys.readouterr().out.split()
     for name in names:
@@ -658,6 +854,13 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
     (["features", "RUN", "--layers=conv9"], "conv9.*conv1, conv2"),
     (["features", "RUN", "--layers", "conv1", "conv2"], "conv2; several values.*by commas"),
     (["filters", "RUN", "--channel=3"], "channel=3.*0 to 2"),
+    (["where", "RUN", "--class=whale"], "class=whale.*disc, ring"),
+    (["where", "RUN", "--layer=fc"], "layer=fc.*Grad-CAM"),
+    (["where", "RUN", "--method=magic"], "magic.*gradcam, gradient"),
+    (["activations", "RUN", "--layers=conv7"], "conv7"),
+    (["landscape", "RUN", "--to=torchvision:resnet18"], "resnet18"),
+    (["landscape", "RUN", "--to=RUN/none"], "none"),
+    (["predictions", "RUN", "--order=size"], "size.*random, loss"),
     (["filters", "RUN", "--layer=conv2", "--channel=rgb"], "channel=rgb.*0 to 5"),
     (["features", "RUN", "--index=99999"], "index=99999.*0 to"),
     (["features", "RUN", "--image=RUN/last.pth"], "cannot be read as an image"),
