@@ -4,13 +4,16 @@
     python data.py download --data=cifar10
     python train.py --data=FOLDER            # FOLDER/train/<class>/*, FOLDER/test/<class>/*
 
-A data set is held in memory as one uint8 tensor. A training batch is gathered, cropped, flipped
-and normalised by a handful of whole-batch operations on the device that trains, and which images
-it holds, and how they are changed, depends on (seed, epoch, step) alone.
+A data set is one uint8 tensor; a folder's is a file of decoded images that is mapped into memory.
+A training batch is gathered, cropped, flipped and normalised by a handful of whole-batch
+operations on the device that trains, and which images it holds, and how they are changed, depends
+on (seed, epoch, step) alone.
 """
 
+import collections
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import html
@@ -19,13 +22,17 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import re
+import shutil
+import stat
 import sys
 import time
 import types
 import typing
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +47,10 @@ from torch import Tensor
 CROP = 1 / 8
 CUTOUT = 1 / 4
 AUGMENTATIONS = ("flip", "alternating_flip", "crop", "cutout")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+OVERLAPPING = ("cpu", "cuda")  # devices that read views whose rows overlap without copying them
+# Others are refused whatever a file is called: PostScript, for one, is handed to a program.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "bar", "flower", "crescent",
           "half")
 MAX_PIXELS = 1 << 26
@@ -49,10 +59,53 @@ MAX_PIXELS = 1 << 26
 # ---------------------------------------------------------------------------- the data set
 
 
+class Rows:
+    """Some images of a tensor, by their `numbers`: used like a tensor, and nothing is copied before
+    it is asked for. So the training images of a large folder stay a part of a mapped file."""
+
+    def __init__(self, images, numbers):
+        self.images, self.numbers = images, numbers
+        self.shape, self.device = (len(numbers), *images.shape[1:]), images.device
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        """The image, or a tensor of the images, that a number, slice, mask or list means."""
+        numbers = self.numbers[index]
+        return (_channels_last(gather(self.images, numbers)) if numbers.ndim
+                else self.images[numbers])
+
+    def split(self, size):
+        """Parts of `size` images, each `Rows` again."""
+        return [Rows(self.images, part) for part in self.numbers.split(size)]
+
+    def to(self, device):
+        """All of them as a tensor on `device`."""
+        return self[:].to(device)
+
+
+def rows_of(images, numbers):
+    """The images of these sorted numbers: `images` itself where they are all, else `Rows`."""
+    return images if len(numbers) == len(images) else Rows(images, numbers)
+
+
+def gather(images, numbers, out=None):
+    """The images of these numbers, from a tensor or `Rows`: B×H×W×3, a copy (into `out`)."""
+    if isinstance(images, Rows):
+        images, numbers = images.images, images.numbers[numbers]
+    return torch.index_select(images.permute(0, 2, 3, 1), 0, numbers, out=out)
+
+
+def in_chunks(images, size=1 << 26):
+    """Yield the numbers of `images` in parts of about `size` bytes, to go through a mapped file."""
+    return torch.arange(len(images)).split(max(1, size // math.prod(images.shape[1:])))
+
+
 class Split(typing.NamedTuple):
     """One part of a data set: `images` N×3×H×W uint8 (channels last in memory), `labels` N."""
 
-    images: Tensor
+    images: Tensor | Rows
     labels: Tensor
 
 
@@ -77,76 +130,74 @@ class Dataset:
 
 def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=None,
          skip_bad=False, writes=True):
-    """Load a data set into memory and return it as a `Dataset`.
+    """Load a data set and return it as a `Dataset`.
 
     `data` is `cifar10`, `cifar100`, `shapes` or a folder `train/<class>/*`, `test/<class>/*`.
     `val` training images, as many of each class, chosen by `seed`, are held out (None: a tenth).
-    `limit` keeps so many training, validation and test images. Without `writes` nothing is
-    downloaded and no cache is made in `root`: for settings that somebody else's file brought.
-    Raises ValueError for a setting that makes no sense and OSError for files that are missing or
-    cannot be read.
+    `limit` keeps so many training, validation and test images, and no others are read. Without
+    `writes` nothing is downloaded and no cache is made in `root`: for settings that somebody
+    else's file brought. Raises ValueError for a setting that makes no sense and OSError for files
+    that are missing or cannot be read.
     """
-    classes, (train, test), fingerprint = _read_parts(("train", "test"), data, root, image_size,
-                                                      skip_bad, writes)
-    train, held_out = split_off(train, len(train.labels) // 10 if val is None else val, seed)
-    train, test = (subset(split, limit, seed) for split in (train, test))
-    held_out = held_out and subset(held_out, limit, seed)
+    source = _source(("train", "test"), data, root, image_size, skip_bad, writes)
+    labels = source.labels["train"]
+    rest, held = held_out(labels, len(labels) // 10 if val is None else val, seed)
+    parts = [rows[balanced(labels[rows], limit, seed)] for rows in (rest, held)]
+    images = source.read("train", parts)
+    train, val = (Split(part, labels[rows]) for part, rows in zip(images, parts))
+    test = _limited(source, "test", limit, seed)
+    if train.images.shape[1:] != test.images.shape[1:] and not image_size:
+        raise ValueError(f"{data}: images for training and test of different sizes: an image_size "
+                         f"is needed")
     mean, std = pixel_statistics(train.images)
-    return Dataset(data, classes, train, held_out, test, mean, std, fingerprint)
+    return Dataset(data, source.classes, train, val if len(held) else None, test, mean, std,
+                   source.fingerprint)
 
 
 def load_split(part, data="cifar10", root="data", image_size=None, seed=0, limit=None,
                skip_bad=False, writes=True):
     """Load one part, "train" or "test", of a data set: (class names, `Split`). See `load`."""
-    classes, (split,), _ = _read_parts((part,), data, root, image_size, skip_bad, writes)
-    return classes, subset(split, limit, seed)
+    source = _source((part,), data, root, image_size, skip_bad, writes)
+    return source.classes, _limited(source, part, limit, seed)
 
 
-def _read_parts(parts, data, root, image_size, skip_bad, writes):
-    """The class names, a `Split` for each of `parts`, and the fingerprint of what `data` names."""
-    fingerprint = data
-    if data in ("cifar10", "cifar100"):
-        classes, splits = _cifar(data, root, parts, writes)
-    elif data == "shapes":
-        sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed
-        classes, splits = SHAPES, [draw_shapes(*sizes[part]) for part in parts]
-    else:
-        classes, splits, fingerprint = _folder(Path(data), Path(root), image_size, skip_bad, parts,
-                                               writes)
-    return tuple(classes), splits, fingerprint
+def _limited(source, part, limit, seed):
+    rows = balanced(source.labels[part], limit, seed)
+    images, = source.read(part, [rows])
+    return Split(images if torch.is_tensor(images) else images[:], source.labels[part][rows])
 
 
-def split_off(split, count, seed):
-    """Hold `count` images out of `split`, as many of each class as possible, chosen by `seed`.
-
-    Returns (rest, held out); the second is None for `count` 0.
-    """
-    if not 0 <= count < len(split.labels):
-        raise ValueError(f"val={count}: must be from 0 to {len(split.labels) - 1}, "
-                         f"less than the {len(split.labels)} training images")
-    if count == 0:
-        return split, None
-    # Each class is shuffled; then images are dealt in turn, one of every class a round.
-    order = torch.randperm(len(split.labels), generator=generator(seed, "val"))
-    turn, classes = torch.empty_like(order), split.labels.unique()
-    for number, label in enumerate(classes):
-        members = order[split.labels[order] == label]
-        turn[members] = torch.arange(len(members)) * len(classes) + number
-    held = turn.argsort()[:count].sort().values
-    keep = torch.ones(len(order), dtype=torch.bool)
+def held_out(labels, count, seed):
+    """The numbers of the images that stay, and of `count` that are held out (see `balanced`)."""
+    if not 0 <= count < len(labels):
+        raise ValueError(f"val={count}: must be from 0 to {len(labels) - 1}, less than the "
+                         f"{len(labels)} training images")
+    held = balanced(labels, count, seed) if count else torch.arange(0)
+    keep = torch.ones(len(labels), dtype=torch.bool)
     keep[held] = False
-    return (Split(split.images[keep], split.labels[keep]),
-            Split(split.images[held], split.labels[held]))
+    return keep.nonzero()[:, 0], held
+
+
+def balanced(labels, count, seed):
+    """The sorted numbers of `count` images, as many of each class as possible, chosen by `seed`:
+    of all for None, or where there are no more. ValueError for none at all."""
+    if count is not None and count < 1:
+        raise ValueError(f"limit={count}: at least one image is needed")
+    if count is None or count >= len(labels):
+        return torch.arange(len(labels))
+    # Each class is shuffled; then images are dealt in turn, one of every class a round.
+    order = torch.randperm(len(labels), generator=generator(seed, "val"))
+    turn, classes = torch.empty_like(order), labels.unique()
+    for number, label in enumerate(classes):
+        members = order[labels[order] == label]
+        turn[members] = torch.arange(len(members)) * len(classes) + number
+    return turn.argsort()[:count].sort().values
 
 
 def subset(split, count, seed):
-    """`count` images of `split`, balanced by class, chosen by `seed`; all of them for None, or
-    if it has no more. ValueError for none at all."""
-    if count is not None and count < 1:
-        raise ValueError(f"limit={count}: at least one image is needed")
-    if count is None or count >= len(split.labels):
-        return split
-    return split_off(split, count, seed)[1]
+    """`count` images of `split`, see `balanced`: a copy."""
+    rows = balanced(split.labels, count, seed)
+    return Split(split.images[rows], split.labels[rows])
 
 
 def pixel_statistics(images):
@@ -154,11 +205,12 @@ def pixel_statistics(images):
 
     For CIFAR-10's 50 000 training images: mean .4914 .4822 .4465, std .2470 .2435 .2616.
     """
-    levels = torch.arange(256, dtype=torch.float64) / 255
+    levels, counts = torch.arange(256, dtype=torch.float64) / 255, torch.zeros(3, 256).long()
+    for numbers in in_chunks(images):
+        for channel, pixels in enumerate(gather(images, numbers).flatten(0, 2).T):
+            counts[channel] += torch.bincount(pixels, minlength=256)
     mean, std = [], []
-    for channel in range(images.shape[1]):
-        counts = torch.bincount(images[:, channel].flatten(), minlength=256).double()
-        share = counts / counts.sum()
+    for share in counts.double() / counts.sum(1, keepdim=True):
         mean.append((share * levels).sum().item())
         variance = (share * (levels - mean[-1]) ** 2).sum().item()
         std.append(max(variance**0.5, 1e-3))
@@ -170,7 +222,8 @@ def mean_of_image_stds(images):
 
     Often quoted as "the std of CIFAR-10", which it is not: it leaves out how images differ.
     """
-    stds = [chunk.double().div(255).std(dim=(2, 3), correction=0) for chunk in images.split(5_000)]
+    stds = [images[numbers].double().div(255).std(dim=(2, 3), correction=0)
+            for numbers in in_chunks(images, 1 << 24)]
     return tuple(torch.cat(stds).mean(0).tolist())
 
 
@@ -186,6 +239,31 @@ def generator(*keys):
 def _channels_last(images):
     """N×H×W×3 pixels as an N×3×H×W tensor that keeps its channels last in memory."""
     return images.permute(0, 3, 1, 2)
+
+
+@dataclass
+class _Source:
+    """Where images come from: class names, the labels of each part, and `read(part, groups)`, the
+    images of several lists of row numbers of a part."""
+
+    classes: tuple[str, ...]
+    labels: dict[str, Tensor]
+    read: typing.Callable
+    fingerprint: str
+
+
+def _source(parts, data, root, image_size, skip_bad, writes):
+    """The `_Source` that `data` names."""
+    if data not in ("cifar10", "cifar100", "shapes"):
+        return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes)
+    if data == "shapes":
+        sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed
+        classes, splits = SHAPES, {part: draw_shapes(*sizes[part]) for part in parts}
+    else:
+        classes, splits = _cifar(data, root, parts, writes)
+    return _Source(tuple(classes), {part: split.labels for part, split in splits.items()},
+                   lambda part, groups: [rows_of(splits[part].images, rows) for rows in groups],
+                   data)
 
 
 def _cifar(name, root, parts, writes):
@@ -208,25 +286,41 @@ def _cifar(name, root, parts, writes):
             f"Put {source.filename} (MD5 {source.tgz_md5}) from {source.url} into {root!r}, or go "
             f"on without it: --data=shapes (built in) or --data=FOLDER (train/<class>/*, "
             f"test/<class>/*)") from error
-    return found[0].classes, [Split(_channels_last(torch.from_numpy(part.data)),
-                                    torch.tensor(part.targets)) for part in found]
+    return found[0].classes, {part: Split(_channels_last(torch.from_numpy(data.data)),
+                                          torch.tensor(data.targets))
+                              for part, data in zip(parts, found)}
+
+
+def check_regular(path, most=1 << 28):
+    """OSError unless `path` is a regular file of at most `most` bytes.
+
+    A pipe or a device can keep its reader waiting, or busy, for ever.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{path}: not a regular file")
+    if found.st_size > most:
+        raise OSError(f"{path}: {found.st_size:,} bytes are too many (at most {most:,})")
 
 
 def read_image(path, size=None, only_larger=False):
-    """Read any picture file as a 3×H×W uint8 RGB tensor; `size` resizes it to size×size.
+    """Read a picture file (`IMAGE_FORMATS`) as 3×H×W uint8 RGB; `size` resizes it to size×size.
 
     With `only_larger` a square picture that is smaller stays as it is. EXIF rotation is applied,
-    transparency is laid on white, of an animation the first frame is taken, 16-bit grey is scaled
+    transparency is laid on white, of several frames the first is taken, 16-bit grey is scaled
     to 8 bits. Raises OSError naming a file that cannot be decoded.
     """
     from PIL import Image, ImageOps
 
     try:
+        check_regular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}×{image.height} pixels are too many")
+                if image.mode == "F":
+                    raise ValueError("pixels that are floating-point numbers")
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):
                     image = image.convert("I").point(lambda value: value / 257).convert("L")
@@ -249,41 +343,40 @@ def read_image(path, size=None, only_larger=False):
 
 
 def _folder(folder, root, image_size, skip_bad, parts, writes):
-    """Class names, the `parts` and the fingerprint of `folder`, from a cache file in `root` when
-    nothing has changed since it was made.
+    """The `_Source` of `folder`, by way of a cache file for each part in `root`.
 
-    Images larger than `image_size`, or not square, are resized to it; smaller square ones are
-    kept as they are when all have one size, and enlarged batch by batch on the device.
+    Only the rows that are asked for are read, but with `skip_bad`, where only reading tells which
+    rows there are.
     """
     files, classes = _list_folder(folder)
     names = [(part, Path(path).parent.name, Path(path).name, size)
              for part in files for path, _, size, _ in files[part]]
-    fingerprint = hashlib.blake2b(repr(names).encode(), digest_size=16).hexdigest()
-    key = repr((str(folder.resolve()), image_size, skip_bad, files))
-    cache = root / f"folder-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
-    if cache.exists():
-        with contextlib.suppress(Exception):  # a damaged cache is made again
-            saved = torch.load(cache, weights_only=True, mmap=True)
-            return classes, [Split(_channels_last(saved[f"{part}_images"].clone()),
-                                   saved[f"{part}_labels"].clone())
-                             for part in parts], fingerprint
-    splits = _decode(files, image_size, skip_bad)
-    if not writes:
-        return classes, [splits[part] for part in parts], fingerprint
-    saved = {f"{name}_images": split.images.permute(0, 2, 3, 1) for name, split in splits.items()}
-    saved |= {f"{name}_labels": split.labels for name, split in splits.items()}
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        torch.save(saved, partial)
-        os.replace(partial, cache)
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
-        print(f"{cache}: cannot be written ({getattr(error, 'strerror', None) or 'disk full?'}); "
-              f"the images will be read again the next time", file=sys.stderr)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return classes, [splits[part] for part in parts], fingerprint
+    labels = {part: torch.tensor([label for _, label, _, _ in files[part]]) for part in parts}
+
+    def decoded(part, rows):
+        items = [files[part][row] for row in rows]
+        which = "" if len(items) == len(files[part]) else items
+        name = _digest(str(folder.resolve()), part, image_size, skip_bad, which)[:16]
+        return _images_of(items, image_size, skip_bad, part,
+                          root / f"folder-{name}.cache", writes)
+
+    def read(part, groups):
+        if part in whole:
+            return [rows_of(whole[part], rows) for rows in groups]
+        wanted = torch.cat(groups).unique()  # sorted
+        images, _ = decoded(part, wanted.tolist())
+        return [rows_of(images, torch.searchsorted(wanted, rows)) for rows in groups]
+
+    whole = {}
+    for part in parts if skip_bad else ():
+        whole[part], readable = decoded(part, range(len(files[part])))
+        labels[part] = labels[part][readable]
+    return _Source(tuple(classes), labels, read, _digest(names))
+
+
+def _digest(*content):
+    return hashlib.blake2b(repr(content).encode("utf-8", "surrogateescape"),
+                           digest_size=16).hexdigest()
 
 
 def _list_folder(folder):
@@ -297,55 +390,289 @@ def _list_folder(folder):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder}: has no folder {part!r} (needed: train/<class>/*, "
                                     f"test/<class>/*)")
-        classes[part] = sorted(entry.name for entry in (folder / part).iterdir() if entry.is_dir())
+        classes[part] = sorted(entry.name for entry in (folder / part).iterdir()
+                               if entry.is_dir() and not entry.name.startswith("."))
     odd = sorted(set(classes["train"]) ^ set(classes["test"]))
     if odd or not classes["train"]:
         raise ValueError(f"{folder}: train and test must have the same classes, and at least one; "
                          f"in one of them only: {', '.join(odd) or 'none at all'}")
-    files = {"train": [], "test": []}
+    for name in classes["train"]:
+        if not name.isprintable():
+            raise ValueError(f"{folder}: the class {name!r} has characters that cannot be shown")
+    files, left_out = {"train": [], "test": []}, collections.Counter()
     for part, label in itertools.product(files, range(len(classes["train"]))):
         class_folder = folder / part / classes["train"][label]
-        with os.scandir(class_folder) as entries:
-            found = sorted((entry.path, label, entry.stat().st_size, entry.stat().st_mtime_ns)
-                           for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
+        found = _list_class(class_folder, label, left_out)
         if not found:
             raise ValueError(f"{class_folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
         files[part] += found
+    if left_out:
+        print(f"{folder}: left out " + ", ".join(f"{count} {what}" for what, count
+                                                 in sorted(left_out.items())), file=sys.stderr)
     return files, classes["train"]
 
 
-def _decode(files, image_size, skip_bad):
-    def decode(item):
+def _list_class(folder, label, left_out):
+    """The rows of `_list_folder` of one class, by path; counts in `left_out` what is no image."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            suffix = Path(entry.name).suffix.lower()
+            if os.path.isdir(entry.path):
+                left_out["files in folders within a class"] += sum(
+                    len(files) for _, _, files in os.walk(entry.path))
+            elif suffix in IMAGE_SUFFIXES:
+                try:
+                    known = entry.stat()
+                    found.append((entry.path, label, known.st_size, known.st_mtime_ns))
+                except OSError:  # a link that leads nowhere; reading it will say so
+                    found.append((entry.path, label, 0, 0))
+            elif not entry.name.startswith("."):
+                left_out[f"of type {suffix or 'unknown'}"] += 1
+    return sorted(found)
+
+
+def _images_of(items, image_size, skip_bad, title, cache, writes):
+    """(N×3×H×W images, numbers of the `items` that they are), by way of the file `cache`.
+
+    The first process makes it, image by image, while others wait; all map it into memory, where
+    they share its pages. Where it cannot be written the images are held in memory.
+    """
+    key = _digest(items)
+    found = _map_cache(cache, key, len(items), complains=not writes)
+    if found is None and writes:
         try:
-            return read_image(item[0], image_size, only_larger=True)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(cache.with_suffix(".lock")):
+                found = _map_cache(cache, key, len(items))
+                if found is None:
+                    _uniform(functools.partial(_write_cache, cache, key, len(items)),
+                             items, image_size, skip_bad, title)
+                    found = _map_cache(cache, key, len(items))
+        except BadImage:
+            raise
+        except OSError as error:
+            print(f"{cache}: cannot be written ({error.strerror or error}); the images are held "
+                  f"in memory and will be read again the next time", file=sys.stderr)
+    return found or _uniform(functools.partial(_hold, cache.parent, len(items)),
+                             items, image_size, skip_bad, title)
+
+
+class BadImage(OSError):
+    """An image file that cannot be read."""
+
+
+class _Mixed(Exception):
+    """Images that are not all of one size."""
+
+
+def _uniform(consume, items, image_size, skip_bad, title):
+    """What `consume` makes of the images of `items`, all brought to one size.
+
+    Images larger than `image_size`, or not square, are resized to it. Smaller square ones are kept
+    as they are when all have one size, and enlarged batch by batch on the device.
+    """
+    try:
+        return consume(_decode(items, image_size, skip_bad, title, enlarge=False))
+    except _Mixed:
+        return consume(_decode(items, image_size, skip_bad, title, enlarge=True))
+
+
+def _decode(items, image_size, skip_bad, title, enlarge):
+    """Yield (number of the item, H×W×3 pixels) of `items` in order, decoded in threads."""
+    def read(item):
+        try:
+            image = read_image(item[0], image_size, only_larger=True)
+            return _resize(image, image_size) if enlarge else image
         except OSError as error:
             if skip_bad:
                 return error
-            raise OSError(f"{error}; --skip_bad leaves such files out") from error
+            raise BadImage(f"{error} (skip_bad leaves such files out)") from error
 
-    decoded = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part, items in files.items():
-            try:
-                images = list(progress(pool.map(decode, items), f"reading {part}", len(items)))
-            except OSError:
-                pool.shutdown(cancel_futures=True)
-                raise
-            for bad in (image for image in images if isinstance(image, OSError)):
-                print(f"left out: {bad}", file=sys.stderr)
-            decoded[part] = [(image, item[1]) for image, item in zip(images, items)
-                             if not isinstance(image, OSError)]
-    sizes = {tuple(image.shape) for items in decoded.values() for image, _ in items}
-    if len(sizes) > 1 and not image_size:
-        raise ValueError(f"the images have {len(sizes)} different sizes: give --image_size")
-    splits = {}
-    for part, items in decoded.items():
-        if not items:
-            raise ValueError(f"{part}: not one image could be read")
-        images = [image if len(sizes) == 1 else _resize(image, image_size) for image, _ in items]
-        pixels = torch.stack([image.permute(1, 2, 0) for image in images])
-        splits[part] = Split(_channels_last(pixels), torch.tensor([label for _, label in items]))
-    return splits
+    threads, first, bad = os.cpu_count() or 1, None, []
+    images = ahead(read, items, threads, 4 * threads)
+    for number, image in enumerate(progress(images, f"reading {title}", len(items))):
+        if isinstance(image, OSError):
+            bad.append(image)
+            continue
+        first = first or (items[number][0], image.shape)
+        if image.shape != first[1]:
+            if image_size:
+                raise _Mixed
+            sizes = [f"{name} has {shape[2]}×{shape[1]} pixels"
+                     for name, shape in (first, (items[number][0], image.shape))]
+            raise ValueError(f"{', '.join(sizes)}: images of different sizes need an image_size")
+        yield number, image.permute(1, 2, 0)
+    for error in bad:
+        print(f"left out: {error}", file=sys.stderr)
+    if first is None:
+        raise ValueError(f"{title}: not one image could be read")
+
+
+def ahead(function, items, threads, depth):
+    """Yield function(item) of `items` in order, up to `depth` of them computed ahead in threads."""
+    waiting = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Hold the file `path` while others who ask for it wait; without locks, do without."""
+    from filelock import FileLock, Timeout
+
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=0.1)
+    except Timeout:
+        print("waiting for another process that is reading the images", file=sys.stderr)
+        held.acquire()
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.ENOSYS,
+                                                         errno.EOPNOTSUPP):
+            raise
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        held.release()
+
+
+def _write_cache(path, key, count, images):
+    """Write at most `count` `images`, (number, pixels), one by one to the file `path`.
+
+    It holds their pixels; a JSON text with `key`, shape, numbers and a CRC-32 of each image; the
+    SHA-256 of that text in 64 hexadecimal digits, and its length in 16 decimal ones.
+    """
+    for partial in path.parent.glob(f"{path.name}.*.tmp"):  # a killed process left it
+        partial.unlink(missing_ok=True)
+    partial, rows, sums = path.with_name(f"{path.name}.{os.getpid()}.tmp"), [], []
+    try:
+        with open(partial, "wb") as file:
+            for number, pixels in images:
+                if not rows and shutil.disk_usage(path.parent).free < count * pixels.numel():
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                content = pixels.contiguous().numpy()
+                file.write(content)
+                sums.append(zlib.crc32(content))
+                rows.append(number)
+            about = json.dumps({"key": key, "shape": [len(rows), *content.shape], "rows": rows,
+                                "crc32": sums}).encode()
+            file.write(about + hashlib.sha256(about).hexdigest().encode() + b"%016d" % len(about))
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _map_cache(path, key, count, complains=True):
+    """(N×3×H×W images, their numbers among `count`) of what `_write_cache` wrote, mapped into
+    memory; None without such a file, for another `key`, or for one that is damaged."""
+    try:
+        check_regular(path, most=math.inf)
+        with open(path, "rb") as file:
+            file.seek(-80, os.SEEK_END)
+            digest, length = file.read(64), int(file.read(16))
+            end = file.seek(-80 - length, os.SEEK_END)
+            about = file.read(length)
+            if hashlib.sha256(about).hexdigest().encode() != digest:
+                raise ValueError("the checksum of its description is wrong")
+            about = json.loads(about)
+            if about["key"] != key:
+                return None
+            shape, rows, sums = about["shape"], torch.tensor(about["rows"]), about["crc32"]
+            if not (math.prod(shape) == end and len(shape) == 4 and shape[3] == 3
+                    and shape[0] == len(rows) == len(sums) and rows.min() >= 0
+                    and rows.max() < count):
+                raise ValueError("its description does not fit it")
+            file.seek(0)
+            if any(zlib.crc32(file.read(end // shape[0])) != checksum for checksum in sums):
+                raise ValueError("the checksum of an image is wrong")
+            pixels = torch.frombuffer(mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY),
+                                      dtype=torch.uint8)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if complains:
+            print(f"{path}: damaged ({error}); the images are read again", file=sys.stderr)
+        return None
+    return _channels_last(pixels.view(shape)), rows
+
+
+def _hold(root, count, images):
+    """What `_map_cache` returns, of at most `count` `images`, in memory."""
+    held, rows = None, []
+    for number, pixels in images:
+        if held is None:
+            need, free = count * pixels.numel(), free_memory()
+            if need > free:
+                raise OSError(
+                    f"the images need {need / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free: "
+                    f"take fewer (limit), smaller ones (image_size), or a root that can be written "
+                    f"(it is {str(root)!r})")
+            held = torch.empty(count, *pixels.shape, dtype=torch.uint8)
+        held[len(rows)] = pixels
+        rows.append(number)
+    return _channels_last(held[:len(rows)]), torch.tensor(rows)
+
+
+def free_memory(device="cpu"):
+    """The bytes that may still be taken on `device`; infinite where nobody tells."""
+    device, known = torch.device(device), [math.inf]
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type == "cpu":
+        for tell in (_free_of_machine, _free_of_container, _free_of_process):
+            with contextlib.suppress(OSError, ValueError, AttributeError, ImportError):
+                known.append(tell())
+    return max(0, min(known))
+
+
+def _free_of_machine():
+    """Linux tells what it could free for us; elsewhere, all that there is."""
+    if found := re.search(r"MemAvailable: *(\d+) kB", _text("/proc/meminfo")):
+        return int(found[1]) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_of_container():
+    """The room below a container's limit (control groups, version 2 or 1); files in memory are
+    let go of when it is needed."""
+    folder, limit, used = "/sys/fs/cgroup", "memory.max", "memory.current"
+    if not os.path.exists(f"{folder}/{limit}"):
+        folder, limit, used = f"{folder}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+    files = re.search(r"^inactive_file (\d+)", _text(f"{folder}/memory.stat"), re.MULTILINE)
+    return (int(_text(f"{folder}/{limit}")) - int(_text(f"{folder}/{used}"))
+            + int(files[1] if files else 0))
+
+
+def _free_of_process():
+    """The room below `ulimit -v`."""
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return math.inf
+    return limit - int(_text("/proc/self/statm").split()[0]) * resource.getpagesize()
+
+
+def _text(path):
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def _resize(image, size):
@@ -464,20 +791,49 @@ def resize(images, size):
     return F.interpolate(images, (size, size), mode="bilinear", antialias=size < images.shape[3])
 
 
-def windows_of(pixels, size):
-    """One row for every pixel of N×H×W×3 `pixels`, a view: the `size` pixels from it rightwards.
+def crops_of(pixels, first, size):
+    """The size×size crops of N×H×W×3 `pixels` whose first pixels have the numbers `first`: a row
+    for each line of each crop, B·size × size·3.
 
-    The rows overlap in memory, so that a crop is a gather of contiguous bytes and nothing is
-    copied twice. Pixels of a 4×4 image, numbered, and the windows of `size` 2:
+    A line is one row of a view whose rows overlap in memory, so a crop is a gather of contiguous
+    bytes. Pixels of a 4×4 image, numbered, and the rows of that view for `size` 2:
 
-         0  1  2  3      windows: 0 = (0, 1), 1 = (1, 2), … 5 = (5, 6), … 9 = (9, 10), …
-         4  5  6  7      The 2×2 crop whose first pixel is 5 is windows 5 and 5 + 4 = 9:
+         0  1  2  3      row 0 = (0, 1), row 1 = (1, 2), … row 5 = (5, 6), … row 9 = (9, 10), …
+         4  5  6  7      The 2×2 crop whose first pixel is 5 is the rows 5 and 5 + 4 = 9:
          8  9 10 11          5  6
         12 13 14 15          9 10
 
-    A window may run over the end of a line; the crops that are drawn never begin there.
+    A row may run over the end of a line; the crops that are drawn never begin there. Devices that
+    would copy such a view, which is `size` times as large as the images, gather pixel by pixel.
     """
-    return pixels.as_strided((pixels.numel() // 3 - size + 1, size * 3), (3, 1))
+    line = torch.arange(size, device=pixels.device)
+    rows = (first[:, None] + line * pixels.shape[2]).flatten()
+    if pixels.device.type in OVERLAPPING:
+        windows = pixels.as_strided((pixels.numel() // 3 - size + 1, size * 3), (3, 1))
+        return windows.index_select(0, rows)
+    every = (rows[:, None] + line).flatten()
+    return pixels.view(-1, 3).index_select(0, every).view(-1, size * 3)
+
+
+def with_margins(pixels, margin):
+    """N×H×W×3 `pixels` with `margin` reflected ones on each side."""
+    for dim in (1, 2) if margin else ():
+        size = pixels.shape[dim]
+        before = pixels.narrow(dim, 1, margin).flip(dim)
+        after = pixels.narrow(dim, size - 1 - margin, margin).flip(dim)
+        pixels = torch.cat([before, pixels, after], dim)
+    return pixels
+
+
+class Plan(typing.NamedTuple):
+    """An epoch's choices for each image in the order of their use: its number, whether it is
+    mirrored, its label, the first pixel of its crop and the corner of its cutout (2×N: y, x)."""
+
+    order: Tensor
+    mirrored: Tensor
+    labels: Tensor
+    shift: Tensor
+    corner: Tensor
 
 
 class Batches:
@@ -488,10 +844,15 @@ class Batches:
     step can be made without the ones before it. An incomplete last batch is left out; every
     epoch shuffles anew, so no image is left out for good. With `world` processes, number `rank`
     gets every world-th image of the same global batch.
+
+    The batches are the same on every `way`, of which the first is taken that leaves half of the
+    free memory free: "store", all images with their margins and their mirror images on the device;
+    "device", the images alone there, and the rest is done to each batch; "host", each batch is
+    gathered on the CPU, ahead of its use where that is not the device.
     """
 
     def __init__(self, split, mean, std, batch_size, augment=(), seed=0, image_size=None,
-                 device="cpu", rank=0, world=1):
+                 device="cpu", rank=0, world=1, way=None):
         unknown = [name for name in augment if name not in AUGMENTATIONS]
         if unknown:
             raise ValueError(f"augment={','.join(augment)}: no augmentation {unknown[0]!r}; "
@@ -507,26 +868,54 @@ class Batches:
         self.size = split.images.shape[3]
         self.margin = round(self.size * CROP) if "crop" in augment else 0
         self.side = self.size + 2 * self.margin
-        self.windows = windows_of(self._store(split.images.to(self.device)), self.size)
-        self.rows = torch.arange(self.size, device=self.device) * self.side
+        self.flips = "flip" in augment or "alternating_flip" in augment
+        self.way = way or self._choose_way()
+        self.images = split.images if self.way == "host" else self._store(split.images)
+
+    def _need(self, way):
+        """The bytes that `way` takes on the device."""
+        side, copies = (self.side, 1 + self.flips) if way == "store" else (self.size, 1)
+        return 0 if way == "host" else copies * len(self.labels) * side**2 * 3
+
+    def _choose_way(self):
+        on_cpu = self.device.type == "cpu"  # where "device" would only be another copy
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) if on_cpu else 1
+        room = free_memory(self.device) / sharing / 2
+        ways = [way for way in ("store", "device") if self._need(way) <= room
+                and not (on_cpu and self._need(way) <= self._need("device"))]
+        return (*ways, "host")[0]
+
+    def describe_way(self):
+        """A few words on where the images are."""
+        size = f"{self._need(self.way) / 1e6:,.0f} MB on the {self.device.type}"
+        return {"store": f"images and their mirror images: {size}" if self.flips
+                else f"images with margins: {size}",
+                "device": f"images: {size}; cropped and flipped batch by batch",
+                "host": "images: as they were read; gathered, cropped and flipped batch by batch",
+                }[self.way]
 
     def _store(self, images):
-        """The images with reflected margins, followed by their mirror images if any flip is on."""
-        pixels, margin = images.permute(0, 2, 3, 1), self.margin
-        for dim in (1, 2):
-            before = pixels.narrow(dim, 1, margin).flip(dim)
-            after = pixels.narrow(dim, self.size - 1 - margin, margin).flip(dim)
-            pixels = torch.cat([before, pixels, after], dim)
-        if "flip" in self.augment or "alternating_flip" in self.augment:
-            pixels = torch.cat([pixels, pixels.flip(2)])
-        return pixels.contiguous()
+        """N×H×W×3 on the device: the images or, for the store, those with reflected margins,
+        followed by their mirror images if any flip is on. Built in parts, with no second copy."""
+        count, stored = len(images), self.way == "store"
+        side, mirrors = (self.side, self.flips) if stored else (self.size, False)
+        store = torch.empty(count * (1 + mirrors), side, side, 3, dtype=torch.uint8,
+                            device=self.device)
+        done = 0
+        for numbers in in_chunks(images):
+            pixels = gather(images, numbers).to(self.device)
+            part = slice(done, done := done + len(numbers))
+            store[part] = with_margins(pixels, self.margin if stored else 0)
+            if mirrors:
+                store[count:][part] = store[part].flip(2)
+        return store
 
     def __len__(self):
         """Steps an epoch."""
         return len(self.labels) // self.batch_size
 
     def plan(self, epoch, crop=True):
-        """The whole epoch's choices, in order: first pixel of each crop, label, cutout corner."""
+        """The whole epoch's choices as a `Plan`, on the device; the order on the CPU for "host"."""
         random, count = generator(self.seed, epoch), len(self.labels)
         order = torch.randperm(count, generator=random)
         mirrored = torch.rand(count, generator=random) < 0.5
@@ -534,32 +923,77 @@ class Batches:
         corner = torch.randint(0, self.size, (2, count), generator=random)
         if not crop:
             shift.fill_(self.margin)
-        if "alternating_flip" in self.augment:  # every image is seen both ways in two epochs
+        if "alternating_flip" in self.augment:  # both ways, if shown in two epochs running
             first = torch.rand(count, generator=generator(self.seed, "flip")) < 0.5
             mirrored = first[order] ^ bool(epoch % 2)
         elif "flip" not in self.augment:
             mirrored = torch.zeros(count, dtype=torch.bool)
-        image = order + count * mirrored
-        first_pixel = (image * self.side + shift[0]) * self.side + shift[1]
-        order = order.to(self.device)
-        return first_pixel.to(self.device), self.labels[order], corner.to(self.device)
+        there = order.to(self.device)
+        return Plan(order if self.way == "host" else there, mirrored.to(self.device),
+                    self.labels[there], shift.to(self.device), corner.to(self.device))
 
     def epoch(self, epoch, start=0, size=None, crop=True):
         """Yield the batches of `epoch` from step `start` on, of side `size` if that is given.
 
         Without `crop` no image is moved, whatever the augmentation.
         """
-        first_pixel, labels, corner = self.plan(epoch, crop)
+        plan = self.plan(epoch, crop)
         scale, shift = _row_constants(self.mean, self.std, self.size, self.device)
-        for step in range(start, len(self)):
-            mine = slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size,
-                         self.world)
-            rows = (first_pixel[mine, None] + self.rows).flatten()
-            pixels = self.windows.index_select(0, rows).float().mul_(scale).add_(shift)
-            pixels = pixels.view(-1, self.size, self.size, 3)
+        steps = [slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size,
+                       self.world) for step in range(start, len(self))]
+        crops = self._crops_of_store if self.way == "store" else self._crops_of_images
+        for mine, lines in zip(steps, crops(plan, steps)):
+            pixels = lines.float().mul_(scale).add_(shift).view(-1, self.size, self.size, 3)
             if "cutout" in self.augment:
-                pixels.mul_(self._cutout_mask(corner[:, mine]))
-            yield resize(_channels_last(pixels), size or self.image_size), labels[mine]
+                pixels.mul_(self._cutout_mask(plan.corner[:, mine]))
+            yield resize(_channels_last(pixels), size or self.image_size), plan.labels[mine]
+
+    def _crops_of_store(self, plan, steps):
+        """Yield each step's crops as `crops_of` does, from images that have margins and mirrors."""
+        image = plan.order + len(self.labels) * plan.mirrored
+        first = (image * self.side + plan.shift[0]) * self.side + plan.shift[1]
+        for mine in steps:
+            yield crops_of(self.images, first[mine], self.size)
+
+    def _crops_of_images(self, plan, steps):
+        """The same from the images alone: a mirror image's crop is the mirrored crop as far from
+        the other border of the image."""
+        across = torch.where(plan.mirrored, 2 * self.margin - plan.shift[1], plan.shift[1])
+        for mine, pixels in zip(steps, self._fetch(plan, steps)):
+            if self.margin:
+                image = torch.arange(len(pixels), device=self.device)
+                first = (image * self.side + plan.shift[0, mine]) * self.side + across[mine]
+                pixels = crops_of(with_margins(pixels, self.margin), first, self.size)
+            pixels = pixels.view(-1, self.size, self.size, 3)
+            if self.flips:
+                mirrored = plan.mirrored[mine, None, None, None]
+                pixels = torch.where(mirrored, pixels.flip(2), pixels)
+            yield pixels.reshape(-1, self.size * 3)
+
+    def _fetch(self, plan, steps):
+        """Yield each step's images, B×S×S×3, on the device."""
+        if self.way == "device":
+            for mine in steps:
+                yield self.images.index_select(0, plan.order[mine])
+            return
+
+        def gathered(mine):
+            numbers = plan.order[mine]
+            out = torch.empty(len(numbers), self.size, self.size, 3, dtype=torch.uint8,
+                              pin_memory=self.device.type == "cuda")
+            return gather(self.images, numbers, out)
+
+        if self.device.type == "cpu":
+            yield from map(gathered, steps)
+            return
+        copied = None  # the copy of the next batch is under way while one is computed with
+        for pixels in ahead(gathered, steps, threads=1, depth=2):
+            following = pixels.to(self.device, non_blocking=True)
+            if copied is not None:
+                yield copied
+            copied = following
+        if copied is not None:
+            yield copied
 
     def _cutout_mask(self, corner):
         """B×S×S×1: 0 in a square around each of the 2×B `corner` points, 1 elsewhere."""

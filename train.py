@@ -729,6 +729,7 @@ def prepare(config, dataset, device, workers, resume):
     else:
         fit_first_layer(state.network, dataset)
     folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
+    say(batches.describe_way())
     announce(state, config, dataset, device, workers, say)
     workers.any(False, state.sums)  # none writes before all have read
     folder.open(state, anew=checkpoint is None)

@@ -1,8 +1,13 @@
 """Data: what comes out of each source, and what becomes of it in a batch."""
 
+import hashlib
+import os
 import pickle
+import resource
 import struct
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -37,21 +42,17 @@ def test_mean_of_image_stds_is_not_the_pixel_std():
 
 def test_validation_split_is_balanced_and_disjoint():
     labels = torch.arange(10).repeat(50)
-    images = torch.arange(500).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
-    rest, held = data.split_off(data.Split(images, labels), 100, seed=3)
-    assert torch.bincount(held.labels).tolist() == [10] * 10
-    seen = torch.cat([rest.images, held.images])[:, 0, 0, 0]
-    assert sorted(seen.tolist()) == list(range(500))
-    again = data.split_off(data.Split(images, labels), 100, seed=3)[1]
-    other = data.split_off(data.Split(images, labels), 100, seed=4)[1]
-    assert torch.equal(held.images, again.images) and not torch.equal(held.images, other.images)
+    rest, held = data.held_out(labels, 100, seed=3)
+    assert torch.bincount(labels[held]).tolist() == [10] * 10
+    assert sorted([*rest.tolist(), *held.tolist()]) == list(range(500))
+    assert torch.equal(held, data.held_out(labels, 100, seed=3)[1])
+    assert not torch.equal(held, data.held_out(labels, 100, seed=4)[1])
 
 
 @pytest.mark.parametrize("count", [-1, 500, 501])
 def test_validation_split_out_of_range(count):
-    split = data.Split(torch.zeros(500, 3, 1, 1), torch.zeros(500, dtype=torch.long))
     with pytest.raises(ValueError, match="499"):
-        data.split_off(split, count, seed=0)
+        data.held_out(torch.zeros(500), count, seed=0)
 
 
 def test_shapes_are_the_same_every_time_and_balanced():
@@ -155,6 +156,52 @@ def test_processes_share_the_same_global_batch():
         assert torch.equal(together, whole[part])
 
 
+AUGMENTS = [(), ("flip",), ("crop",), ("crop", "alternating_flip"), ("cutout",),
+            ("crop", "flip", "cutout")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"size": 12}, {"crop": False}, {"start": 2},
+                                      {"rank": 1, "world": 2}])
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_batches_are_the_same_on_every_way(augment, settings, monkeypatch):
+    noise = split_of_noise(40).images
+    split = data.Split(data.Rows(noise, torch.arange(1, 40, 2)), torch.arange(20))
+    settings = dict(settings)
+    share = {name: settings.pop(name) for name in ("rank", "world") if name in settings}
+    batches = {way: batches_of(split, augment, way=way, batch_size=6, **share)
+               for way in ("store", "device", "host")}
+    batches["tensor"] = batches_of(data.Split(split.images[:], split.labels), augment, batch_size=6,
+                                   way="host", **share)
+    for epoch in (0, 3):
+        epochs = {way: list(part.epoch(epoch, **settings)) for way, part in batches.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "OVERLAPPING", ())
+            epochs |= {f"{way}, by pixels": list(part.epoch(epoch, **settings))
+                       for way, part in batches.items()}
+        for way, found in epochs.items():
+            for (images, labels), (same, same_labels) in zip(found, epochs["store"], strict=True):
+                assert torch.equal(images, same) and torch.equal(labels, same_labels), way
+
+
+@pytest.mark.parametrize("free, way", [(2 * 6144 * 20, "store"), (2 * 6144 * 20 - 2, "host")])
+def test_the_way_is_chosen_by_what_is_free(free, way, monkeypatch):
+    """20 images of 16×16 with margins of 2, twice, are 20·2·20²·3 bytes, and half may be used."""
+    split, augment = split_of_noise(), ("crop", "flip")
+    monkeypatch.setattr(data, "free_memory", lambda _device: free * 20**2 / 32**2)
+    batches = batches_of(split, augment)
+    assert batches.way == way and ("mirror" in batches.describe_way()) == (way == "store")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert batches_of(split, augment).way == "host"
+
+
+def test_nobody_need_tell_what_is_free(monkeypatch):
+    assert 1 << 20 < data.free_memory() < 1 << 50
+    monkeypatch.setattr(data, "_text", lambda _path: "")
+    assert data.free_memory() > 0
+    monkeypatch.delattr(os, "sysconf")
+    assert data.free_memory() == float("inf") and data.free_memory("meta") == float("inf")
+
+
 def test_folder_is_read_and_cached(tmp_path):
     folder = write_images(tmp_path / "images")
     first = data.load(str(folder), tmp_path / "cache", val=0)
@@ -162,7 +209,7 @@ def test_folder_is_read_and_cached(tmp_path):
     assert first.train.images[:, 0, 0, 0].tolist() == [0, 0, 0, 100, 100, 100]
     second = data.load(str(folder), tmp_path / "cache", val=0)
     assert torch.equal(first.test.images, second.test.images)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".cache"] * 2
     time.sleep(0.01)
     Image.new("RGB", (8, 8), (9, 9, 9)).save(folder / "train" / "cat" / "0.png")
     assert data.load(str(folder), tmp_path / "cache", val=0).train.images[0, 0, 0, 0] == 9
@@ -195,19 +242,91 @@ def test_without_writes_nothing_is_made_or_downloaded(tmp_path, monkeypatch):
     assert not root.exists()
 
 
+def pixels_of(folder, root, **settings):
+    dataset = data.load(str(folder), root, **{"val": 0, **settings})
+    return torch.cat([dataset.train.images[:], dataset.test.images[:]])
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path, monkeypatch, capsys):
-    folder = write_images(tmp_path / "images")
+    folder = write_images(tmp_path / "images", size=(64, 64))
+    whole = pixels_of(folder, tmp_path / "whole")
     (tmp_path / "file").touch()
-    assert len(data.load(str(folder), tmp_path / "file", val=0).train.labels) == 6
+    assert torch.equal(pixels_of(folder, tmp_path / "file"), whole)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a disk that is full after a while
+    try:
+        assert torch.equal(pixels_of(folder, tmp_path / "full"), whole)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=70_000))
+    assert torch.equal(pixels_of(folder, tmp_path / "small"), whole)
+    assert not [*(tmp_path / "full").iterdir(), *(tmp_path / "small").iterdir()]
+    assert capsys.readouterr().err.count("cannot be written") == 6
+    monkeypatch.setattr(data, "free_memory", lambda: 70_000)
+    with pytest.raises(OSError, match="GB are free"):
+        pixels_of(folder, tmp_path / "small")
 
-    def full_disk(_saved, path):
-        path.write_bytes(b"half")
-        raise RuntimeError("unexpected pos 1088 vs 982")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    assert len(data.load(str(folder), tmp_path / "cache", val=0).train.labels) == 6
-    assert not [*(tmp_path / "cache").iterdir()]
-    assert capsys.readouterr().err.count("cannot be written") == 2
+def test_a_damaged_cache_is_made_again(tmp_path, capsys):
+    folder = write_images(tmp_path / "images")
+    whole = pixels_of(folder, tmp_path / "cache")
+    cache = max((tmp_path / "cache").iterdir())
+    good = cache.read_bytes()
+    about = good[6 * 192:-80]
+    other = about.replace(b'"rows": [0', b'"rows": [9')
+    damages = [b"", good[:-1], good[1:], good + b"x", bytes([good[0] ^ 1]) + good[1:], bytes(300),
+               good[:6 * 192] + other + hashlib.sha256(other).hexdigest().encode() + good[-16:]]
+    for damaged in damages:
+        cache.write_bytes(damaged)
+        assert torch.equal(pixels_of(folder, tmp_path / "cache"), whole)
+        assert cache.read_bytes() == good and capsys.readouterr().err.count("damaged (") == 1
+    cache.unlink()
+    os.mkfifo(cache)
+    assert torch.equal(pixels_of(folder, tmp_path / "cache"), whole)
+    assert cache.read_bytes() == good
+
+
+def test_one_process_decodes_while_the_others_wait(tmp_path, monkeypatch):
+    folder, read, seen = write_images(tmp_path / "images"), data.read_image, []
+
+    def slowly(path, *settings, **more):
+        seen.append(path)
+        time.sleep(0.02)
+        return read(path, *settings, **more)
+
+    monkeypatch.setattr(data, "read_image", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: pixels_of(folder, tmp_path / "cache"), range(3)))
+    assert len(seen) == 12 and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".cache"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"skip_bad": True}, {"val": 2}])
+def test_a_limit_keeps_the_split_and_reads_no_more(settings, tmp_path, monkeypatch):
+    folder, read, seen = write_images(tmp_path / "images", count=10), data.read_image, []
+    monkeypatch.setattr(data, "read_image", lambda path, *settings, **more: seen.append(path)
+                        or read(path, *settings, **more))
+    settings = {"val": 6, "seed": 1, **settings}
+    few = data.load(str(folder), tmp_path / "cache", limit=4, **settings)
+    assert len(seen) == (40 if settings.get("skip_bad") else 8 + min(4, settings["val"]))
+    every = data.load(str(folder), tmp_path / "cache", **settings)
+    for part in ("train", "val", "test"):
+        same = data.subset(getattr(every, part), 4, seed=1)
+        assert torch.equal(getattr(few, part).images[:], same.images[:])
+        assert torch.equal(getattr(few, part).labels, same.labels)
+
+
+def test_rows_are_used_like_a_tensor():
+    images, numbers = split_of_noise().images, torch.tensor([3, 5, 8, 9])
+    rows, same = data.Rows(images, numbers), images[numbers]
+    assert rows.shape == same.shape and len(rows) == 4
+    for index in (1, -1, slice(None), slice(None, None, 3), [2, 0], same[:, 0, 0, 0] > 99,
+                  torch.tensor([1, 1])):
+        assert torch.equal(rows[index], same[index])
+    assert torch.equal(data.normalize(rows, (0.5,) * 3, (0.5,) * 3),
+                       data.normalize(same, (0.5,) * 3, (0.5,) * 3))
+    assert [len(part) for part in rows.split(3)] == [3, 1]
+    assert data.pixel_statistics(rows) == data.pixel_statistics(same)
 
 
 def test_folder_of_other_sizes_is_resized(tmp_path):
@@ -220,7 +339,7 @@ def test_folder_errors_name_what_is_wrong(tmp_path):
         data.load(str(tmp_path / "nothing"), tmp_path)
     folder = write_images(tmp_path / "images")
     (folder / "train" / "cat" / "bad.jpg").write_bytes(b"no image")
-    with pytest.raises(OSError, match=r"bad\.jpg.*--skip_bad"):
+    with pytest.raises(OSError, match=r"bad\.jpg.*skip_bad"):
         data.load(str(folder), tmp_path, val=0)
     assert len(data.load(str(folder), tmp_path, val=0, skip_bad=True).train.labels) == 6
     (folder / "train" / "bird").mkdir()
@@ -229,6 +348,44 @@ def test_folder_errors_name_what_is_wrong(tmp_path):
     (folder / "test" / "bird").mkdir()
     with pytest.raises(ValueError, match="no images"):
         data.load(str(folder), tmp_path, val=0)
+
+
+def test_what_no_image_can_be_is_not_opened(tmp_path):
+    """A pipe and a device would be read for ever; PostScript would be handed to a program."""
+    folder = write_images(tmp_path / "images")
+    odd = folder / "train" / "cat"
+    os.mkfifo(odd / "pipe.png")
+    (odd / "device.png").symlink_to("/dev/zero")
+    (odd / "dangling.png").symlink_to("nowhere")
+    (odd / "loop.png").symlink_to("loop.png")
+    (odd / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with open(odd / "huge.png", "wb") as file:
+        file.truncate(1 << 40)
+    for path in odd.glob("[!0-9]*"):
+        with pytest.raises(OSError, match=path.name.replace(".", r"\.")):
+            data.read_image(path)
+    with pytest.raises(OSError, match="skip_bad"):
+        data.load(str(folder), tmp_path / "cache", val=0)
+    dataset = data.load(str(folder), tmp_path / "cache", val=0, skip_bad=True)
+    assert dataset.train.labels.tolist() == [0] * 3 + [1] * 3
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
+    folder = write_images(tmp_path / "images")
+    for name, colour in (("a.gif", 50), ("b.TIF", 60)):
+        Image.new("RGB", (8, 8), (colour, 0, 0)).save(folder / "test" / "cat" / name)
+    (folder / "train" / "cat" / "inner" / "more").mkdir(parents=True)
+    for name in ("inner/1.png", "inner/more/2.png", "notes.txt", ".hidden", "README"):
+        (folder / "train" / "cat" / name).touch()
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    dataset = data.load(str(folder), tmp_path / "cache", val=0)
+    assert dataset.test.images[:, 0, 0, 0].tolist() == [0, 0, 0, 50, 60, 100, 100, 100]
+    assert capsys.readouterr().err == (f"{folder}: left out 2 files in folders within a class, "
+                                       "1 of type .txt, 1 of type unknown\n")
+    (folder / "train" / "two\nlines").mkdir()
+    (folder / "test" / "two\nlines").mkdir()
+    with pytest.raises(ValueError, match=r"two\\nlines"):
+        data.load(str(folder), tmp_path / "cache")
 
 
 def test_cifar_without_files_and_network(tmp_path, monkeypatch):

@@ -189,6 +189,19 @@ def test_a_step_neither_waits_nor_mixes_devices(model, settings, watch):
     assert {value.device.type for value in state.network.state_dict().values()} == {DEVICE}
 
 
+@pytest.mark.parametrize("way", ["store", "device"])
+def test_batches_are_made_on_the_device(way, watch):
+    batches = data.Batches(dataset_of(12).train, (0.5,) * 3, (0.25,) * 3, 4,
+                           ("flip", "crop", "cutout"), device=torch.device(DEVICE, 0), way=way)
+    stream = batches.epoch(0)
+    next(stream)  # and the plan of the epoch, which comes from the CPU
+    watch.clear()
+    images, labels = next(stream)
+    assert {images.device.type, labels.device.type} == {DEVICE}
+    watch.assert_clean()
+    assert watch.waits == []
+
+
 class NoFolder:
     """A run folder that is not there."""
 

@@ -1,5 +1,6 @@
 """Training: schedules by hand, runs that resume exactly, files that hold what they should."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -21,6 +22,7 @@ import torch
 import data
 import network
 import train
+import visualize
 
 ROOT = Path(__file__).parent.parent
 TINY = {"data": "shapes", "limit": 96, "batch_size": 16, "epochs": 2, "save_minutes": 0.0,
@@ -419,6 +421,23 @@ def test_classes_are_told_by_their_names(tmp_path):
     Path(ab, "test", "a").rename(Path(ab, "test", "z"))
     with pytest.raises(ValueError, match=r"unknown to the network: z; .*missing here: a"):
         train.train(dataclasses.replace(config, epochs=31), resume=True)
+
+
+@pytest.mark.parametrize("source", ["folder", "cifar10"])
+def test_a_stranger_s_checkpoint_writes_and_downloads_nothing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_args, **_more: pytest.fail("download"))
+    images = image_folder(tmp_path / "images", "ab") if source == "folder" else source
+    config = tiny(tmp_path, data=images, root=str(tmp_path / "elsewhere"), limit=None)
+    description = {"model": "lenet", "options": {}, "classes": ["a", "b"], "image_size": 32,
+                   "mean": [0.5] * 3, "std": [0.25] * 3, "settings": dataclasses.asdict(config)}
+    network.save(tmp_path / "a.pth", {**description, "epoch": 0, "step": 0,
+                                      "weights": network.build("lenet", 2).state_dict()})
+    for command in (train.evaluate, visualize.predictions, visualize.confusion):
+        with (contextlib.nullcontext() if source == "folder" else
+              pytest.raises(FileNotFoundError, match="--root")):
+            command(str(tmp_path / "a.pth"), **({} if command is train.evaluate else
+                                                {"out": str(tmp_path / "figures")}))
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_other_images_are_measured_without_the_run_s_limit(tmp_path):
