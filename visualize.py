@@ -349,11 +349,10 @@ def choose_units(network, layer, image_size, units):
 @torch.no_grad()
 def layer_outputs(network, layers, images, preprocessing):
     """Yield {layer: its output N×C or N×C×H×W} for one batch of uint8 `images` after the other."""
-    device = next(network.parameters()).device
-    count = max(1, 2**17 // preprocessing.image_size**2)
+    count = max(1, train.images_at_once(network, preprocessing.image_size) // 4)  # many are kept
     for chunk in progress(images.split(count), "activations"):
         with networks.capture(network, layers) as outputs:
-            network(preprocessing(chunk, device))
+            networks.forward(network, preprocessing(chunk, networks.device_of(network)))
         yield {layer: networks.captured_maps(outputs, layer).float() for layer in layers}
 
 
@@ -399,12 +398,21 @@ def rectifiers_of(network):
 # ---------------------------------------------------------------------------- computing: one image
 
 
+def class_scores(network, images, label, layers=()):
+    """(The logit of class number `label` for each of normalised N×3×S×S images, these as what they
+    are leaves of, the outputs of `layers`), from which gradients lead back."""
+    networks.refuse_opaque(network)
+    images = images.detach().clone().requires_grad_()
+    with (networks.evaluation(network), torch.enable_grad(),
+          networks.capture(network, layers) as outputs):
+        # A clone, as a network may work in place from the start.
+        return networks.forward(network, images.clone())[:, label], images, outputs
+
+
 def class_gradient(network, images, label):
     """The gradient of class number `label`'s logit at normalised images N×3×S×S: N×3×S×S."""
-    images = images.detach().clone().requires_grad_()
-    with networks.evaluation(network), torch.enable_grad():
-        logits = network(images.clone())  # a clone, as a network may work in place from the start
-    return torch.autograd.grad(logits[:, label].sum(), images)[0]
+    scores, images, _ = class_scores(network, images, label)
+    return torch.autograd.grad(scores.sum(), images)[0]
 
 
 def smooth_gradient(network, images, label, count=50, noise=0.15, seed=0):
@@ -425,31 +433,27 @@ def integrated_gradients(network, images, label, steps=100):
                         for step in range(steps)) / steps
 
 
-def grad_cam(network, layer, images, label):
-    """Grad-CAM (Selvaraju et al. 2017, section 3): N×H×W, the sum of `layer`'s maps, each weighted
-    by the mean gradient of the class's logit over it, where it is positive."""
-    images = images.detach().clone().requires_grad_()
-    with (networks.evaluation(network), torch.enable_grad(),
-          networks.capture(network, [layer]) as outputs):
-        logits = network(images.clone())
-    maps = networks.captured_maps(outputs, layer)
-    if maps.ndim != 4:
-        raise ValueError(f"layer={layer}: its output has no rows and columns for Grad-CAM")
-    [slopes] = torch.autograd.grad(logits[:, label].sum(), [maps])
-    return (slopes.mean((2, 3), keepdim=True) * maps).sum(1).clamp(min=0).detach()
+def grad_cam(network, images, label, layer=None):
+    """Grad-CAM (Selvaraju et al. 2017, section 3): (N×H×W, the layer).
 
-
-def spatial_layer(network, images):
-    """The last layer, as the network computes, that makes maps of more than one position."""
-    names = [name for name, _ in network.named_modules() if name]
-    with (torch.no_grad(), networks.evaluation(network),
-          networks.capture(network, names) as outputs):
-        network(images)
-    maps = [name for name, output in outputs.items() if isinstance(output, torch.Tensor)
-            and output.ndim == 4 and output[0, 0].numel() > 1]
-    if not maps:
-        raise ValueError("no layer of the network makes maps, which Grad-CAM needs")
-    return maps[-1]
+    The sum of the layer's maps, each weighted by the mean gradient of the class's logit over it,
+    where that is positive. Without `layer` the last in the order of computing that has maps of
+    more than one position and any gradient.
+    """
+    names = [layer] if layer else [name for name, _ in network.named_modules() if name]
+    scores, _, outputs = class_scores(network, images, label, names)
+    kept = {name: output for name, output in outputs.items()
+            if isinstance(output, torch.Tensor) and output.requires_grad}
+    slopes = torch.autograd.grad(scores.sum(), [*kept.values()], allow_unused=True)
+    for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
+        with contextlib.suppress(ValueError):  # no output of its kind
+            # Its rows and columns may be others than the output's; the same is done to the slopes.
+            maps, slopes = (networks.captured_maps({name: part}, name) for part in (output, slope))
+            if maps.ndim == 4 and maps[0, 0].numel() > 1 and slopes.any():
+                weights = slopes.mean((2, 3), keepdim=True)
+                return (weights * maps).sum(1).clamp(min=0).detach(), name
+    raise ValueError(f"layer={layer}: Grad-CAM needs a layer whose output has rows and columns, "
+                     f"and speaks for class {label}")
 
 
 GRADIENTS = {"gradient": ("gradient", class_gradient),
@@ -463,9 +467,8 @@ def relevance(network, images, label, method, layer=None):
     if method in GRADIENTS:
         name, explain = GRADIENTS[method]
         return explain(network, images, label).abs().sum(1), name
-    layer = layer or spatial_layer(network, images)
-    maps = grad_cam(network, layer, images, label)
-    return (F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")[:, 0],
+    maps, layer = grad_cam(network, images, label, layer)
+    return (F.interpolate(maps[:, None].float(), images.shape[2:], mode="bilinear")[:, 0],
             f"Grad-CAM at {layer} ({'×'.join(map(str, maps.shape[1:]))})")
 
 
@@ -507,29 +510,26 @@ def calibration(logits, labels, bins=15):
 def group_runs(runs):
     """{label: [metrics of each run]}: runs whose settings differ only in seed and name are one."""
     groups, labelled = {}, {}
-    for run in map(Path, runs):
+    for run in map(Path, map(os.path.abspath, runs)):
         settings = {"run": str(run)}
         with contextlib.suppress(OSError, ValueError):
             settings = read_json(run / "config.json", dict)
         same = {name: value for name, value in settings.items()
                 if name not in ("seed", "name", "out", "device", "root")}
-        groups.setdefault(repr(sorted(same.items())), []).append(run)
-    for members in groups.values():
+        members, _ = groups.setdefault(repr(sorted(same.items())), ([], same))
+        members.append(run)
+    for members, settings in groups.values():
         more = len(members) - 1
         label = members[0].name + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
+        metrics = [train.read_metrics(run) for run in members]
+        # Earlier versions logged what a step lowers as the loss, without a "train/objective".
+        if settings.get("label_smoothing") and math.isnan(
+                metrics[0].get("train/objective", [math.nan])[-1]):
+            label += " (training loss with label smoothing)"
         while label in labelled:  # runs of the same name in different folders
             label += "′"
-        labelled[label] = [comparable(train.read_metrics(run)) for run in members]
+        labelled[label] = metrics
     return labelled
-
-
-def comparable(metrics):
-    """`metrics` of a run, in which the training loss is measured as the validation loss is.
-
-    A run with label smoothing logs the plain cross-entropy, "train/plain_loss", as well.
-    """
-    plain = metrics.get("train/plain_loss", [math.nan])
-    return metrics if math.isnan(plain[-1]) else {**metrics, "train/loss": plain}
 
 
 # ---------------------------------------------------------------------------- computing: the loss
@@ -647,7 +647,7 @@ def measure_batch_norm(network, images, preprocessing):
         norm.train()
         norm.momentum = None  # the mean of all batches
     for chunk in images.split(256) if norms else ():
-        network(preprocessing(chunk, next(network.parameters()).device))
+        networks.forward(network, preprocessing(chunk, networks.device_of(network)))
     for norm, momentum in zip(norms, momenta):
         norm.eval()
         norm.momentum = momentum
@@ -1322,7 +1322,7 @@ def where(ckpt: str | None = None, method: typing.Literal[
     if name is not None and name not in classes:
         raise ValueError(f"class={name}: must be of {', '.join(classes[:100])}")
     label = shares.argmax().item() if name is None else classes.index(name)
-    pixels = about.preprocessing(picture, next(network.parameters()).device)
+    pixels = about.preprocessing(picture, networks.device_of(network))
     panels = {}
     for each in ("gradcam", *GRADIENTS) if method == "all" else (method,):
         values, text = relevance(network, pixels, label, each, layer)
@@ -1490,7 +1490,7 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
 def hessian_on(network, about, parts):
     """`hessian_eigenvalues` of a network's loss on its training images, in batches of 128."""
     images, labels = parts["train"]
-    device, weights = next(network.parameters()).device, dict(network.named_parameters())
+    device, weights = networks.device_of(network), dict(network.named_parameters())
     weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
 
     def loss_of(chunk, answers):

@@ -399,10 +399,16 @@ def test_outputs_that_are_not_finite_are_said_to_be_so(run, tmp_path, few_shapes
             command(str(tmp_path), **flags)
 
 
-def test_the_loss_without_label_smoothing_is_drawn_where_there_is_one():
-    smooth = METRICS | {"train/loss": [2.0, 1.5], "train/plain_loss": [0.7, 0.6]}
-    assert visualize.comparable(smooth)["train/loss"] == [0.7, 0.6]
-    assert visualize.comparable(METRICS) == METRICS
+def test_a_training_loss_that_label_smoothing_raises_is_named(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"label_smoothing": 0.1}')
+    name = tmp_path.name
+    for objective, label in ((math.nan, f"{name} (training loss with label smoothing)"),
+                             (2.0, name)):
+        monkeypatch.setattr(train, "read_metrics", lambda _, objective=objective: METRICS | {
+            "train/objective": [objective] * 2})
+        assert [*visualize.group_runs([tmp_path])] == [label]
+    monkeypatch.chdir(tmp_path)
+    assert [*visualize.group_runs(["."])] == [name]
 
 
 def test_a_comma_in_a_runs_path_is_part_of_it(tmp_path):
@@ -459,20 +465,46 @@ def test_grad_cam_of_a_linear_head_by_hand():
                              nn.Linear(3, 2, bias=False))
     network_[3].weight.data = torch.tensor([[1.0, -2.0, 0.0], [-1.0, 0.0, 0.0]])
     maps = torch.tensor([[[[4.0, 8.0], [0.0, 1.0]], [[1.0, 0.0], [3.0, 0.5]], [[9.0] * 2] * 2]])
-    cam = visualize.grad_cam(network_, "0", maps, 0)
+    cam, layer = visualize.grad_cam(network_, maps, 0)
     assert cam[0].tolist() == [[4 / 4 - 2 / 4, 8 / 4], [0, 0]]  # −6/4 and 1/4 − 1/4 are cut off
-    assert visualize.grad_cam(network_, "0", maps, 1).abs().sum() == 0
-    assert visualize.spatial_layer(network_, maps) == "0"
-    with pytest.raises(ValueError, match="layer=2"):
-        visualize.grad_cam(network_, "2", maps, 0)
-    with pytest.raises(ValueError, match="makes maps"):
-        visualize.spatial_layer(network_[2:], maps[:, :, :1, :1])
+    assert layer == "0" and visualize.grad_cam(network_, maps, 1, "0")[0].abs().sum() == 0
+    with pytest.raises(ValueError, match="layer=2: Grad-CAM needs"):
+        visualize.grad_cam(network_, maps, 0, "2")
+    with pytest.raises(ValueError, match="Grad-CAM needs"):
+        visualize.grad_cam(network_[2:], maps[:, :, :1, :1], 0)
 
 
-def test_the_default_layer_of_grad_cam(opened):
-    assert visualize.spatial_layer(opened[0], torch.zeros(1, 3, 32, 32)) == "conv2"
-    resnet = network.build("resnet20")
-    assert visualize.spatial_layer(resnet, torch.zeros(1, 3, 32, 32)) == "conv4_x"
+class ChannelsLast(nn.Module):
+    """Patches of 2×2 as tokens N×(1 + S·S)×C behind a class token, or as maps N×S×S×C."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.patches = tokens, nn.Conv2d(3, 8, 2, 2)
+        self.layer, self.norm = nn.Identity(), nn.Identity()
+
+    def forward(self, images):
+        maps = self.patches(images).permute(0, 2, 3, 1)
+        if not self.tokens:
+            return self.layer(maps).sum((1, 2))
+        tokens = maps.flatten(1, 2)
+        tokens = self.layer(torch.cat([tokens[:, :1], tokens], 1))
+        return self.norm(tokens + tokens.mean(1, True))[:, 0]  # its other tokens come to nothing
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_grad_cam_of_tokens_and_of_channels_that_come_last(tokens):
+    model, images = ChannelsLast(tokens), torch.rand(1, 3, 8, 8)
+    maps = model.patches(images).detach()
+    cam, _ = visualize.grad_cam(model, images, 2, "layer")
+    # The logit adds up map 2 over all positions: its gradient is 1 there, or 1/17 beside itself.
+    assert torch.allclose(cam, maps[:, 2].clamp(min=0) / (17 if tokens else 1), atol=1e-6)
+    assert visualize.grad_cam(model, images, 2)[1] == "layer"
+
+
+def test_the_default_layer_of_grad_cam():
+    images = torch.rand(1, 3, 32, 32)
+    for name, layer in (("lenet", "conv2"), ("resnet20", "conv4_x"), ("speednet", "conv4_x")):
+        assert visualize.grad_cam(network.build(name).eval(), images, 0)[1] == layer
 
 
 def test_integrated_gradients_add_up_to_the_difference_of_the_outputs():
@@ -514,7 +546,7 @@ def test_captum_finds_the_same():
             (visualize.integrated_gradients(model, images, label, 30),
              attr.IntegratedGradients(plain).attribute(images, target=label, n_steps=30,
                                                        method="riemann_middle")),
-            (visualize.grad_cam(model, "3", images, label),
+            (visualize.grad_cam(model, images, label, "3")[0],
              attr.LayerGradCam(plain, plain[3]).attribute(images, label,
                                                           relu_attributions=True)[:, 0])]
         for ours, theirs in pairs:
