@@ -11,7 +11,6 @@ run repeats the very steps that an undisturbed one would have taken.
 """
 
 import contextlib
-import copy
 import csv
 import dataclasses
 import itertools
@@ -1044,7 +1043,7 @@ class RunFolder:
 
     def save(self, state, best=False):
         """Write `state` as last.pth in the background, and as best.pth too if it is the best."""
-        weights = state.network.state_dict()
+        weights, training = copied((state.network.state_dict(), training_state(state)))
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError(f"the weights are not finite at step {state.step}; {self.last_good()}")
         self.wait()
@@ -1053,7 +1052,6 @@ class RunFolder:
             return
         checkpoint = {**self.description, "epoch": state.epoch, "step": state.step,
                       "weights": weights}
-        checkpoint, training = copy.deepcopy((checkpoint, training_state(state)))
         self.pending = self.saver.submit(self._write, checkpoint, training, best)
 
     def wait(self):
@@ -1075,6 +1073,15 @@ class RunFolder:
             for path in sorted(self.path.glob(STEPS), reverse=True)[keep - 1:]:
                 path.unlink()
         return checkpoint["step"]
+
+
+def copied(values):
+    """A copy on the CPU of nested dictionaries, tuples and lists of tensors and plain values."""
+    if isinstance(values, dict):
+        return {name: copied(value) for name, value in values.items()}
+    if isinstance(values, (tuple, list)):
+        return type(values)(copied(value) for value in values)
+    return values.to("cpu", copy=True) if isinstance(values, torch.Tensor) else values
 
 
 def column_width(name):
@@ -1418,7 +1425,7 @@ def short_run(model, lr, dataset, device, steps, batch_size, seed, measure=None,
                       size, device)
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9)
     stream = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
-    rows = []
+    rows, losses = [], []
     for step in progress(range(steps), f"{model}, learning rate {lr:g}"):
         images, labels = next(stream)
         measured = measure(network, images, labels) if every and step % every == 0 else {}
@@ -1426,7 +1433,10 @@ def short_run(model, lr, dataset, device, steps, batch_size, seed, measure=None,
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rows.append({"model": model, "lr": lr, "step": step, "loss": loss.item(), **measured})
+        rows.append({"model": model, "lr": lr, "step": step, "loss": None, **measured})
+        losses.append(loss.detach())
+    for row, loss in zip(rows, torch.stack(losses).tolist()):
+        row["loss"] = loss
     names = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name, math.nan) for name in names} for row in rows]
 

@@ -4,6 +4,9 @@ PyTorch can pretend. Fake tensors of a device of another type run forward and ba
 data, and a dispatch mode sees each operator with the devices and types of what goes in and out.
 """
 
+import json
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -395,3 +398,35 @@ def test_evaluation_takes_as_many_images_as_fit():
     compiled = network.build("lenet")
     compiled.compile(backend=lambda *_: pytest.fail("one image is not worth compiling for"))
     assert network.largest_output(compiled, 32) == 6 * 28 * 28
+
+
+def test_a_checkpoint_is_copied_to_the_cpu(watch):
+    _, state, _ = begun("lenet", {"optimizer": "adamw"})
+    for copied, kept in zip(train.copied(state.network.state_dict()).values(),
+                            state.network.state_dict().values()):
+        assert copied.device.type == "cpu" and copied.stride() == kept.stride()
+    watch.assert_clean()
+
+
+def test_what_is_copied_shares_nothing():
+    number = torch.ones(2)
+    copied = train.copied({"a": (number, [number, 3])})
+    number.zero_()
+    assert copied["a"][0].tolist() == [1, 1] and copied["a"][1][1] == 3
+
+
+@pytest.mark.slow
+def test_a_bare_machine(tmp_path):
+    """Without git, a home, or a folder for the caches of torch and matplotlib."""
+    nowhere = dict.fromkeys(("HOME", "MPLCONFIGDIR", "TORCH_HOME", "XDG_CACHE_HOME"), "/dev/null/x")
+    root = Path(train.__file__).parent
+    for words in (["train.py", "--data=shapes", "--limit=32", "--epochs=1", "--out=runs"],
+                  ["train.py", "--data=shapes", "--limit=32", "--epochs=2", "--out=runs",
+                   "--resume"],
+                  ["visualize.py", "curves", "runs/lenet"], ["deconv.py", "reconstruct",
+                                                             "runs/lenet"]):
+        done = subprocess.run([sys.executable, str(root / words[0]), *words[1:]], cwd=tmp_path,
+                              env={"PATH": "", "OMP_NUM_THREADS": "1", **nowhere},
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert json.loads((tmp_path / "runs/lenet/result.json").read_text())["commit"] is None
