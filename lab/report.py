@@ -27,6 +27,8 @@ from data import Table, generator, text_of, write_atomically
 from lab import reproduce
 from lab.reproduce import duration
 
+WRITTEN_BY = "<!-- Written by python -m lab report -->"
+MAIN_SETTINGS = ("model", "data", "image_size", "epochs", "batch_size", "optimizer", "lr", "seed")
 
 def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
            data: str | None = None, root: str | None = None, device: str = "auto"):
@@ -51,37 +53,54 @@ def write_report(folder, template, **content):
     """Write `template` with its `content` as report.html and report.md; return their paths."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "report.html", folder / "report.md"]
     for path in paths:
         pages = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True,
                             lstrip_blocks=True, undefined=StrictUndefined,
                             autoescape=path.suffix == ".html")
         counts = collections.Counter()
+        pages.globals["sign"] = WRITTEN_BY
         pages.globals["number"] = lambda kind, counts=counts: counts.update([kind]) or counts[kind]
         pages.filters |= {function.__name__: function for function in (
-            plain, width, thousands, duration)}
+            plain, fence, width, thousands, duration)}
         pages.filters["base64"] = lambda png: base64.b64encode(png.read_bytes()).decode()
         parts = pages.get_template(f"{path.name}.j2").module
         text = pages.get_template(template).render(page=parts, **content)
-        write_atomically(path, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+        reproduce.replace(path, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", WRITTEN_BY)
     return paths
 
 
-def keep_figure(folder, name, drawn):
-    """A matplotlib figure, or a PNG file, as `name` among the figures of a report in `folder`."""
-    path = folder / "figures" / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(drawn, Path):
-        write_atomically(path, drawn.read_bytes())
-    else:
-        visualize.save_figure(drawn, None, name, path)
-    return path
+def keep_figures(folder, name, *figures):
+    """The paths of matplotlib figures among those of the report in `folder`; captions say what
+    their titles would, which are gone."""
+    paths = []
+    for number, figure in enumerate(figures):
+        figure.suptitle("").set_in_layout(False)
+        paths.append(folder / "figures" / f"report-{name}{number or ''}.png")
+        visualize.save_figure(figure, None, name, str(paths[-1]))
+    return paths
+
+
+def arranged(figure, axes, width, height):
+    """`figure` at width×height inches with `axes` alone, one below the other: on a page of a phone
+    too, its text can be read."""
+    for one in {*figure.axes} - {*axes}:
+        one.remove()
+    for one, cell in zip(axes, figure.add_gridspec(len(axes), 1)):
+        one.set_subplotspec(cell)
+    figure.set_size_inches(width, height)
+    return figure
 
 
 def plain(text):
-    """Text as Markdown that means nothing but itself."""
-    return re.sub(r"[\\`*|\[\]]|\b_|_\b", r"\\\g<0>", html.escape(text, quote=False))
+    """Text as one line of Markdown that means nothing but itself, no link either."""
+    text = html.escape(" ".join(text.splitlines()), quote=False)
+    return re.sub(r"[\\`*|~$@\[\]]|\b_|_\b|:(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.I)
+
+
+def fence(text):
+    """Backticks, more than `text` has in a row: what begins and ends a block of code."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def width(png):
@@ -90,13 +109,13 @@ def width(png):
 
 
 def shell(*commands):
-    """Command lines, given as words: absolute paths are their last names, and long lines go on in
-    a next one, as a shell takes them."""
-    def portable(word):
-        flag, value = re.fullmatch("(--[^=]+=)?(.*)", word, re.DOTALL).groups("")
-        return flag + (Path(value).name if Path(value).is_absolute() else value)
+    """Command lines, given as words; long lines go on in a next one, as a shell takes them."""
+    def quoted(word):
+        if word.isprintable():
+            return shlex.quote(word)
+        return "$'" + word.encode("unicode_escape").decode().replace("'", "\\'") + "'"
 
-    lines = [shlex.join(map(portable, words)) for words in commands]
+    lines = [" ".join(map(quoted, words)) for words in commands]
     return "\n".join(text if "'" in text else " \\\n    ".join(textwrap.wrap(
         text, 70, break_long_words=False, break_on_hyphens=False)) for text in lines)
 
@@ -128,31 +147,36 @@ def report_of_run(run, folder, given):
     moved = {name: given[name] for name in ("data", "root") if name in given}
     dataset = train.open_dataset(dataclasses.replace(  # split as it was, wherever the images are
         description, settings={**description.settings, **moved}))
-    test, config = dataset.test, train.Config.from_json(result["settings"])
+    test, config = dataset.test, train.read_config(run / "config.json")
     logits = train.predict(network, test.images, description.preprocessing,
                            bar=f"predicting {len(test.labels)} images")
     right, name = logits.argmax(1) == test.labels, Path(dataset.name).name
     matrix = visualize.confusion_matrix(test.labels, logits.argmax(1), len(dataset.classes))
     first = right.int().argmax().item()  # the first image that is classified correctly
-    layers = layers_to_show(network, description.preprocessing.image_size)
-    drawn = {"curves": visualize.draw_curves(visualize.group_runs([run])),
-             "confusion": visualize.draw_confusion(matrix, dataset.classes, ""),
-             **draw_predictions(test, description, logits, right)}
-    figures = {key: keep_figure(folder, f"report-{key}", figure) for key, figure in drawn.items()}
-    figures |= draw_inside(run, folder, layers, first, given)
+    size = description.preprocessing.image_size
+    layers = layers_to_show(network, size)
+    figures = {"curves": draw_curves([run]), "confusion": [draw_confusion(matrix, dataset.classes)],
+               **draw_predictions(test, description, logits, right),
+               **draw_inside(run, folder, layers, first, given),
+               "gallery": draw_gallery(network, layers[-1], test, description)}
     hardware = {"device": result["device"], "time": duration(result["seconds"]),
                 **result["versions"], "commit": result["commit"] or "unknown"}
     return write_report(
         folder, "run.j2", config=config, name=name, result=result, dataset=dataset,
         description=description, right=right.sum().item(), layers=layers,
         image=f"test image {first} ({description.classes[test.labels[first]]})",
-        figures=figures,
-        settings=settings_table(config, name, description.preprocessing.image_size),
-        structure=structure_table(network, description.preprocessing.image_size),
+        figures={key: keep_figures(folder, key, *drawn) for key, drawn in figures.items()},
+        settings=settings_tables(config, name, size), structure=structure_table(network, size),
         per_class=per_class_table(matrix, dataset.classes),
-        hardware=Table(("what", "value"), [*hardware.items()]),
-        commands=shell(shlex.split(result["command"]),
-                       ["python", "-m", "lab", "report", str(config.folder)]))
+        hardware=Table(("what", "value"), [*hardware.items()]), commands=commands_of(config))
+
+
+def commands_of(config):
+    """The commands that make a run and its report again, wherever the package is."""
+    config = dataclasses.replace(config, out=train.Config.out, name=None, root=train.Config.root,
+                                 device=train.Config.device)
+    return shell(shlex.split(train.command_of(config)),
+                 ["python", "-m", "lab", "report", str(config.folder)])
 
 
 def layers_to_show(network, image_size):
@@ -164,40 +188,67 @@ def layers_to_show(network, image_size):
     return tuple(dict.fromkeys([layers[0], layers[len(layers) // 2], layers[-1]]))
 
 
+def draw_curves(runs):
+    """[loss above accuracy of `runs`]."""
+    figure = visualize.draw_curves(visualize.group_runs(runs))
+    return [arranged(figure, figure.axes, 5.2, 6.2)]
+
+
+def draw_confusion(matrix, classes):
+    """The confusion matrix; the accuracy of each class is in a table."""
+    figure = visualize.draw_confusion(matrix, classes, "")
+    return arranged(figure, figure.axes[:1], 5.4, 5.2)
+
+
 def draw_predictions(test, description, logits, right):
-    """{"right": figure, "wrong": figure}: four predictions of each, drawn at random."""
-    figures, order = {}, torch.randperm(len(right), generator=generator(0, "predictions"))
+    """{"right": figures, "wrong": figures}: four predictions of each, drawn at random."""
+    drawn, order = {}, torch.randperm(len(right), generator=generator(0, "predictions"))
     for name, kept in (("right", right), ("wrong", ~right)):
-        some = order[kept[order]][:4]
-        if len(some):
-            pictures = description.preprocessing.pictures(test.images[some])
-            figures[name] = visualize.draw_predictions(pictures, test.labels[some], logits[some],
-                                                       description.classes, "")
-    return figures
+        if some := order[kept[order]][:4].split(1):
+            drawn[name] = [visualize.draw_predictions(
+                description.preprocessing.pictures(test.images[one]), test.labels[one], logits[one],
+                description.classes, "", columns=1) for one in some if len(one)]
+    return {name: figures for name, figures in drawn.items() if figures}
 
 
 def draw_inside(run, folder, layers, index, given):
-    """{name: path}: filters, and what test image `index` excites, each drawn by its command."""
+    """{name: figures}: filters, and what test image `index` excites, drawn by their commands."""
     first, last = layers[0], layers[-1]
     calls = {"filters": (visualize.filters, {"layer": first}),
              "reconstruct": (deconv.reconstruct, {"layers": layers, "index": index}),
-             "gallery": (deconv.gallery, {"layer": last, "units": (3,)}),
              **{f"features-{layer}": (visualize.features, {
-                 "layers": (layer,), "maps": 35, "index": index}) for layer in (first, last)}}
-    paths = {name: folder / "figures" / f"report-{name}.png" for name in calls}
+                 "layers": (layer,), "maps": 15, "index": index}) for layer in (first, last)}}
+    drawn = {}
     for name, (command, flags) in calls.items():
-        command(str(run), out=str(paths[name]), **flags, **given)
-    return paths
+        made = command(str(run), out=str(folder / "figures" / f"report-{name}.png"), **flags,
+                       **given)
+        drawn[name] = made if isinstance(made, list) else [made]
+    drawn["reconstruct"][0].set_size_inches(5.4, 1.9 * len(layers))
+    return drawn
 
 
-def settings_table(config, data, image_size):
-    """The settings of a run that bear on its outcome, with what they mean."""
+def draw_gallery(network, layer, test, description):
+    """A figure for each of three units of `layer`: its strongest patches and what comes back."""
+    seen = description.preprocessing
+    units = visualize.choose_units(network, layer, seen.image_size, (3,))
+    found = deconv.top_reconstructions(network, layer, test.images, seen, units, 9)
+    return [deconv.draw_gallery(*(part[index:index + 1] for part in (*found, units)), "")
+            for index in range(len(units))]
+
+
+def settings_tables(config, data, image_size):
+    """The settings of a run that bear on its outcome, with what they mean, in two tables: those
+    that matter most or have not their default, and the others."""
     meanings = {name: text for name, _, text in train.settings_flags([f"--model={config.model}"])}
     values = {**dataclasses.asdict(config), **config.all_settings(), "data": data,
               "image_size": image_size}
-    return Table(("setting", "value", "meaning"), [
-        (name, text_of(value), meanings[name]) for name, value in values.items()
-        if name == "epochs" or name not in (*train.MAY_CHANGE, "options")])
+    usual = train.Config(model=config.model).all_settings()
+    first, rest = [], []
+    for name, value in values.items():
+        if name == "epochs" or name not in (*train.MAY_CHANGE, "options"):
+            shown = name in MAIN_SETTINGS or value != usual[name]
+            (first if shown else rest).append((name, text_of(value), meanings[name]))
+    return [Table(("setting", "value", "meaning"), rows) for rows in (first, rest)]
 
 
 def structure_table(network, image_size):
@@ -213,7 +264,7 @@ def per_class_table(matrix, classes):
     """The accuracy of each class, from a confusion matrix."""
     wrong = matrix - matrix.diagonal().diag()
     return Table(("class", "test images", "right", "accuracy", "most often taken for"), [
-        (name, f"{counts.sum()}", f"{hits}", f"{hits / counts.sum().clamp(min=1):.1%}",
+        (name, f"{counts.sum()}", f"{hits}", f"{hits / counts.sum():.1%}" if counts.any() else "–",
          f"{classes[taken.argmax()]} ({taken.max()})" if taken.any() else "–")
         for name, counts, hits, taken in zip(classes, matrix, matrix.diagonal(), wrong)])
 
@@ -235,13 +286,21 @@ def report_of_lab(what, runs, folder):
         others=sorted({row.data for row in rows if row.elsewhere}),
         machines=sorted({f"{row.device}, {f'{row.threads} threads, ' if row.threads else ''}"
                          f"{row.precision}, commit {row.commit or 'unknown'}" for row in done}),
-        commands={experiment.id: shell(
-            *(shlex.split(run.line) for run in experiment.runs.values()),
-            *(figure.filled(runs) for figure in experiment.figures)) for experiment in experiments},
+        commands={experiment.id: commands_for(experiment) for experiment in experiments},
         figures={experiment.id: figures_of(experiment, runs, folder) for experiment in experiments},
         again=shell(["python", "-m", "lab", "reproduce", what,
                      *(f"--{name}={value}" for name, value in flags.items())],
                     ["python", "-m", "lab", "report", what]))
+
+
+def commands_for(experiment, out="runs/reproduce"):
+    """The commands that make an experiment's runs, those of others that it shows, and its figures:
+    with the settings and in the folder that `reproduce` takes unless told otherwise."""
+    shown = (run for figure in experiment.figures for run in figure.runs.values())
+    runs = {run.folder(out): run for run in (*experiment.runs.values(), *shown)}
+    return shell(*([*shlex.split(run.line), f"--out={out}", f"--name={folder.name}"]
+                   for folder, run in runs.items()),
+                 *(figure.filled(out) for figure in experiment.figures))
 
 
 def with_seeds(folder):
@@ -283,9 +342,11 @@ def figures_of(experiment, runs, folder):
         found |= dict.fromkeys(sorted(drawn.glob(f"{command}*.png")), drawn.parent.name)
     folders = [one for first in plotted for one in with_seeds(first) if train.read_rows(one)]
     if folders:
-        curves = visualize.draw_curves(visualize.group_runs(folders))
-        path = keep_figure(folder, f"{experiment.id}-curves", curves)
+        path, = keep_figures(folder, f"{experiment.id}-curves", *draw_curves(folders))
         captions[path] = "loss and accuracy after each epoch"
     for path, name in found.items():
-        captions[keep_figure(folder, f"{experiment.id}-{path.stem}", path)] = f"{path.stem}, {name}"
+        copy = folder / "figures" / f"report-{experiment.id}-{path.name}"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(copy, path.read_bytes())
+        captions[copy] = f"{path.stem}, {name}"
     return captions

@@ -225,7 +225,8 @@ def checked(result):
     result = dict(result)
     for name, kind in KINDS.items():
         value = result.get(name)
-        if not isinstance(value, kind) or (isinstance(value, NUMBER) and not 0 <= value < 1e15):
+        number = isinstance(value, NUMBER)
+        if not isinstance(value, kind) or value is True or (number and not 0 <= value < 1e15):
             raise ValueError(f"{name}={value!r:.80}: must be {getattr(kind, '__name__', kind)}")
     for texts in (result, result["versions"]):
         texts |= {name: " ".join(text.split()) for name, text in texts.items()

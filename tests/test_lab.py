@@ -2,8 +2,10 @@
 
 import dataclasses
 import html.parser
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import train
 import visualize
+from lab import __main__ as lab_module
 from lab import benchmark, report, reproduce, sweep
 from lab.__main__ import COMMANDS, MEANINGS
 
@@ -216,7 +219,8 @@ def test_an_experiment_is_run_drawn_and_reported_in_a_folder_with_a_space(tmp_pa
     assert capsys.readouterr().out == "".join(
         f"{out / '4.1' / name}\n" for name in ("report.html", "report.md"))
     _, _, text = read_report(out / "4.1")
-    assert " ± " in text and "--seeds=2" in text and "python visualize.py curves 4.1-base" in text
+    assert " ± " in text and "--seeds=2" in text
+    assert "python visualize.py curves runs/reproduce/4.1-base\n" in text
 
 
 def test_a_figure_without_a_run_is_told_the_data_and_where_to_go(tmp_path, capsys):
@@ -239,7 +243,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.headings, self.links = [], [], []
+        self.open, self.headings, self.links, self.code = [], [], [], []
         self.feed(text)
         assert not self.open
 
@@ -252,6 +256,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, text):
         self.headings += [text] if self.open and self.open[-1] == "h2" else []
+        self.code += [text] if self.open and self.open[-1] == "code" else []
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +273,12 @@ def read_report(folder):
     page, text = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
     parsed = Page(page)
     assert all(link.startswith("data:image/png;base64,") for link in parsed.links)
+    code = "\n".join(parsed.code)
+    assert code == "\n".join(re.findall(r"^```+sh\n(.*?)\n```+$", text, re.MULTILINE | re.DOTALL))
+    for line in code.replace("\\\n", " ").splitlines():  # all of it runs
+        _, script, *words = shlex.split(line)
+        module = {**reproduce.MODULES, "-m": lab_module}[script]
+        data.parse(module.COMMANDS, words[script == "-m":], "train" if module is train else None)
     assert "http" not in page and "url(" not in page and "@import" not in page
     figures = re.findall(r"!\[.*\]\(<(.*)>\)", text)
     assert len(figures) == len(parsed.links) and all((folder / name).exists() for name in figures)
@@ -281,19 +292,83 @@ def test_the_report_of_a_run_has_every_section_and_needs_no_other_file(finished,
     assert paths == [tmp_path / "report" / "report.html", tmp_path / "report" / "report.md"]
     assert not capsys.readouterr().out
     parsed, page, text = read_report(tmp_path / "report")
-    assert parsed.headings == ["Images and settings", "Structure", "Training", "Predictions",
-                               "Inside the network", "Hardware, versions, and how to make it again"]
-    assert len(parsed.links) >= 7 and "python train.py --model=lenet --data=shapes" in text
-    assert "of 40 test images correctly" in page and str(finished.parent) not in page
-    assert "python -m lab report &#39;&lt;b&gt;&#39;" in page.replace("trained0/", "")
+    assert parsed.headings == ["Result", "Predictions", "Inside the network", "Structure",
+                               "Images and settings",
+                               "Hardware, versions, and how to make it again"]
+    assert len(parsed.links) >= 10 and "of 40 test images of shapes correctly" in page
+    assert parsed.code == ["python train.py --model=lenet --data=shapes --limit=40 --epochs=1\n"
+                           "python -m lab report runs/lenet"]
     assert "| total |  | 62\N{NARROW NO-BREAK SPACE}006 |" in text and "| ---: |" in text
+    first, folded = text.split("<details>")
+    assert "| limit | 40 |" in first and "| momentum |" not in first
+    assert "| momentum | 0.9 |" in folded.partition("</details>")[0]
 
 
-def test_a_report_means_nothing_but_what_is_in_it(tmp_path):
-    assert report.plain("`x` *1* a|b <i> a_b _c_") == r"\`x\` \*1\* a\|b &lt;i&gt; a_b \_c\_"
-    words = ["python", "visualize.py", "curves", f"{tmp_path}/my runs/a", "--out=/x/y.png"]
-    assert report.shell(words) == "python visualize.py curves a --out=y.png"
-    assert report.shell(["ls", "my runs/a\\b"]) == "ls 'my runs/a\\b'"
+def test_a_report_means_nothing_but_what_is_in_it():
+    assert report.plain("`x` *1* a|b <i> a_b _c_\n# d") == (
+        r"\`x\` \*1\* a\|b &lt;i&gt; a_b \_c\_ # d")
+    assert report.plain("$1$ ~~2~~ http://x WWW.x a@b.c ![](y)") == (
+        r"\$1\$ \~\~2\~\~ http\://x WWW\.x a\@b.c !\[\](y)")
+    assert [report.fence(text) for text in ("", "`x`", "a\n````\nb")] == ["```", "```", "`````"]
+    words = ["ls", "my runs/a\\b", "x\ny'\x1b", "/a/b"]
+    assert report.shell(words) == r"ls 'my runs/a\b' $'x\ny\'\x1b' /a/b"
+    assert subprocess.run(["bash", "-c", report.shell(["printf", "%s", *words[1:]])], check=True,
+                          capture_output=True, text=True).stdout == "".join(words[1:])
+
+
+ATTACK = "x\n```\n# gone\n![y](http://a.b/c.png) <script>alert(1)</script> [z](http://a.b) www.a.b"
+
+
+def test_texts_from_outside_stay_texts_on_the_page(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    result = json.loads((run / "result.json").read_text())
+    result |= {"device": ATTACK, "command": ATTACK, "commit": ATTACK,
+               "versions": {ATTACK: ATTACK}, "per_class": {ATTACK: 1.0}}
+    (run / "result.json").write_text(json.dumps(result))
+    report.report(str(run))
+    page, text = ((run / f"report.{kind}").read_text() for kind in ("html", "md"))
+    parsed = Page(page)
+    assert all(link.startswith("data:image/png;base64,") for link in parsed.links)
+    assert "gone" not in "".join([*parsed.headings, *parsed.code]) and "<script" not in page + text
+    assert not re.search(r"^# gone|^```$\n#|http://|(?<!\\)\]\(http|www\.", text, re.MULTILINE)
+    assert len(re.findall("^# ", text, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("damage", [
+    [], None, 3, "text", {}, {"device": None}, {"device": ["a"]}, {"versions": []},
+    {"versions": {"torch": None}}, {"seconds": "9"}, {"seconds": True}, {"epochs": -1},
+    {"epochs": 10**400}, {"test/accuracy": float("nan")}, {"test/accuracy": None}, {"commit": 5},
+    {"settings": None}, {"settings": {"model": []}}, {"parameters": [1]}])
+def test_a_damaged_result_is_one_line(damage, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    result = json.loads((run / "result.json").read_text())
+    damaged = {**result, **damage} if isinstance(damage, dict) and damage else damage
+    (run / "result.json").write_text(json.dumps(damaged))
+    with pytest.raises(SystemExit, match="2"):
+        lab("report", str(run))
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {run / 'result.json'}: damaged (") and len(line) < 400
+    assert not (run / "report.html").exists()
+
+
+def test_a_report_never_replaces_what_is_not_one(finished, tmp_path):
+    (tmp_path / "4.1").mkdir()
+    report.report("4.1", runs=str(tmp_path))
+    report.report("4.1", runs=str(tmp_path))
+    for name in ("report.html", "report.md"):
+        kept = (tmp_path / "4.1" / name).read_bytes()
+        (tmp_path / "4.1" / name).write_text("my own")
+        with pytest.raises(FileExistsError, match=rf"{name}: is not from here"):
+            report.report("4.1", runs=str(tmp_path))
+        assert (tmp_path / "4.1" / name).read_text() == "my own"
+        (tmp_path / "4.1" / name).write_bytes(kept)
+
+
+def test_a_class_without_test_images_has_no_accuracy():
+    table = report.per_class_table(torch.tensor([[3, 1], [0, 0]]), ["a", "b"])
+    assert table.rows == [("a", "4", "3", "75.0%", "b (1)"), ("b", "0", "0", "–", "–")]
 
 
 def test_a_lab_report_of_nothing_says_so(tmp_path):
@@ -312,6 +387,7 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
     assert r"| 4.2 | conv2_25 | test | 68.07 | not measured |" in text
     assert "reproduce cnn-trials --data=shapes --limit=40 --epochs=1" in page
     assert "python train.py --model=simple_cnn --optimizer=adam \\\n    --schedule" in page
+    assert "--out=runs/reproduce --name=4.1-base" in page
 
 
 @pytest.mark.parametrize("words, message", [
