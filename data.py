@@ -1044,12 +1044,17 @@ def append(path, content):
         file.write(content)
 
 
+def read_text(path, most=1 << 24, errors="strict"):
+    """The text of a regular file of at most `most` bytes, else OSError or ValueError; `errors` says
+    what becomes of bytes that are no text."""
+    check_regular(path, most)
+    return Path(path).read_text(encoding="utf-8", errors=errors)
+
+
 def read_json(path, meaning):
     """`meaning` of what a JSON file holds; ValueError or OSError name what is wrong with it."""
     try:
-        if os.path.getsize(path) > 1 << 24:
-            raise ValueError("too large")
-        return meaning(json.loads(Path(path).read_text(encoding="utf-8")))
+        return meaning(json.loads(read_text(path)))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
 
@@ -1106,7 +1111,7 @@ def trim_events(folder, step):
     """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    for path in sorted(folder.glob("events.out.tfevents.*")):
+    for path in filter(Path.is_file, sorted(folder.glob("events.out.tfevents.*"))):
         kept = []
         with contextlib.suppress(Exception):  # the loader raises at a torn record
             for event in LegacyEventFileLoader(str(path)).Load():

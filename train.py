@@ -13,6 +13,7 @@ run repeats the very steps that an undisturbed one would have taken.
 import contextlib
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -50,7 +51,7 @@ from data import (
 )
 
 COLUMNS = ("epoch", "step", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr",
-           "seconds", "images_per_second")
+           "seconds", "images_per_second", "train/objective")
 # A run's folder: what says that it is one, and the paths of all files that runs write there.
 MARKER, MARK = ".run", "A run of train.py made this folder.\n"
 STEPS = f"step-{'[0-9]' * 9}.pth"  # checkpoints before the last
@@ -128,7 +129,7 @@ class Config:
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up", (0, 1e6))
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", (0, 1))
     augment: tuple[str, ...] = setting(("flip", "crop"), "none, or of", AUGMENTATIONS)
-    tta: str = setting("none", "views of a test image whose logits add up:", TTA)
+    tta: str = setting("none", "views of a test image whose logits are averaged:", TTA)
     seed: int = setting(0, "of weights, split, order and augmentation", (0, 2**62))
     device: str = setting("auto", "", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "auto: bf16 on a GPU made for it;", ("auto", "fp32", "bf16"))
@@ -150,6 +151,8 @@ class Config:
                 self.name).parts or not Path(self.name).parts):
             raise ValueError(f"name={self.name}: must be the name of a folder inside {self.out}; "
                              f"see --out")
+        if self.tta == "full" and self.size < 2:
+            raise ValueError("tta=full: moves images, which must be at least 2×2")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: needs a momentum above 0")
         networks.check_options(self.model, self.options)
@@ -259,12 +262,13 @@ def command_of(config):
 def learning_rate(step, total_steps, warmup_steps, peak, schedule):
     """The learning rate of `step`, counted from 0: a pure function.
 
-    `warmup_steps` of linear rise, then: `constant`; `step`, a tenth after a half and after three
-    quarters (He et al. 2016, section 4.2); `cosine` (Loshchilov & Hutter 2017) or `linear` to 0;
-    `onecycle`, up for the first quarter and linearly down to 0 (Smith & Topin 2018).
+    `warmup_steps` of linear rise, then, over the steps that are left: `constant`; `step`, a tenth
+    after a half and again after three quarters of them (He et al. 2016, section 4.2, without
+    warm-up); `cosine` (Loshchilov & Hutter 2017) or `linear` to 0; `onecycle`, up for the first
+    quarter of all steps or the warm-up and linearly down to 0 (Smith & Topin 2018).
     """
-    if schedule == "onecycle":
-        warmup_steps, schedule = max(warmup_steps, total_steps / 4), "linear"
+    if schedule == "onecycle":  # whole steps, so that one of them takes the peak
+        warmup_steps, schedule = int(max(warmup_steps, total_steps / 4)), "linear"
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -483,7 +487,12 @@ def join_workers(device):
         return
     if device.type == "mps":
         raise ValueError(f"device=mps: {world} processes cannot share it; take --device=cpu")
-    store, rank, _ = next(distributed.rendezvous("env://"))
+    try:
+        store, rank, _ = next(distributed.rendezvous("env://"))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"the {world} processes cannot meet at {os.environ.get('MASTER_ADDR')}:"
+                      f"{os.environ.get('MASTER_PORT')} ({reason})") from error
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # A restarted torchrun keeps its store, with the addresses of the processes before.
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -499,19 +508,20 @@ def join_workers(device):
 # ---------------------------------------------------------------------------- the story
 
 
-def train(config, resume=False, overwrite=False):
+def train(config, resume=False, overwrite=False, changed_data=False):
     """Train as `config` says and return the result, which is also in result.json.
 
-    `resume` goes on with the run in `config.folder` if there is one; `overwrite` starts it anew.
+    `resume` goes on with the run in `config.folder` if there is one; `overwrite` starts it anew;
+    `changed_data` goes on though files of its data set are others now.
     Raises FileExistsError for a run that exists when neither is asked for.
     """
     device = choose_device(config.device)
     make_repeatable(config, device)
     check_folder(config, resume, overwrite)  # here before anything is written, below for good
-    with join_workers(device) as workers, hold(config.folder, workers):
+    with enough_memory(config), join_workers(device) as workers, hold(config.folder, workers):
         check_folder(config, resume, overwrite)
         dataset = load_images(config)
-        state, batches, folder = prepare(config, dataset, device, workers, resume)
+        state, batches, folder = prepare(config, dataset, device, workers, resume, changed_data)
         try:
             with catch_signals() as stop, live_progress(config, len(batches)) as bar:
                 while state.epoch < config.epochs:
@@ -570,12 +580,7 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
     before = {tensor: tensor.detach().clone() for tensor in changing(state)} if skips else None
     with autocast(images.device, config.precision):
         logits = state.network(images)
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum",
-                           label_smoothing=config.label_smoothing)
-    # The number of images is written by the device itself: a Python number that is put into a
-    # tensor of the device is copied there, and the CPU waits until it has arrived.
-    sums = torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(),
-                        torch.full_like(loss, len(labels))])
+    loss, sums = measure(logits.float(), labels, config.label_smoothing)
     state.optimizer.zero_grad(set_to_none=True)
     with workers.sharing(state.network, [*state.parameters()], sums):
         (loss / batch_size).backward()
@@ -583,10 +588,27 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
-    finite = is_finite(sums[0], gradients)
+    finite = is_finite(sums[3], gradients)
     state.sums += torch.where(finite, sums, 0.0 if skips else math.nan)
     if skips:
         put_back(state, before, ~finite)
+
+
+def measure(logits, labels, smoothing):
+    """(what a step lowers, summed over the images; sums over the images, as `State.totals`).
+
+    What is logged as the loss is the plain cross-entropy, which compares with that of validation
+    images; with `smoothing` a step lowers another.
+    """
+    objective = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    loss = objective.detach()
+    if smoothing:
+        with torch.no_grad():
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+    # The number of images is written by the device itself: a Python number that is put into a
+    # tensor of the device is copied there, and the CPU waits until it has arrived.
+    return objective, torch.stack([loss, (logits.argmax(1) == labels).sum(),
+                                   torch.full_like(loss, len(labels)), objective.detach()])
 
 
 def is_finite(loss, gradients):
@@ -630,7 +652,7 @@ def put_back(state, before, undo):
 
 def check_finite(state, lr, folder):
     """Raise ValueError when a loss or gradient of this epoch was not finite."""
-    if not math.isfinite(state.totals[0]):
+    if not math.isfinite(state.totals[3]):
         raise ValueError(
             f"the loss or a gradient is not finite at step {state.step} (learning rate {lr:g}); "
             f"{folder.last_good()}. Lower --lr, or go past such steps with --on_nan=skip")
@@ -638,7 +660,7 @@ def check_finite(state, lr, folder):
 
 def log_point(state, step, config, folder):
     """Log the mean loss and accuracy over the steps since the last such point."""
-    loss, correct, count = (now - then for now, then in zip(state.totals, state.logged))
+    loss, correct, count, _ = (now - then for now, then in zip(state.totals, state.logged))
     state.logged = state.totals
     if count == 0:
         return
@@ -651,7 +673,10 @@ def log_point(state, step, config, folder):
 def end_epoch(state, dataset, batches, folder):
     """Validate, write the epoch's row, and save."""
     config, steps = folder.config, len(batches)
-    loss, correct, count = state.totals
+    loss, correct, count, objective = state.totals
+    if not count:
+        raise ValueError(f"every step of epoch {state.epoch + 1} was skipped, for its loss or "
+                         f"gradient was not finite; {folder.last_good()}. Lower --lr")
     validation = {"loss": None, "accuracy": None}
     if dataset.val:
         logits = predict(state.network, dataset.val.images, folder.preprocessing)
@@ -659,15 +684,16 @@ def end_epoch(state, dataset, batches, folder):
     lr = learning_rate(state.step - 1, config.epochs * steps, config.warmup_epochs * steps,
                        config.lr, config.schedule)
     state.epoch += 1
-    folder.row({"epoch": state.epoch, "step": state.step, "train/loss": loss / max(count, 1),
-                "train/accuracy": correct / max(count, 1), "val/loss": validation["loss"],
+    folder.row({"epoch": state.epoch, "step": state.step, "train/loss": loss / count,
+                "train/accuracy": correct / count, "val/loss": validation["loss"],
                 "val/accuracy": validation["accuracy"], "lr": lr, "seconds": state.epoch_seconds,
-                "images_per_second": steps * batches.batch_size / state.epoch_seconds})
+                "images_per_second": steps * batches.batch_size / state.epoch_seconds,
+                "train/objective": objective / count if config.label_smoothing else None})
     best = dataset.val is not None and validation["accuracy"] > state.best_accuracy
     if best:
         state.best_accuracy, state.best_epoch = validation["accuracy"], state.epoch
     state.seconds += state.epoch_seconds
-    state.epoch_seconds, state.totals, state.logged = 0.0, (0.0,) * 3, (0.0,) * 3
+    state.epoch_seconds, state.totals, state.logged = 0.0, (0.0,) * 4, (0.0,) * 4
     folder.save(state, best)
 
 
@@ -678,7 +704,8 @@ def end_epoch(state, dataset, batches, folder):
 class State:
     """What changes during a run, all of which a checkpoint keeps.
 
-    `totals` are the sums of loss, correct answers and images over the epoch so far; `logged` is
+    `totals` are the sums of the cross-entropy, of correct answers, of images and of what the steps
+    lowered (see `measure`) over the epoch so far, without skipped steps; `logged` is
     what they were when the mean loss was last logged. `sums` are the same of the latest steps, on
     the device, until they are read.
     """
@@ -686,8 +713,8 @@ class State:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     sums: torch.Tensor
-    totals: tuple[float, ...] = (0.0, 0.0, 0.0)
-    logged: tuple[float, ...] = (0.0, 0.0, 0.0)
+    totals: tuple[float, ...] = (0.0,) * 4
+    logged: tuple[float, ...] = (0.0,) * 4
     epoch: int = 0
     step: int = 0
     epoch_seconds: float = 0.0
@@ -712,21 +739,24 @@ def load_images(config, writes=True):
                      config.skip_bad, writes)
 
 
-def prepare(config, dataset, device, workers, resume):
-    """(`State`, `Batches`, `RunFolder`) of a run that begins or, with `resume`, goes on."""
+def prepare(config, dataset, device, workers, resume, changed_data=False):
+    """(`State`, `Batches`, `RunFolder`) of a run that begins or, with `resume`, goes on; with
+    `changed_data` even if its images are no longer those it began with."""
     say = print if workers.rank == 0 else lambda _line: None
     checkpoint = newest_checkpoint(config.folder, say) if resume else None
     if not checkpoint:
         say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
     description = describe(config, dataset)
     if checkpoint:
-        check_checkpoint(config, checkpoint, description)
+        check_checkpoint(config, checkpoint, description, changed_data, say)
     state = new_state(config, description, device)
     batches = batches_of(config, dataset, device, workers)
     if checkpoint:
+        if checkpoint.get("fingerprint") != description["fingerprint"] and changed_data:
+            checkpoint = at_epoch_start(checkpoint, len(batches))
         restore(state, checkpoint, len(batches))
     else:
-        fit_first_layer(state.network, dataset)
+        fit_first_layer(state.network, dataset, config.size)
     folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
     say(batches.describe_way())
     announce(state, config, dataset, device, workers, say)
@@ -753,7 +783,8 @@ def describe(config, dataset):
                    "classes": list(dataset.classes),
                    "image_size": config.size,
                    "mean": list(dataset.mean), "std": list(dataset.std),
-                   "settings": dataclasses.asdict(config)}
+                   "settings": dataclasses.asdict(config), "commit": commit_of_code(),
+                   "fingerprint": dataset.fingerprint}
     networks.describe(description)  # raises what speaks against it
     return description
 
@@ -773,16 +804,17 @@ def new_state(config, description, device):
         networks.check_size(network, config.early_size)
     if config.compile:
         network.compile()
-    return State(network, make_optimizer(config, network), torch.zeros(3, device=device))
+    return State(network, make_optimizer(config, network), torch.zeros(4, device=device))
 
 
-def fit_first_layer(network, dataset):
-    """Set the filters that a network takes from its training images before it is trained."""
+def fit_first_layer(network, dataset, size):
+    """Set the filters that a network takes from its training images before it is trained, from
+    images of side `size`, as it will see them."""
     images = dataset.train.images[::max(1, len(dataset.train.images) // 5_000)]
     for module in network.modules():
         if isinstance(module, networks.WhiteningConv):
             device = module.weight.device
-            module.fit(data.normalize(images, dataset.mean, dataset.std, device=device))
+            module.fit(data.normalize(images, dataset.mean, dataset.std, size, device))
 
 
 def training_state(state):
@@ -798,9 +830,11 @@ def restore(state, checkpoint, steps):
     `steps` is the number of steps of an epoch.
     """
     optimizer, training = state.optimizer, dict(checkpoint["training"])
-    for name in ("totals", "logged"):  # tensors in earlier checkpoints
+    for name in ("totals", "logged"):  # tensors in earlier checkpoints, of one loss
         if isinstance(training.get(name), torch.Tensor) and training[name].numel() == 3:
             training[name] = tuple(training[name].tolist())
+        if isinstance(training.get(name), tuple) and len(training[name]) == 3:
+            training[name] += training[name][:1]
     saved = training.get("optimizer")
     training["optimizer"] = {"state": saved.get("state") if isinstance(saved, dict) else None}
     if training["optimizer"]["state"] != {}:  # a step that changes nothing, to compare with
@@ -821,6 +855,14 @@ def restore(state, checkpoint, steps):
     state.epoch, state.step = checkpoint["epoch"], checkpoint["step"]
 
 
+def at_epoch_start(checkpoint, steps):
+    """`checkpoint` as if it stood at the start of its epoch, one of `steps` steps: with other
+    images, there are no steps of this epoch to count on."""
+    training = {**checkpoint["training"], "totals": (0.0,) * 4, "logged": (0.0,) * 4,
+                "epoch_seconds": 0.0}
+    return {**checkpoint, "step": checkpoint["epoch"] * steps, "training": training}
+
+
 def announce(state, config, dataset, device, workers, say):
     """Say what is about to be trained, on what, and from where."""
     say(f"{config.model} ({networks.count_parameters(state.network):,} parameters) on "
@@ -831,6 +873,19 @@ def announce(state, config, dataset, device, workers, say):
         say(f"resuming at step {state.step} (epoch {state.epoch + 1} of {config.epochs})")
     if state.epoch < config.epochs:
         say("".join(f"{name:>{column_width(name)}}" for name in COLUMNS))
+
+
+@contextlib.contextmanager
+def enough_memory(config):
+    """A context in which memory that is not there is an OSError that says what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+                "allocate memory" not in str(error)):
+            raise
+        raise OSError(f"out of memory: a smaller --batch_size than {config.batch_size} or "
+                      f"--image_size than {config.size} needs less") from error
 
 
 class Stopped(Exception):
@@ -877,9 +932,10 @@ def live_progress(config, steps):
             if time.monotonic() - shown[0] < 0.5:
                 return
             shown[0] = time.monotonic()
-            loss, correct, count = state.totals
+            loss, correct, count, _ = state.totals
             bar.update(task, completed=state.step, epoch=f"{state.epoch + 1}/{config.epochs}",
-                       loss=loss / max(count, 1), accuracy=correct / max(count, 1),
+                       loss=loss / count if count else math.nan,
+                       accuracy=correct / count if count else math.nan,
                        speed=step * config.batch_size / state.epoch_seconds)
 
         yield update
@@ -899,8 +955,8 @@ def predict(network, images, preprocessing, tta="none", bar=None):
     with torch.no_grad(), networks.evaluation(network), autocast(device, preprocessing.precision):
         for chunk in progress(chunks, bar) if bar else chunks:
             pixels = preprocessing(chunk, device)
-            logits.append(sum(networks.forward(network, view).float()
-                              for view in tta_views(pixels, tta)))
+            logits.append(sum(share * networks.forward(network, view).float()
+                              for share, view in tta_views(pixels, tta)))
     return torch.cat(logits).cpu()
 
 
@@ -915,16 +971,30 @@ def images_at_once(network, image_size):
                       2**26 // networks.largest_output(network, image_size)))
 
 
+def finite_logits(*arguments):
+    """What `predict` returns; ValueError where that is no number and says nothing."""
+    logits = predict(*arguments)
+    if not logits.isfinite().all():
+        raise ValueError("the network's outputs are not finite numbers: it has diverged, or the "
+                         "file with its weights is damaged")
+    return logits
+
+
 def tta_views(images, tta):
-    """The views of `images` whose logits are added up: themselves; `flip`: mirrored as well;
-    `full`: both also moved by a pixel up-left and down-right (Jordan 2024, section 3.5)."""
+    """[(share, view)] of the views of `images` whose logits are averaged: themselves; `flip`:
+    mirrored as well; `full`: both, half of the whole, and both moved by a pixel up-left and
+    down-right, an eighth each (Jordan 2024, section 3.5)."""
     if tta not in TTA:
         raise ValueError(f"tta={tta}: must be one of {', '.join(TTA)}")
-    views = [images]
+    if tta == "none":
+        return [(1.0, images)]
+    views = [(1 / 4 if tta == "full" else 1 / 2, images)]
     if tta == "full":
+        if images.shape[3] < 2:
+            raise ValueError("tta=full: moves images, which must be at least 2×2")
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-        views += [padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]]
-    return views if tta == "none" else views + [view.flip(3) for view in views]
+        views += [(1 / 8, padded[:, :, :-2, :-2]), (1 / 8, padded[:, :, 2:, 2:])]
+    return views + [(share, view.flip(3)) for share, view in views]
 
 
 def score(logits, labels, classes):
@@ -932,7 +1002,7 @@ def score(logits, labels, classes):
 
     A class without an image has no accuracy: None.
     """
-    correct = logits.argmax(1) == labels
+    correct = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     totals = torch.bincount(labels, minlength=classes)
     hits = torch.bincount(labels[correct], minlength=classes)
     per_class = [hit / total if total else None
@@ -982,6 +1052,9 @@ class RunFolder:
         with contextlib.suppress(FileNotFoundError):  # else `state` is from last.pth
             os.replace(self.older(), self.path / "last.pth")
         rows = [row for row in read_rows(self.path) if int(row["epoch"]) <= state.epoch]
+        if len(rows) < state.epoch:
+            self.say(f"{self.path / 'metrics.csv'}: {state.epoch - len(rows)} of {state.epoch} "
+                     f"epochs have no row that can be read; they remain without")
         lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
         write_atomically(self.path / "metrics.csv", "\n".join(lines) + "\n")
         self.write_config()
@@ -1097,12 +1170,17 @@ def format_cell(value):
 
 
 def read_rows(run):
-    """The rows of a run's metrics.csv as dictionaries of text; [] without one."""
-    path = Path(run) / "metrics.csv"
-    if not path.exists():
+    """The rows of a run's metrics.csv as dictionaries of text; [] without one.
+
+    Rows that are not whole are left out; earlier versions wrote none for train/objective.
+    """
+    try:
+        text = data.read_text(Path(run) / "metrics.csv", errors="replace")
+        rows = [{"train/objective": "", **row} for row in csv.DictReader(io.StringIO(text))]
+    except FileNotFoundError:
         return []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
+    except csv.Error as error:
+        raise ValueError(f"{Path(run) / 'metrics.csv'}: damaged ({error})") from error
     return [row for row in rows
             if set(row) == set(COLUMNS) and None not in row.values() and row["epoch"].isdecimal()]
 
@@ -1216,6 +1294,8 @@ def open_network(source, device="auto", weights=None, image_size=None):
     """The network that `source` means (see `network.load`), in evaluation mode on the chosen
     device, and its `Description`."""
     network, description = networks.load(source, weights, image_size, choose_device(device))
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+        raise ValueError(f"{source}: holds weights that are not finite numbers")
     if description.settings:
         try:
             Config.from_json(description.settings)
@@ -1294,11 +1374,11 @@ def finish(state, dataset, folder, workers):
     config, prep, labels = folder.config, folder.preprocessing, dataset.test.labels
     kept = folder.path / ("best.pth" if dataset.val else "last.pth")
     network, _ = open_network(kept, config.device)
-    logits = predict(network, dataset.test.images, prep)
+    logits = finite_logits(network, dataset.test.images, prep)
     test = score(logits, labels, len(dataset.classes))
     with_tta = None
     if config.tta != "none":
-        views = predict(network, dataset.test.images, prep, config.tta)
+        views = finite_logits(network, dataset.test.images, prep, config.tta)
         with_tta = score(views, labels, len(dataset.classes))["accuracy"]
     result = {
         "test/accuracy": test["accuracy"], "test/accuracy_tta": with_tta,
@@ -1388,15 +1468,19 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
 def environment(network):
     """Versions, commit and hardware, as result.json keeps them."""
     device = networks.device_of(network)
-    commit = None
-    with contextlib.suppress(OSError):  # git may not be there
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"],
-                                cwd=Path(__file__).parent, capture_output=True, text=True,
-                                check=False).stdout.strip() or None
     return {"versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-            "commit": commit,
+            "commit": commit_of_code(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"{device.type}, {torch.get_num_threads()} threads, {processor_name()}"}
+
+
+def commit_of_code():
+    """The commit that these files are of; None where git does not tell."""
+    with contextlib.suppress(OSError):  # git may not be there
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"],
+                              cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=False).stdout.strip() or None
+    return None
 
 
 def processor_name():
@@ -1448,6 +1532,7 @@ def train_command(**flags):
     """Train a network, or go on with a run (--resume)."""
     resume = parse_value("resume", str(flags.pop("resume", "false")), bool | str)
     overwrite = parse_value("overwrite", str(flags.pop("overwrite", "false")), bool)
+    changed = parse_value("changed_data", str(flags.pop("changed_data", "false")), bool)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: take one of the two")
     given = parse_flags(flags)
@@ -1461,7 +1546,7 @@ def train_command(**flags):
     config = Config.create(**given)
     if resume:
         config = resumed_config(config, given)
-    train(config, bool(resume), overwrite)
+    train(config, bool(resume), overwrite, changed)
 
 
 def resumed_config(config, given):
@@ -1502,13 +1587,22 @@ def check_same_run(config, before=None):
                          f"{before['epochs']} epochs, which may grow but not shrink")
 
 
-def check_checkpoint(config, checkpoint, description):
+def check_checkpoint(config, checkpoint, description, changed_data, say):
     """ValueError when `checkpoint` is of another run than the one that `config` and the new
-    `description` speak of, whatever the other files of the run say."""
+    `description` speak of, whatever the other files of the run say, or of other images, unless
+    `changed_data` allows that."""
     check_same_run(config, Config.from_json(checkpoint["settings"]))
     if checkpoint["classes"] != description["classes"]:
         raise ValueError(f"data={config.data}: its classes are "
                          f"{difference(description['classes'], checkpoint['classes'])}")
+    if not changed_data and description["fingerprint"] != checkpoint.get(
+            "fingerprint", description["fingerprint"]):
+        raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
+                         f"began, which goes on with them as they are now if --changed_data is "
+                         f"given")
+    if checkpoint.get("commit") and checkpoint["commit"] != description["commit"]:
+        say(f"note: saved by the code of commit {checkpoint['commit']}; this is "
+            f"{description['commit'] or 'another'}, whose steps may differ")
 
 
 def read_config(path):
@@ -1520,12 +1614,12 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None, tta: s
              device: str = "auto"):
     """Measure the network in CKPT (a file or a run folder) on the test images of its data set.
 
-    `--data` takes another data set of the same classes; `--tta=flip` and `--tta=full` add up the
-    logits of several views of each image.
+    `--data` takes another data set of the same classes; `--tta=flip` and `--tta=full` average
+    the logits of several views of each image.
     """
     network, description = open_network(ckpt, device)
     test = open_test(description, data, root)
-    logits = predict(network, test.images, description.preprocessing, tta)
+    logits = finite_logits(network, test.images, description.preprocessing, tta)
     result = score(logits, test.labels, len(description.classes))
     result = {"test/accuracy": result["accuracy"], "test/loss": result["loss"],
               "per_class": dict(zip(description.classes, result["per_class"]))}
@@ -1539,6 +1633,7 @@ def settings_flags(words):
     defaults = Config.create(model)
     return [("resume", "RUN", "go on with the run, or start it if there is none"),
             ("overwrite", "false", "start anew where a run is already"),
+            ("changed_data", "false", "go on though image files have changed since the run began"),
             *((entry.name, text_of(getattr(defaults, entry.name)), entry.metadata["help"])
               for entry in dataclasses.fields(Config) if entry.name != "options"),
             *networks.options_help(model)]
@@ -1552,7 +1647,7 @@ MOVED = {name: f"python -m lab {now}" for name, now in (
 MEANINGS = {"ckpt": "a checkpoint, or the folder of a run",
             "data": "other images of the same classes",
             "root": "where data sets are downloaded to and cached",
-            "tta": f"views of a test image whose logits add up: {' | '.join(TTA)}",
+            "tta": f"views of a test image whose logits are averaged: {' | '.join(TTA)}",
             "device": "auto | cpu | cuda | mps"}
 
 if __name__ == "__main__":

@@ -234,8 +234,8 @@ def test_an_epoch_waits_at_the_declared_points_alone(model, settings, watch, mon
     monkeypatch.setattr(train, "train_step", noting_step)
     train.train_epoch(state, batches, config, train.Workers(), NoFolder(), bar, [])
     watch.assert_clean()
-    # One reading of three sums each, and the clock is read after it.
-    assert in_step == [] and shown == [(2, 3, True), (3, 3, True)]
+    # One reading of four sums each, and the clock is read after it.
+    assert in_step == [] and shown == [(2, 4, True), (3, 4, True)]
     assert watch.waits == []
 
 

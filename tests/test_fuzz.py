@@ -187,7 +187,7 @@ def test_fuzz_settings(tmp_path):
 
 def test_fuzz_metrics(tmp_path):
     dice, path = random.Random(5), tmp_path / "metrics.csv"
-    rows = [",".join(train.COLUMNS)] + [f"{n},{n * 7},1.5,0.5,,,0.1,2.0,99" for n in range(1, 9)]
+    rows = [",".join(train.COLUMNS)] + [f"{n},{n * 7},1.5,0.5,,,0.1,2.0,99," for n in range(1, 9)]
     for _ in range(COUNT):
         path.write_bytes(mutated("\n".join(rows).encode(), dice))
         with contextlib.suppress(*REFUSALS):

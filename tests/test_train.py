@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -72,6 +73,11 @@ def test_learning_rate_by_hand():
         [1, 0.5, 0.5 + math.sqrt(0.125)])
     assert at(99, "constant") == 1 and at(0, "onecycle") == pytest.approx(1 / 26)
     assert max(range(100), key=lambda step: at(step, "onecycle")) == 25
+    for total, warmup in ((10, 0), (10, 3.7), (3, 0), (1, 0)):  # it takes the highest rate once
+        assert max(train.learning_rate(step, total, warmup, 1.0, "onecycle")
+                   for step in range(total)) == 1
+    after = [train.learning_rate(step, 400, 40, 1.0, "step") for step in (219, 220, 309, 310)]
+    assert after == pytest.approx([1, 0.1, 0.1, 0.01])  # of the 360 steps after the warm-up
     assert [train.learning_rate(step, 100, 4, 1.0, "constant") for step in range(5)] == \
         pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
@@ -98,6 +104,163 @@ def test_score_by_hand():
     low, high = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
     assert result["loss"] == pytest.approx((low + 2 * high) / 3)
     assert result["accuracy"] == pytest.approx(1 / 3) and result["per_class"] == [0.5, 0]
+    absent = train.score(torch.eye(3)[:2], torch.tensor([0, 1]), 3)
+    assert absent["accuracy"] == 1 and absent["per_class"] == [1, 1, None]
+    sick = train.score(torch.tensor([[math.nan, 0], [1, 0]]), torch.tensor([0, 0]), 2)
+    assert math.isnan(sick["loss"]) and sick["accuracy"] == 0.5
+
+
+class OnePixel(torch.nn.Module):
+    """Two logits: 0 and the value of the red pixel in the second row and column, less 10."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        pixel = images[:, 0, 1, 1] * self.scale - 10
+        return torch.stack([torch.zeros_like(pixel), pixel], 1)
+
+
+def test_views_are_averaged_by_hand():
+    images = torch.arange(9.0).view(1, 1, 3, 3).expand(1, 3, 3, 3).contiguous()
+    whole = data.Preprocessing(3, (0.0,) * 3, (1 / 255,) * 3)  # pixels as they are
+    images = images.to(torch.uint8).expand(2, 3, 3, 3)
+    # 4 in the middle; moved by a pixel, what is above it to the left, 0, or below to the right, 8.
+    for tta, value in (("none", 4), ("flip", 4), ("full", (4 + 4) / 4 + (0 + 2 + 6 + 8) / 8)):
+        logits = train.predict(OnePixel(), images, whole, tta)
+        assert logits[:, 1].tolist() == pytest.approx([value - 10] * 2), tta
+        assert sum(share for share, _ in train.tta_views(images.float(), tta)) == 1
+    with pytest.raises(ValueError, match="2×2"):
+        train.Config.create("resnet20", image_size=1, tta="full")
+
+
+def test_the_loss_of_training_is_the_plain_cross_entropy(tmp_path):
+    plain, smooth = (tiny(tmp_path, name, label_smoothing=amount, lr=0.0, val=0, epochs=1)
+                     for name, amount in (("plain", 0.0), ("smooth", 0.3)))
+    for config in (plain, smooth):
+        train.train(config)
+    one, two = (train.read_metrics(config.folder) for config in (plain, smooth))
+    assert one["train/loss"] == two["train/loss"] and math.isnan(one["train/objective"][0])
+    logits = torch.tensor([[1.0, 0.0]])
+    objective, sums = train.measure(logits, torch.tensor([0]), 0.2)
+    low, high = math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))
+    assert objective.item() == pytest.approx(0.9 * low + 0.1 * high)
+    assert sums.tolist() == pytest.approx([low, 1, 1, 0.9 * low + 0.1 * high])
+
+
+def test_a_run_of_skipped_steps_is_no_run(tmp_path):
+    config = tiny(tmp_path, on_nan="skip", lr=0.0, epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        real_loss = train.F.cross_entropy
+        patch.setattr(train.F, "cross_entropy", lambda *a, **k: real_loss(*a, **k) * math.nan)
+        with pytest.raises(ValueError, match="every step of epoch 1 was skipped"):
+            train.train(config)
+    assert not steady_rows(config.folder)
+
+
+def test_weights_that_are_no_numbers_are_not_measured(tmp_path):
+    train.train(tiny(tmp_path, val=0, epochs=1, limit=16))
+    path = tmp_path / "run" / "last.pth"
+    checkpoint = network.read(path)
+    weights = checkpoint["weights"]
+    for value, complaint in ((math.nan, "not finite numbers"), (3e38, "outputs are not finite")):
+        weights["fc.4.weight"].fill_(value)
+        weights["fc.4.bias"].fill_(3e38)
+        network.save(path, checkpoint)
+        with pytest.raises(ValueError, match=complaint):
+            train.evaluate(str(path))
+
+
+def test_memory_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(OSError, match="out of memory: a smaller --batch_size than 16"):
+        train.train(tiny(tmp_path))
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_script(*TINY_LINE, f"--out={tmp_path}", "--device=cpu", env={
+            **os.environ, "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1])})
+    assert done.returncode == 2 and "cannot meet at 127.0.0.1" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_whitening_filters_are_fitted_to_images_as_the_network_sees_them():
+    split = data.draw_shapes(500, 1)
+    dataset = data.Dataset("shapes", data.SHAPES, split, None, split,
+                           *data.pixel_statistics(split.images))
+    for size in (32, 16):
+        built = network.build("speednet", 10, size, channels=(8,))
+        train.fit_first_layer(built, dataset, size)
+        seen = data.normalize(split.images, dataset.mean, dataset.std, size)
+        with torch.no_grad():
+            spread = built.conv1[0](seen)[:, :12].var((0, 2, 3))
+        assert spread.max() == pytest.approx(1, abs=0.05)  # less where there is next to nothing
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ("epoch\n" + "9" * 200_000, "damaged"), ("", "2 of 2 epochs have no row"), (None, "not a regular file"),
+    ("\0\0", "2 of 2 epochs have no row")])
+def test_damaged_metrics_are_named(content, complaint, tmp_path, capsys):
+    train.train(tiny(tmp_path))
+    path = tmp_path / "run" / "metrics.csv"
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(content)
+    if "row" in complaint:
+        train.train(tiny(tmp_path, epochs=3), resume=True)
+        assert complaint in capsys.readouterr().out
+        assert [row["epoch"] for row in steady_rows(tmp_path / "run")] == ["3"]
+    else:
+        with pytest.raises((ValueError, OSError), match=f"metrics.csv.*{complaint}"):
+            train.train(tiny(tmp_path, epochs=3), resume=True)
+
+
+def test_rows_of_earlier_versions_remain(tmp_path):
+    config = tiny(tmp_path)
+    train.train(config)
+    path = config.folder / "metrics.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in lines))
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    assert path.read_text().splitlines()[:3] == lines
+
+
+def test_images_that_changed_since_the_run_began_are_refused(tmp_path):
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"))
+    values = {"data": pets, "val": 0, "limit": None, "batch_size": 4, "image_size": 32,
+              "root": str(tmp_path / "cache")}
+    train.train(tiny(tmp_path / "runs", **values))
+    Path(pets, "train", "cat", "0.png").unlink()
+    more = tiny(tmp_path / "runs", **values, epochs=3)
+    with pytest.raises(ValueError, match=r"files were added, removed or changed.*--changed_data"):
+        train.train(more, resume=True)
+    train.train(more, resume=True, changed_data=True)
+    train.train(tiny(tmp_path / "runs", **values, epochs=4), resume=True)  # known from now on
+    old = network.read(tmp_path / "runs" / "run" / "last.pth")
+    del old["fingerprint"], old["commit"]  # as checkpoints of earlier versions
+    network.save(tmp_path / "runs" / "run" / "last.pth", old)
+    Path(pets, "train", "cat", "1.png").unlink()
+    train.train(tiny(tmp_path / "runs", **values, epochs=5), resume=True)
+
+
+def test_going_on_with_other_code_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "commit_of_code", lambda: "abc123")
+    train.train(tiny(tmp_path))
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    assert "abc123" not in capsys.readouterr().out
+    monkeypatch.setattr(train, "commit_of_code", lambda: "def456")
+    train.train(tiny(tmp_path, epochs=4), resume=True)
+    assert "saved by the code of commit abc123; this is def456" in capsys.readouterr().out
 
 
 def test_one_batch_is_overfitted(tmp_path):
