@@ -807,7 +807,7 @@ def new_state(config, description, device):
     return State(network, make_optimizer(config, network), torch.zeros(4, device=device))
 
 
-def fit_first_layer(network, dataset, size):
+def fit_first_layer(network, dataset, size=None):
     """Set the filters that a network takes from its training images before it is trained, from
     images of side `size`, as it will see them."""
     images = dataset.train.images[::max(1, len(dataset.train.images) // 5_000)]
