@@ -206,8 +206,8 @@ def test_whitening_filters_are_fitted_to_images_as_the_network_sees_them():
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("epoch\n" + "9" * 200_000, "damaged"), ("", "2 of 2 epochs have no row"), (None, "not a regular file"),
-    ("\0\0", "2 of 2 epochs have no row")])
+    ("epoch\n" + "9" * 200_000, "damaged"), ("", "2 of 2 epochs have no row"),
+    (None, "not a regular file"), ("\0\0", "2 of 2 epochs have no row")])
 def test_damaged_metrics_are_named(content, complaint, tmp_path, capsys):
     train.train(tiny(tmp_path))
     path = tmp_path / "run" / "metrics.csv"
