@@ -3,6 +3,9 @@
     python deconv.py reconstruct runs/resnet18 --layers=conv1,conv5_x --bn=both
     python deconv.py gallery runs/convnet --layer=conv2 --units=16 --top=9
     python deconv.py reconstruct --network=torchvision:resnet18 --layers=layer4 --image=cat.jpg
+    python deconv.py occlusion runs/convnet --index=3 --stride=1
+    python deconv.py evolution runs/convnet --layer=conv2 --units=6
+    python deconv.py invariance runs/convnet --layers=conv1,fc
 
 CKPT, `--out` and where figures go are those of visualize.py.
 
@@ -18,8 +21,12 @@ gradient     the signal times its derivative         Simonyan et al. 2014
 
 Where max-pool windows overlap, the maximum of several gets the sum of their signals; unpooling
 that writes instead of adding keeps one of them and loses the others.
+
+The paper's other three experiments follow from it: `occlusion` (section 4.2), `evolution` and
+`invariance` (section 4). Sections are those of the preprint, arXiv:1311.2901.
 """
 
+import contextlib
 import math
 import typing
 
@@ -30,8 +37,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import network as networks
+import train
 import visualize
-from data import command_line, progress
+from data import command_line, progress, subset
 
 RULES = {"deconvnet": lambda signal, positive: signal.clamp(min=0),
          "guided": lambda signal, positive: signal.clamp(min=0) * positive,
@@ -249,6 +257,118 @@ def top_reconstructions(network, layer, images, preprocessing, units, top, rule=
               for whole in (pictures, as_pictures(torch.cat(signals)))), values)
 
 
+# ---------------------------------------------------------------------------- further experiments
+
+
+class Occlusion(typing.NamedTuple):
+    """What R×C positions of a grey square do: the sum of one feature map of a layer, the
+    probability of one class, and the number of the most likely class, each R×C."""
+
+    activations: Tensor
+    probabilities: Tensor
+    predictions: Tensor
+
+
+@torch.no_grad()
+def occlude(network, layer, image, preprocessing, unit, label, size, stride):
+    """Slide a grey square over one uint8 image, 1×3×H×W, and see what it does: an `Occlusion` of
+    feature map `unit` of `layer` and class `label`.
+
+    The square of `size`×`size` pixels of the network's image is centred on every `stride`-th
+    pixel and ends at the border. Zeiler & Fergus (2014), section 4.2.
+    """
+    device, side = networks.device_of(network), preprocessing.image_size
+    pixels, grey = (preprocessing(part, device) for part in (image, torch.full_like(image, 128)))
+    centres, line = torch.arange(stride // 2, side, stride), torch.arange(side)
+    start = centres[:, None] - size // 2
+    covered = ((line >= start) & (line < start + size)).to(device)  # positions×side
+    steps, parts = len(centres), []
+    count = max(1, (2**19 if device.type == "cpu" else 2**22) // side**2)
+    with networks.evaluation(network), networks.capture(network, [layer]) as outputs:
+        for chunk in progress(torch.arange(steps**2).split(count), "sliding the square"):
+            rows, columns = covered[chunk // steps], covered[chunk % steps]
+            square = rows[:, None, :, None] & columns[:, None, None]  # n×1×side×side
+            shares = logits_of(network, torch.where(square, grey, pixels)).softmax(1)
+            maps = networks.captured_maps(outputs, layer)[:, unit].float()
+            parts.append([maps.flatten(1).sum(1), shares[:, label], shares.argmax(1)])
+    return Occlusion(*(torch.cat(column).view(steps, steps).cpu() for column in zip(*parts)))
+
+
+def last_maps(network, images):
+    """The last layer, as the network computes, with maps of more than one position."""
+    names = [name for name, _ in network.named_modules() if name]
+    with networks.evaluation(network), torch.no_grad(), networks.capture(network, names) as outputs:
+        networks.forward(network, images)
+    for name in reversed(outputs):
+        with contextlib.suppress(ValueError):
+            if networks.captured_maps(outputs, name).shape[2:].numel() > 1:
+                return name
+    raise ValueError("the network has no layer with maps: name another with --layer")
+
+
+def logits_of(network, images):
+    """The network's output for normalised images, float32 N×classes; ValueError for any other."""
+    logits = networks.forward(network, images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ValueError("the network does not return N×classes logits")
+    return logits.float()
+
+
+def moves(side):
+    """{name: [(amount as it is told, its affine transformation), …]} for images of side×side.
+
+    Amounts are those of Zeiler & Fergus (2014), figure 5: about a quarter of the side up and down,
+    1 to 1.8 times as large, all around.
+    """
+    still = {"angle": 0, "translate": [0, 0], "scale": 1, "shear": [0, 0]}
+    down = sorted({round(amount) for amount in visualize.spaced(-side / 4, side / 4, 21)})
+    return {"vertical translation / pixels": [(y, still | {"translate": [0, y]}) for y in down],
+            "scale": [(x, still | {"scale": x}) for x in visualize.spaced(1, 1.8, 17)],
+            "rotation / degrees": [(x, still | {"angle": x}) for x in range(0, 360, 10)]}
+
+
+def moved(images, affine):
+    """Normalised `images` transformed by `affine`; what comes in from outside is 0, the mean."""
+    from torchvision.transforms import v2
+
+    return v2.functional.affine(images, **affine, fill=0,
+                                interpolation=v2.InterpolationMode.BILINEAR)
+
+
+@torch.no_grad()
+def move_apart(network, layers, images, labels, amounts):
+    """How far `amounts` (see `moves`) take N normalised images from themselves.
+
+    Returns {layer: amounts×N Euclidean distances of its outputs to those for the image as it is}
+    and the probabilities of `labels`, amounts×N. Zeiler & Fergus (2014), section 4 and figure 5.
+    """
+    distances, shares = {layer: [] for layer in layers}, []
+    with networks.evaluation(network), networks.capture(network, layers) as outputs:
+        logits_of(network, images)
+        start = {layer: networks.captured_maps(outputs, layer).float() for layer in layers}
+        for _, affine in progress(amounts, "moving images"):
+            logits = logits_of(network, moved(images, affine))
+            shares.append(logits.softmax(1).gather(1, labels[:, None])[:, 0])
+            for layer in layers:
+                change = networks.captured_maps(outputs, layer).float() - start[layer]
+                distances[layer].append(change.flatten(1).norm(dim=1))
+    return {layer: torch.stack(rows).cpu() for layer, rows in distances.items()}, (
+        torch.stack(shares).cpu())
+
+
+def snapshots(run, most=8):
+    """The files with a run's weights as they were at up to `most` times, evenly chosen, in order:
+    its snapshots, or else the checkpoints that it kept."""
+    folder = visualize.folder_of(run)
+    files = sorted(folder.glob("snapshot-*.pth"), key=lambda path: (len(path.name), path.name)) or [
+        *sorted(folder.glob("step-*.pth")), *folder.glob("last.pth")]
+    if len(files) < 2:
+        raise ValueError(f"{run}: not the folder of a run with two snapshots or more (train with "
+                         f"--snapshots=1,2,5,10)")
+    count = min(most, len(files))
+    return [files[index * (len(files) - 1) // (count - 1)] for index in range(count)]
+
+
 # ---------------------------------------------------------------------------- drawing
 
 
@@ -350,6 +470,81 @@ def draw_gallery(patches, back, values, units, title):
     return visualize.image_grid(blocks, titles, min(4, len(units)), title, cell=3.2)
 
 
+def draw_occlusion(picture, found, signal, size, label, classes, names, title):
+    """A figure after figure 6 of Zeiler & Fergus (2014; 7 of the preprint), for one image.
+
+    `picture` 3×S×S, 0…1; `found` an `Occlusion` with squares of `size`; `signal` what comes back
+    of the feature map, 3×S×S; `names` of the map, for titles; `classes` name the logits.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    side, steps, colors = picture.shape[-1], len(found.activations), visualize.COLORS
+    # Cell i of a map stands for the square centred at about i·stride + stride/2.
+    extent, stride = (0, side, side, 0), side / steps
+    row, column = (int(step * stride + stride // 2) - size // 2
+                   for step in divmod(found.probabilities.argmin().item(), steps))
+    shown = picture.clone()
+    shown[:, max(row, 0):row + size, max(column, 0):column + size] = 0.5
+    numbers, ranks, counts = found.predictions.unique(return_inverse=True, return_counts=True)
+    order = counts.argsort(descending=True)  # the most frequent class has the first colour
+    ranks = order.argsort()[ranks].clamp(max=len(colors) - 1)
+    texts = [classes[number] for number in numbers[order].tolist()]
+    texts = texts if len(texts) <= len(colors) else [*texts[:len(colors) - 1], "others"]
+    figure = visualize.new_figure(17, 4.5, title)
+    panels = [
+        (shown.permute(1, 2, 0), f"the grey square, {size}×{size},\nwhere it does most", {}),
+        (found.activations, f"{names},\nsummed, by the square's position", {}),
+        (as_pictures(signal[None])[0].permute(1, 2, 0), f"{names},\nback in the pixels", {}),
+        (found.probabilities, f"probability of the {label}", {"vmin": 0}),
+        (ranks, "most likely class,\nby the square's position",
+         {"cmap": ListedColormap(colors), "vmin": 0, "vmax": len(colors) - 1})]
+    for axes, (values, text, options) in zip(figure.subplots(1, 5), panels):
+        drawn = axes.imshow(values, extent=extent, interpolation="nearest", **options)
+        axes.set_title(text, fontsize=9)
+        axes.set(xticks=(), yticks=(), anchor="N")
+        if values.ndim == 2 and values is not ranks:
+            axes.inset_axes((0.1, -0.1, 0.8, 0.04)).tick_params(labelsize=8)
+            figure.colorbar(drawn, cax=axes.child_axes[0], orientation="horizontal")
+    axes.legend(handles=[Patch(color=color, label=text) for color, text in zip(colors, texts)],
+                fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.02))
+    return figure
+
+
+def draw_invariance(rows, classes, title):
+    """A figure after figure 5 of Zeiler & Fergus (2014): a row for each of {name: (amounts,
+    pictures amounts×N×3×S×S, distances, probabilities)} (see `move_apart`); `classes` N names."""
+    from torchvision.utils import make_grid
+
+    layers = next(iter(rows.values()))[2]
+    figure = visualize.new_figure(5 + 3.4 * (len(layers) + 1), 3.1 * len(rows) + 0.5, title)
+    grid = figure.add_gridspec(len(rows), len(layers) + 2, width_ratios=[1.4, *[1] * (
+        len(layers) + 1)])
+    for row, (name, (amounts, pictures, distances, shares)) in enumerate(rows.items()):
+        axes = figure.add_subplot(grid[row, 0])
+        chosen = [index * (len(amounts) - 1) // 6 for index in range(7)]
+        strip = make_grid(pictures[chosen].transpose(0, 1).flatten(0, 1), 7, padding=1, pad_value=1)
+        axes.imshow(strip.permute(1, 2, 0), interpolation="nearest")
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks([(index + 0.5) * strip.shape[2] / 7 for index in range(7)],
+                        [f"{amounts[index]:.3g}" for index in chosen], fontsize=8)
+        axes.set_yticks([(number + 0.5) * strip.shape[1] / len(classes)
+                         for number in range(len(classes))], classes, fontsize=8)
+        for number, text in enumerate(axes.get_yticklabels()):
+            text.set_color(visualize.COLORS[number % 7])
+        axes.set_frame_on(False)
+        axes.tick_params(length=0)
+        plots = {f"{layer}: Euclidean distance": values
+                 for layer, values in distances.items()} | {"probability of the class": shares}
+        for column, (text, values) in enumerate(plots.items(), 1):
+            axes = visualize.plot(figure, (grid[row, column],), text, name)
+            for number, line in enumerate(values.T):
+                axes.plot(amounts, line, linewidth=1.4, marker=visualize.MARKERS[number % 7],
+                          markevery=4, markersize=4, color=visualize.COLORS[number % 7])
+            axes.set_ylim(0, 1.02 if values is shares else None)
+    return figure
+
+
 # ---------------------------------------------------------------------------- commands
 
 
@@ -393,11 +588,101 @@ def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
     return visualize.save_figure(figure, ckpt, f"gallery-{layer}", **flags)
 
 
-COMMANDS = {"reconstruct": reconstruct, "gallery": gallery}
+def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
+              layer: str | None = None, size: int | None = None, stride: int | None = None,
+              **flags: typing.Unpack[visualize.Flags]):
+    """Draw what a grey square that slides over a picture does to LAYER and to the prediction.
+
+    Zeiler & Fergus (2014), section 4.2. Without `--layer` the last that makes maps, of which the
+    one with the strongest response is taken.
+    """
+    network, about = visualize.open_network(ckpt, **flags)
+    picture, source = visualize.load_image(about, image, index, **flags)
+    side = about.preprocessing.image_size
+    size, stride = (max(1, side // part) if value is None else value
+                    for value, part in ((size, 4), (stride, 16)))
+    visualize.need(size=size, stride=stride)
+    images = about.preprocessing(picture, networks.device_of(network))
+    layer = layer or last_maps(network, images)
+    descent = descend(network, layer, images, watched=())
+    unit = descent.positions[0].item() // descent.activations[0, 0].numel()
+    logits = train.predict(network, picture, about.preprocessing)[0]
+    classes = about.classes or [*map(str, range(len(logits)))]
+    label, kind = logits.argmax().item(), "class predicted at first"
+    if image is None and about.classes:
+        test = train.open_test(about, flags.get("data"), flags.get("root"))
+        label, kind = test.labels[index].item(), "true class"
+    found = occlude(network, layer, picture, about.preprocessing, unit, label, size, stride)
+    figure = draw_occlusion(
+        about.preprocessing.pictures(picture)[0], found, descent.signal[0].cpu(), size,
+        f"{kind},\n{classes[label]} ({logits.softmax(0)[label]:.1%} without the square)", classes,
+        f"feature map {unit} of {layer}", f"{about.title}: {source}, behind a grey square")
+    return visualize.save_figure(figure, ckpt, "occlusion", **flags)
+
+
+def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (6,), rule: str =
+              "deconvnet", bn: str = "through", **flags: typing.Unpack[visualize.Flags]):
+    """Draw how LAYER's units came to be: of each the strongest activation over the test images,
+    back in the pixels, at each snapshot of the run CKPT (`train.py --snapshots=1,2,5,10`).
+
+    Zeiler & Fergus (2014), section 4, figure 4; beside it, the patch. `--units` as in `gallery`.
+    """
+    files, cells, titles = snapshots(ckpt), [], []
+    for file in files:
+        network, about, test = visualize.open_test(file, **flags)
+        chosen = visualize.choose_units(network, layer, about.preprocessing.image_size, units)
+        patches, back, values = top_reconstructions(
+            network, layer, test.images, about.preprocessing, chosen, 1, rule, bn)
+        gap = torch.ones(len(chosen), 3, patches.shape[3], max(1, patches.shape[4] // 12))
+        cells.append(torch.cat([back[:, 0], gap, patches[:, 0]], 3))
+        titles.append([f"epoch {about.epoch}: {value:.2g}" for value in values[:, 0]])
+    figure = visualize.image_grid(
+        [cell for row in zip(*cells) for cell in row], [text for row in zip(*titles)
+         for text in row], len(files), f"{about.model}: {layer}, {rule}, bn {bn}\nthe strongest "
+        f"activation of {len(test.labels)} test images: what comes back, and its patch", cell=1.5,
+        row_titles=[f"unit {unit}" for unit in chosen])
+    return visualize.save_figure(figure, ckpt, f"evolution-{layer}", **flags)
+
+
+def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] = (),
+               **flags: typing.Unpack[visualize.Flags]):
+    """Draw how COUNT test images move away from themselves in LAYERS, and what becomes of their
+    class, as they are moved, scaled and turned. Zeiler & Fergus (2014), section 4, figure 5.
+
+    Without `--layers`, the first and the last of the network.
+    """
+    visualize.need(count=count)
+    network, about, test = visualize.open_test(ckpt, **flags)
+    children = [name for name, _ in network.named_children()]
+    layers = visualize.listed(layers) or tuple(dict.fromkeys([children[0], children[-1]]))
+    test = subset(test, count, seed=0)
+    images = about.preprocessing(test.images, networks.device_of(network))
+    with torch.no_grad():
+        labels = logits_of(network, images).argmax(1)
+    if about.classes:
+        labels = test.labels.to(labels.device)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (
+        about.preprocessing.mean, about.preprocessing.std))
+    rows = {}
+    for name, amounts in moves(about.preprocessing.image_size).items():
+        pictures = torch.stack([moved(images, affine).cpu() * std + mean for _, affine in amounts])
+        rows[name] = ([amount for amount, _ in amounts], pictures.clamp(0, 1),
+                      *move_apart(network, layers, images, labels, amounts))
+    names = [about.classes[label] if about.classes else f"class {label}" for label in labels]
+    kind = "" if about.classes else ", which was predicted at first"
+    title = (f"{about.title}: distance of features to those of the image as it is, and probability "
+             f"of the class{kind}")
+    return visualize.save_figure(draw_invariance(rows, names, title), ckpt, "invariance", **flags)
+
+
+COMMANDS = {"reconstruct": reconstruct, "gallery": gallery, "occlusion": occlusion,
+            "evolution": evolution, "invariance": invariance}
 MEANINGS = visualize.MEANINGS | {
     "unit": "strongest, all, or the number of a feature map or neuron",
     "rule": f"what a rectifier passes on: {' | '.join(RULES)}",
     "bn": "batch norms: through | skip, or both (reconstruct)",
+    "size": "side of the grey square in pixels; none: a quarter of the image's",
+    "stride": "pixels from one square to the next; none: a sixteenth of the image's side",
 }
 
 if __name__ == "__main__":

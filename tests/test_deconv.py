@@ -1,5 +1,6 @@
 """The deconvnet against answers worked out by hand or by other means."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -11,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import deconv
 import network
+import train
 import visualize
-from data import Preprocessing, command_line
+from data import SHAPES, Preprocessing, command_line
 
 
 def images(count=2, size=8):
@@ -381,6 +383,103 @@ def test_gallery_starts_where_the_unit_was_strongest():
     torch.testing.assert_close(built(x).view(2, 4, 4)[[0, 1], :, [2, 3]], values)
 
 
+class OnePixel(nn.Module):
+    """Looks at the red of row 5, column 2 alone: a map that holds it, and logits (its value, 0)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1, bias=False)
+        self.conv.weight.data = torch.tensor([[0.0, 0, 0], [1, 0, 0]])[:, :, None, None]
+
+    def forward(self, x):
+        """N×3×H×W to N×2."""
+        value = self.conv(x)[:, 1, 5, 2]
+        return torch.stack([value, torch.zeros_like(value)], 1)
+
+
+def test_occlusion_of_a_network_that_looks_at_one_pixel():
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    image[0, 0, 5, 2] = 255
+    # As normalised, white is 2, black −2 and 128 of 255 is 4·128/255 − 2.
+    preprocessing, grey = Preprocessing(8, (0.5,) * 3, (0.25,) * 3), 4 * 128 / 255 - 2
+    found = deconv.occlude(OnePixel(), "conv", image, preprocessing, 1, 0, size=3, stride=1)
+    covers = torch.zeros(8, 8, dtype=torch.bool)
+    covers[4:7, 1:4] = True  # centres of 3×3 squares with the pixel in them
+    expected = torch.where(covers, torch.tensor(grey), torch.tensor(2.0)).sigmoid()
+    torch.testing.assert_close(found.probabilities, expected)
+    assert found.predictions.tolist() == torch.zeros(8, 8).long().tolist()  # grey is above 0
+    for (row, column), covered in {(0, 0): 4, (3, 5): 9, (5, 2): 9, (7, 3): 6}.items():
+        hit = covers[row, column].item()
+        total = 2 - 2 * 63 + covered * (grey + 2) + hit * (-2 - 2)
+        assert found.activations[row, column].item() == pytest.approx(total, abs=1e-4)
+    # Even squares and wider steps: the centres 1, 3, 5, 7 of squares [−1, 3), [1, 5), [3, 7), …
+    found = deconv.occlude(OnePixel(), "conv", image, preprocessing, 1, 0, size=4, stride=2)
+    assert (found.probabilities < 0.6).nonzero().tolist() == [[2, 0], [2, 1], [3, 0], [3, 1]]
+
+
+def test_features_of_moved_images_by_hand():
+    x = torch.zeros(1, 3, 8, 8)
+    x[0, 0, 5, 2] = 2
+    moves = deconv.moves(8)["vertical translation / pixels"]
+    assert [amount for amount, _ in moves] == [-2, -1, 0, 1, 2]
+    distances, shares = deconv.move_apart(OnePixel(), ["conv"], x, torch.tensor([1]), moves)
+    # The pixel's value is at another place of the map: two differences of 2.
+    expected = torch.tensor([8.0, 8, 0, 8, 8]).sqrt()[:, None]
+    torch.testing.assert_close(distances["conv"], expected)
+    torch.testing.assert_close(shares[:, 0], torch.tensor([0.0, 0, -2, 0, 0]).sigmoid())
+    turned = deconv.moved(x, deconv.moves(8)["rotation / degrees"][18][1])  # 180°
+    torch.testing.assert_close(turned, x.flip(2, 3), atol=1e-4, rtol=0)
+    large = deconv.moved(torch.ones(1, 3, 8, 8), deconv.moves(8)["scale"][-1][1])
+    torch.testing.assert_close(large, torch.ones(1, 3, 8, 8))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with snapshots of an untrained LeNet, in which one filter comes to be."""
+    folder, lenet = tmp_path / "runs" / "lenet", network.build("lenet")
+    folder.mkdir(parents=True)
+    config = train.Config.create(model="lenet", data="shapes", limit=40, name="lenet")
+    lenet.conv1[0].weight.data[0] = 0
+    lenet.conv1[0].bias.data[0] = 0
+    for epoch in (1, 2, 10):
+        network.save(folder / f"snapshot-{epoch:04}.pth", {
+            "model": "lenet", "options": {}, "classes": list(SHAPES), "image_size": 32,
+            "mean": [0.5] * 3, "std": [0.25] * 3, "weights": lenet.state_dict(),
+            "settings": dataclasses.asdict(config), "epoch": epoch, "step": epoch})
+        lenet.conv1[0].weight.data[0, 0] += 1
+    (folder / "last.pth").write_bytes((folder / "snapshot-0010.pth").read_bytes())
+    return folder
+
+
+def test_the_papers_figures_of_a_run(run, monkeypatch, capsys):
+    monkeypatch.setattr(visualize, "DPI", 30)
+    figure = deconv.evolution(str(run), "conv1", units=(0, 3), device="cpu")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts[0] == "epoch 1: 0" and texts[1].startswith("epoch 2: ")
+    assert texts[2].startswith("epoch 10: ") and len(texts) == 6
+    assert float(texts[2].split()[-1]) == pytest.approx(2 * float(texts[1].split()[-1]), rel=0.1)
+    figure = deconv.occlusion(str(run), index=1, device="cpu")
+    assert "true class" in figure.axes[3].get_title() and "conv2" in figure.axes[1].get_title()
+    figure = deconv.invariance(str(run), 2, device="cpu")
+    assert [axes.get_title() for axes in figure.axes[1:4]] == [
+        "conv1: Euclidean distance", "fc: Euclidean distance", "probability of the class"]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="two snapshots or more"):
+        deconv.evolution(str(run / "last.pth.none"), "conv1")
+
+
+def test_snapshots_are_chosen_evenly_in_the_order_of_training(tmp_path):
+    for number in (1, 2, 5, 10, 20, 100, 1000):
+        (tmp_path / f"snapshot-{number}.pth").touch()
+    (tmp_path / "last.pth").touch()
+    names = [path.name[9:-4] for path in deconv.snapshots(tmp_path, most=4)]
+    assert names == ["1", "5", "20", "1000"]
+    for path in tmp_path.glob("snapshot-*"):
+        path.rename(tmp_path / f"step-{int(path.name[9:-4]):09}.pth")
+    names = [path.name for path in deconv.snapshots(tmp_path, most=2)]
+    assert names == ["step-000000001.pth", "last.pth"]
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A folder with a module of networks, a picture, a data set, and no cached weights."""
@@ -390,7 +489,10 @@ def elsewhere(tmp_path, monkeypatch):
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n"
         "def tiny():\n"
-        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())\n")
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())\n"
+        "def grey():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.Flatten(),\n"
+        "                         nn.Linear(196, 5)).half()\n")
     for name in ("train/a/1.png", "test/a/1.png", "test/a/2.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8)
@@ -402,10 +504,13 @@ def test_commands_write_their_figures(elsewhere, capsys):
     common = {"network": "nets:tiny", "image_size": 16, "device": "cpu"}
     figures = [
         deconv.reconstruct(layers=("0", "2"), image="test/a/1.png", bn="both", **common),
-        deconv.gallery(layer="2", units=2, top=2, data=".", root="cache", out="g.svg", **common)]
+        deconv.gallery(layer="2", units=2, top=2, data=".", root="cache", out="g.svg", **common),
+        deconv.occlusion(image="test/a/1.png", network="nets:grey", image_size=16, device="cpu"),
+        deconv.invariance(count=2, network="nets:grey", image_size=16, device="cpu", data=".")]
     assert capsys.readouterr().out == ""
     paths = [str(figure.path) for figure in figures]
-    assert paths == ["runs/figures/reconstruct-0-2-bn-both.png", "g.svg"]
+    assert paths == ["runs/figures/reconstruct-0-2-bn-both.png", "g.svg",
+                     "runs/figures/occlusion.png", "runs/figures/invariance.png"]
     assert all((elsewhere / path).stat().st_size > 10_000 for path in paths)
 
 
