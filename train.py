@@ -215,12 +215,14 @@ _THIN_RESNET = {"epochs": 160, "lr": 0.1, "warmup_epochs": 2.0, "nesterov": True
 RECIPES = {
     "lenet": {"epochs": 20, "lr": 0.05, "augment": ("flip",)},
     **dict.fromkeys(("lenet5_color", "simple_cnn", "trial_3conv", "trial_4conv",
-                     "trial_4conv_late_pool", "convnet", "convnet_large"), _CLASSIC),
+                     "trial_4conv_late_pool", "convnet_large"), _CLASSIC),
+    "convnet": {"epochs": 12, "optimizer": "muon", "lr": 0.1, "momentum": 0.6, "weight_decay": 0.0,
+                "schedule": "linear", "warmup_epochs": 0.0, "augment": ("flip",)},
     **dict.fromkeys(("vgg16_1x1", "vgg_a", "vgg11", "vgg13", "vgg16", "vgg19"), _VGG),
     **dict.fromkeys(("vgg_a_bn", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"), _VGG_BN),
     **dict.fromkeys(("resnet18", "resnet34", "resnet50"), _RESNET),
     **dict.fromkeys(("resnet20", "resnet56"), _THIN_RESNET),
-    "speednet": {"epochs": 18, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
+    "speednet": {"epochs": 23, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
                  "momentum": 0.6, "weight_decay": 0.0, "schedule": "linear", "warmup_epochs": 0.0,
                  "label_smoothing": 0.2, "augment": ("alternating_flip", "crop"), "early_size": 24,
                  "early_share": 0.55, "uncropped_epochs": 2, "val": 0, "tta": "full"},
@@ -235,8 +237,14 @@ RENAMED = {"early": "early_share", "uncropped": "uncropped_epochs", "warmup": "w
 
 
 def parse_flags(flags):
-    """Settings as values of their declared types, from flags as text."""
+    """Settings as values of their declared types, from flags as text.
+
+    Flags in the environment variable TRAIN_FLAGS are added to them and win: with
+    TRAIN_FLAGS="--limit=512 --epochs=2" any training command is a quick trial.
+    """
     kinds = typing.get_type_hints(Config)
+    flags = {**flags, **dict(word.removeprefix("--").split("=", 1)
+                             for word in shlex.split(os.environ.get("TRAIN_FLAGS", "")))}
     model = flags.get("model", Config.model)
     kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
     if "options" in flags:

@@ -98,6 +98,12 @@ def test_every_network_has_a_recipe(model):
     train.Config.create(model)
 
 
+def test_flags_of_the_environment_are_added_and_win(monkeypatch):
+    monkeypatch.setenv("TRAIN_FLAGS", "--data=shapes --epochs=2")
+    assert train.parse_flags({"epochs": "30", "lr": "0.1"}) == {
+        "epochs": 2, "lr": 0.1, "data": "shapes"}
+
+
 def test_score_by_hand():
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
     result = train.score(logits, torch.tensor([0, 0, 1]), 2)
