@@ -27,6 +27,7 @@ from data import Table, generator, text_of, write_atomically
 from lab import reproduce
 from lab.reproduce import duration
 
+PAGES = ("report.html", "report.md")
 WRITTEN_BY = "<!-- Written by python -m lab report -->"
 MAIN_SETTINGS = ("model", "data", "image_size", "epochs", "batch_size", "optimizer", "lr", "seed")
 
@@ -39,11 +40,14 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     to the run's folder, to RUNS/WHAT, or to OUT. `--data` and `--root` say where a run's images
     are if they have moved.
     """
+    folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
+    for name in PAGES:
+        reproduce.check_ours(folder / name, WRITTEN_BY)  # before any work is done
     if Path(what).is_dir():
         given = {"data": data, "root": root, "device": device}
-        return report_of_run(Path(what), Path(out or what),
+        return report_of_run(Path(what), folder,
                              {name: value for name, value in given.items() if value is not None})
-    return report_of_lab(what, runs, Path(out or Path(runs, what)))
+    return report_of_lab(what, runs, folder)
 
 
 # ---------------------------------------------------------------------------- any report
@@ -53,7 +57,7 @@ def write_report(folder, template, **content):
     """Write `template` with its `content` as report.html and report.md; return their paths."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    paths = [folder / "report.html", folder / "report.md"]
+    paths = [folder / name for name in PAGES]
     for path in paths:
         pages = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True,
                             lstrip_blocks=True, undefined=StrictUndefined,
@@ -81,13 +85,15 @@ def keep_figures(folder, name, *figures):
     return paths
 
 
-def arranged(figure, axes, width, height):
-    """`figure` at width×height inches with `axes` alone, one below the other: on a page of a phone
-    too, its text can be read."""
+def arranged(figure, axes, width, height, columns=1):
+    """`figure` at width×height inches with `axes` alone, in so many columns: narrow enough for the
+    page of a phone to show its text."""
     for one in {*figure.axes} - {*axes}:
         one.remove()
-    for one, cell in zip(axes, figure.add_gridspec(len(axes), 1)):
-        one.set_subplotspec(cell)
+    cells = figure.add_gridspec(-(-len(axes) // columns), columns)
+    for index, one in enumerate(axes):
+        one.set_subplotspec(cells[divmod(index, columns)])
+        one.title.set_fontsize(8)
     figure.set_size_inches(width, height)
     return figure
 
@@ -150,21 +156,29 @@ def report_of_run(run, folder, given):
     test, config = dataset.test, train.read_config(run / "config.json")
     logits = train.predict(network, test.images, description.preprocessing,
                            bar=f"predicting {len(test.labels)} images")
-    right, name = logits.argmax(1) == test.labels, Path(dataset.name).name
-    matrix = visualize.confusion_matrix(test.labels, logits.argmax(1), len(dataset.classes))
-    first = right.int().argmax().item()  # the first image that is classified correctly
+    guesses, name = logits.argmax(1), Path(dataset.name).name
+    right = guesses == test.labels
+    matrix = visualize.confusion_matrix(test.labels, guesses, len(dataset.classes))
+    shown = [verdict.int().argmax().item() for verdict in (right, ~right) if verdict.any()]
     size = description.preprocessing.image_size
     layers = layers_to_show(network, size)
-    figures = {"curves": draw_curves([run]), "confusion": [draw_confusion(matrix, dataset.classes)],
+    *bins, calibration_error = visualize.calibration(logits, test.labels)
+    figures = {"curves": draw_curves([run]),
+               "confusion": [draw_confusion(matrix, dataset.classes)],
+               "reliability": [visualize.draw_reliability(*bins, "")],
                **draw_predictions(test, description, logits, right),
-               **draw_inside(run, folder, layers, first, given),
+               **draw_commands(run, folder, layers, shown, given),
                "gallery": draw_gallery(network, layers[-1], test, description)}
     hardware = {"device": result["device"], "time": duration(result["seconds"]),
                 **result["versions"], "commit": result["commit"] or "unknown"}
     return write_report(
         folder, "run.j2", config=config, name=name, result=result, dataset=dataset,
         description=description, right=right.sum().item(), layers=layers,
-        image=f"test image {first} ({description.classes[test.labels[first]]})",
+        shown=[f"test image {index} ({description.classes[test.labels[index]]}"
+               + (")" if right[index] else f", taken for {description.classes[guesses[index]]})")
+               for index in shown],
+        top5=(logits.topk(5).indices == test.labels[:, None]).sum().item() / len(right)
+        if len(dataset.classes) > 10 else None, calibration_error=calibration_error,
         figures={key: keep_figures(folder, key, *drawn) for key, drawn in figures.items()},
         settings=settings_tables(config, name, size), structure=structure_table(network, size),
         per_class=per_class_table(matrix, dataset.classes),
@@ -211,19 +225,25 @@ def draw_predictions(test, description, logits, right):
     return {name: figures for name, figures in drawn.items() if figures}
 
 
-def draw_inside(run, folder, layers, index, given):
-    """{name: figures}: filters, and what test image `index` excites, drawn by their commands."""
-    first, last = layers[0], layers[-1]
-    calls = {"filters": (visualize.filters, {"layer": first}),
-             "reconstruct": (deconv.reconstruct, {"layers": layers, "index": index}),
-             **{f"features-{layer}": (visualize.features, {
-                 "layers": (layer,), "maps": 15, "index": index}) for layer in (first, last)}}
-    drawn = {}
-    for name, (command, flags) in calls.items():
-        made = command(str(run), out=str(folder / "figures" / f"report-{name}.png"), **flags,
-                       **given)
-        drawn[name] = made if isinstance(made, list) else [made]
-    drawn["reconstruct"][0].set_size_inches(5.4, 1.9 * len(layers))
+def draw_commands(run, folder, layers, shown, given):
+    """{name: figures} that commands draw: filters, what the first test image of `shown` excites,
+    and why all of these are taken for what they are."""
+    def draw(name, command, **flags):
+        figure = command(str(run), out=str(folder / "figures" / f"report-{name}.png"), **flags,
+                         **given)
+        return figure[0] if isinstance(figure, list) else figure
+
+    ends, first = dict.fromkeys((layers[0], layers[-1])), shown[0]
+    drawn = {f"features-{layer}": [draw(f"features-{layer}", visualize.features, layers=(layer,),
+                                        maps=15, index=first)] for layer in ends}
+    drawn["filters"] = [draw("filters", visualize.filters, layer=layers[0])]
+    back = draw("reconstruct", deconv.reconstruct, layers=layers, index=first)
+    drawn["reconstruct"] = [arranged(back, back.axes, 5.4, 1.9 * len(layers), 3)]
+    drawn["where"] = [draw("where", visualize.where, index=index) for index in shown]
+    for figure in drawn["where"]:
+        figure.set_size_inches(4.2, 2.4)
+    hidden = [draw("occlusion", deconv.occlusion, index=index) for index in shown]
+    drawn["occlusion"] = [arranged(figure, figure.axes, 4.4, 7.2, 2) for figure in hidden]
     return drawn
 
 

@@ -292,7 +292,7 @@ def test_the_report_of_a_run_has_every_section_and_needs_no_other_file(finished,
     assert paths == [tmp_path / "report" / "report.html", tmp_path / "report" / "report.md"]
     assert not capsys.readouterr().out
     parsed, page, text = read_report(tmp_path / "report")
-    assert parsed.headings == ["Result", "Predictions", "Inside the network", "Structure",
+    assert parsed.headings == ["Result", "Predictions", "Why", "Inside the network", "Structure",
                                "Images and settings",
                                "Hardware, versions, and how to make it again"]
     assert len(parsed.links) >= 10 and "of 40 test images of shapes correctly" in page
