@@ -4,13 +4,14 @@ import sys
 
 from data import command_line
 from lab.benchmark import benchmark
+from lab.gpu import gpu
 from lab.report import report
 from lab.reproduce import reproduce, results
 from lab.sweep import sweep
 from train import settings_flags
 
 COMMANDS = {command.__name__: command for command in (
-    reproduce, report, results, sweep, benchmark)}
+    reproduce, report, results, sweep, benchmark, gpu)}
 MEANINGS = {flag: meaning for flag, _, meaning in settings_flags([])} | {
     "what": "an id such as 4.11, id/run, a report's name, or all; report: a run's folder too",
     "seeds": "runs of each kind, with seeds 0, 1, …",
@@ -19,6 +20,8 @@ MEANINGS = {flag: meaning for flag, _, meaning in settings_flags([])} | {
     "results": "CSV file that keeps what was measured",
     "path": "CSV file of measured results; none: the lab's results.csv",
     "readme": "Markdown file with the two markers of the table",
+    "models": "networks that are measured",
+    "tests": "run the tests of training on the device too",
     "rounds": "how often each way is measured",
     "seconds": "how long each time takes, about"}
 

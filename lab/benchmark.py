@@ -16,7 +16,7 @@ from network import image_size_of, multiply_adds
 def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
               batch_size: int = 128, augment: tuple[str, ...] = ("flip", "crop"),
               rounds: int = 5, seconds: float = 2.0, device: str = "auto",
-              precision: str = "auto"):
+              precision: str = "auto", compile: bool = False):
     """Compare this package's training loop with what bounds it and with the usual pipeline.
 
     In one process, in turn, ROUNDS times about SECONDS each: (a) the training loop as it is, with
@@ -31,7 +31,7 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
     chosen = train.choose_device(device)
     config = train.Config.create(
         model, data=data, root=root, batch_size=batch_size, augment=augment, epochs=1, val=0,
-        precision=precision, device=device, save_minutes=1e6,
+        precision=precision, device=device, compile=compile, save_minutes=1e6,
         lr=1e-4)  # so low that no network diverges over the rounds
     train.make_repeatable(config, chosen)  # and as quick as in training
     dataset = load(data, root, image_size_of(model), val=0)

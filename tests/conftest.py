@@ -1,9 +1,14 @@
+import dataclasses
+
 import pytest
 import torch
+
+import train
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
+    parser.addoption("--device", default="cpu", help="what runs train on: cpu, cuda or mps")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -20,3 +25,15 @@ def pytest_configure():
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(request, monkeypatch):
+    """What trains on `auto` trains on `--device`, the same again each time."""
+    device, choose, repeat = (request.config.getoption("--device"), train.choose_device,
+                              train.make_repeatable)
+    monkeypatch.setattr(train, "choose_device",
+                        lambda name="auto": choose(device if name == "auto" else name))
+    if device != "cpu":
+        monkeypatch.setattr(train, "make_repeatable", lambda config, chosen: repeat(
+            dataclasses.replace(config, deterministic=True), chosen))

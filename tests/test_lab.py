@@ -20,6 +20,7 @@ import train
 import visualize
 from lab import __main__ as lab_module
 from lab import benchmark, report, reproduce, sweep
+from lab import gpu as lab_gpu
 from lab.__main__ import COMMANDS, MEANINGS
 
 ROOT = Path(__file__).parent.parent
@@ -526,3 +527,39 @@ def test_two_sweeps_share_a_grid(tmp_path):
     assert [sweep.returncode for sweep in sweeps] == [0, 0]
     assert "".join(printed).count("nothing to resume; starting") == 3
     assert "".join(printed).count("resuming at") == 0
+
+
+# ---------------------------------------------------------------------------- on a GPU
+
+
+def test_gpu_tells_all_it_tried_and_what_failed(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(lab_gpu, "killed", lambda base, out: f"the same weights on {base}")
+    monkeypatch.setattr(lab_gpu, "speednet", fails)
+    monkeypatch.setattr(lab_gpu, "run_tests", lambda device: f"1 passed on {device}")
+    text = lab_gpu.gpu("cpu", models=("lenet",), rounds=1, seconds=0.01)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [row[0][2:] for row in rows] == [
+        "killed and resumed, bit for bit", "tests on the device", "speednet, seed 0",
+        "speednet, seed 1", "lenet, fp32", "lenet, bf16"]
+    assert rows[1][1] == "1 passed on cpu"
+    assert rows[2][1] == "FAILED: RuntimeError: out of memory"
+    assert re.match(r"images/s: a \d+, b \d+, c \d+; a/b", rows[4][1])
+
+
+def test_gpu_without_one_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(train, "choose_device", lambda _name: torch.device("cpu"))
+    with pytest.raises(SystemExit) as left:
+        lab("gpu")
+    told = capsys.readouterr()
+    assert left.value.code == 2 and told.err.count("\n") == 1 and "no GPU" in told.err
+    assert told.out == ""
+
+
+@pytest.mark.slow
+def test_gpu_rehearsed_on_the_cpu():
+    text = lab_gpu.gpu("cpu", "shapes", models=(), limit=256, epochs=1, tests=False)
+    assert "the same weights (killed after step" in text and text.count("% with tta") == 2
+    assert "FAILED" not in text

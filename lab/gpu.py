@@ -1,0 +1,112 @@
+"""All that has to be seen on a real GPU once, in one command, within ten minutes."""
+
+import contextlib
+import dataclasses
+import itertools
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import network as networks
+import train
+from data import Table
+from lab.benchmark import benchmark
+
+ROOT = Path(__file__).parent.parent
+
+
+def gpu(device: str = "auto", data: str = "cifar10", root: str = "data",
+        models: tuple[str, ...] = ("lenet", "convnet", "resnet18"), rounds: int = 3,
+        seconds: float = 1.0, epochs: int | None = None, limit: int | None = None,
+        tests: bool = True):
+    """Try this package on the GPU of this machine: a summary in Markdown.
+
+    The tests of training, on the device; `benchmark` of MODELS in fp32 and bf16, with and without
+    torch.compile; a run killed by SIGKILL and resumed, which must end in the very weights of an
+    undisturbed one (--deterministic); and speednet with two seeds. What fails is told in the
+    summary, and the rest goes on. `--device=cpu`, with few epochs and images, is a rehearsal.
+    """
+    chosen = train.choose_device(device)
+    if device == "auto" and chosen.type == "cpu":
+        raise ValueError("device=auto: there is no GPU on this machine (a rehearsal: --device=cpu "
+                         "--data=shapes --limit=256 --epochs=1 --models=lenet)")
+    base = {"device": chosen.type, "root": root, "limit": limit}
+    rows = []
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
+        attempts = {"killed and resumed, bit for bit": lambda: killed(base, Path(out))}
+        if tests:
+            attempts["tests on the device"] = lambda: run_tests(chosen.type)
+        for seed in (0, 1):
+            attempts[f"speednet, seed {seed}"] = lambda seed=seed: speednet(
+                base, data, epochs, seed, out)
+        # Nothing is compiled in a rehearsal: it may have no compiler, and has no time.
+        for model, precision, compiled in itertools.product(
+                models, ("fp32", "bf16"), (False, True) if chosen.type != "cpu" else (False,)):
+            name = f"{model}, {precision}{', compiled' * compiled}"
+            attempts[name] = bench(model, precision, compiled, rounds, seconds, chosen.type)
+        for name, attempt in attempts.items():
+            started = time.perf_counter()
+            try:
+                found = attempt()
+            except (Exception, SystemExit) as error:  # told, and the rest is tried
+                found = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            rows.append((name, found, f"{time.perf_counter() - started:.0f}"))
+    about = train.environment(torch.nn.Linear(1, 1, device=chosen))
+    title = (f"{about['device']}, torch {about['versions']['torch']}, commit {about['commit']}, "
+             f"{sum(int(row[2]) for row in rows) / 60:.1f} minutes")
+    return f"{title}\n\n{Table(('what', 'found', 'seconds'), rows).markdown()}"
+
+
+def bench(model, precision, compiled, rounds, seconds, device):
+    """A function that measures the training loop of `model` and tells images/s and ratios."""
+    def measure():
+        table, ratios = benchmark(model, rounds=rounds, seconds=seconds, device=device,
+                                  precision=precision, compile=compiled)
+        rates = ", ".join(f"{row[0][0]} {row[1]}" for row in table.rows[:3])
+        return f"images/s: {rates}; {ratios}"
+    return measure
+
+
+def run_tests(device):
+    """The last line of pytest's report on the tests of training, on the device."""
+    done = subprocess.run([sys.executable, "-m", "pytest", f"--device={device}", "--no-header",
+                           "tests/test_train.py", "tests/test_devices.py"], cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    return "; ".join([*failed, (done.stdout.splitlines() or [done.stderr])[-1]])
+
+
+def killed(base, out):
+    """Whether a run killed by SIGKILL in its second epoch and resumed ends in the weights of a
+    whole one."""
+    config = train.Config.create(
+        "speednet", **{**base, "limit": min(base["limit"] or 4096, 4096)}, data="shapes",
+        batch_size=64, epochs=3, save_minutes=0.0, deterministic=True, out=str(out), name="cut")
+    words = shlex.split(train.command_of(config))[2:]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words],
+                               stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(train.read_rows(config.folder)) < 1:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = networks.read(config.folder / "last.pth")["step"]
+    train.train(config, resume=True)
+    train.train(dataclasses.replace(config, name="whole"))
+    one, two = (networks.read(out / name / "last.pth")["weights"] for name in ("cut", "whole"))
+    same = all(torch.equal(one[name], two[name]) for name in two)
+    return f"{'the same weights' if same else 'FAILED: OTHER WEIGHTS'} (killed after step {step})"
+
+
+def speednet(base, data, epochs, seed, out):
+    """Accuracies and seconds of speednet's recipe with `seed`."""
+    short = {} if epochs is None else {"epochs": epochs}
+    result = train.train(train.Config.create("speednet", **base, **short, data=data, seed=seed,
+                                             out=out, name=f"speednet-{seed}"))
+    return (f"{result['test/accuracy']:.2%}, {result['test/accuracy_tta']:.2%} with tta, "
+            f"{result['seconds']:.1f} s of training, {result['epochs']} epochs")
