@@ -8,6 +8,7 @@ docs/results.md shows both.
 """
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -166,6 +167,7 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
     named or `--limit` makes it small. `--data`, `--root`, `--limit`, `--epochs` and `--precision`
     take the place of what the entries say; `--seeds` repeats every run. Ends in a table of reported
     and measured accuracies; `--results=FILE` keeps each of them in a CSV file once it is known.
+    Where a run or a figure fails, the others go on, and the end is an error.
     """
     if what is None:
         return costs()
@@ -174,7 +176,7 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
     given = {"data": data, "root": root, "limit": limit, "epochs": epochs, "precision": precision}
     given = {name: value for name, value in given.items() if value is not None}
     able = limit is not None or train.choose_device().type == "cuda"
-    rows, kept = [], Path(results) if results else None
+    rows, failed, kept = [], {}, Path(results) if results else None
     if kept and kept.exists():
         read_results(kept)  # complains of another table before anything is trained
     for experiment in choose(what):
@@ -183,17 +185,33 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
             if run.gpu and not able:
                 rows += claims(run)
                 continue
-            measured = compare(run, [perform(run, given, out, seed) for seed in range(seeds)])
+            measured = claims(run, "failed")
+            with noted(failed, f"{experiment.id}/{run.name}"):
+                measured = compare(run, [perform(run, given, out, seed) for seed in range(seeds)])
+                if kept:
+                    keep_results(kept, measured)
             rows += measured
-            if kept:
-                keep_results(kept, measured)
         for figure in experiment.figures:
-            if not able and any(run.gpu for run in figure.runs.values()):
-                continue
-            for run in figure.runs.values():  # of other experiments: made if missing
-                perform(run, given, out)
-            draw(figure, given, out)
-    return comparison(rows, ON_SCREEN) if rows else None
+            if able or not any(run.gpu for run in figure.runs.values()):
+                with noted(failed, " ".join(figure.filled(out)[1:])):
+                    for run in figure.runs.values():  # of other experiments: made if missing
+                        perform(run, given, out)
+                    draw(figure, given, out)
+    table = comparison(rows, ON_SCREEN) if rows else None
+    if failed:
+        show(table)
+        raise ValueError(f"{len(failed)} failed. " + "; ".join(
+            f"{name}: {error}" for name, error in failed.items()))
+    return table
+
+
+@contextlib.contextmanager
+def noted(failed, name):
+    """A context whose errors become `failed[name]`: what comes after it goes on."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failed[name] = error
 
 
 def perform(run, given, out, seed=0):

@@ -224,6 +224,28 @@ def test_an_experiment_is_run_drawn_and_reported_in_a_folder_with_a_space(tmp_pa
     assert "python visualize.py curves runs/reproduce/4.1-base\n" in text
 
 
+def test_experiments_go_on_where_a_run_or_a_figure_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(visualize, "draw_curves", lambda *_: ValueError("no curves"))
+    def perform(run, *_):
+        if run.name == "fc200_50":
+            raise ValueError("the loss is not\nfinite")
+        return made[run.name]
+
+    config = train.Config.create(model="simple_cnn", data="shapes")
+    made = {name: {"settings": dataclasses.asdict(config), "device": "cpu", "commit": None,
+                   "seconds": 1.0, "epochs": 1, "test/accuracy": 0.5, "train/accuracy": 0.5}
+            for name in ("lenet5_color", "base")}
+    monkeypatch.setattr(reproduce, "perform", perform)
+    monkeypatch.setattr(reproduce, "choose", lambda _what: [
+        reproduce.book().experiments[name] for name in ("4.7", "4.8")])
+    with pytest.raises(SystemExit, match="2"):
+        lab("reproduce", "x", f"--out={tmp_path}")
+    printed, error = capsys.readouterr()
+    assert re.search(r"4\.7 .* failed +│", printed) and re.search(r"4\.8 .* 50\.00 +│", printed)
+    assert error.startswith("error: 3 failed. 4.7/fc200_50: the loss is not finite; vis")
+    assert error.count("\n") == 1
+
+
 def test_a_figure_without_a_run_is_told_the_data_and_where_to_go(tmp_path, capsys):
     lab("reproduce", "2.1", "--data=shapes", f"--out={tmp_path}")
     assert "2.1-samples" in capsys.readouterr().out
