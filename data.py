@@ -13,6 +13,7 @@ on (seed, epoch, step) alone.
 import collections
 import contextlib
 import csv
+import difflib
 import errno
 import functools
 import hashlib
@@ -28,6 +29,7 @@ import re
 import shutil
 import stat
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -487,7 +489,7 @@ def _decode(items, image_size, skip_bad, title, enlarge):
         except OSError as error:
             if skip_bad:
                 return error
-            raise BadImage(f"{error} (skip_bad leaves such files out)") from error
+            raise BadImage(f"{error}; `skip_bad` leaves such files out") from error
 
     threads, first, bad = os.cpu_count() or 1, None, []
     images = ahead(read, items, threads, 4 * threads)
@@ -1027,6 +1029,12 @@ def write_atomically(path, content, older=None):
             partial_file.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error.strerror}); "
                       f"the file before it, if any, is unchanged") from error
+    with contextlib.suppress(OSError):  # only now the new name is on the disk; not all systems can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -1054,9 +1062,25 @@ def read_text(path, most=1 << 24, errors="strict"):
 def read_json(path, meaning):
     """`meaning` of what a JSON file holds; ValueError or OSError name what is wrong with it."""
     try:
-        return meaning(json.loads(read_text(path)))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        content = json.loads(read_text(path))
+        if nested(content):
+            raise ValueError("nested too deeply")
+        return meaning(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def nested(value, depth=20, most=100_000):
+    """Whether lists and dictionaries stand in each other deeper than `depth`, or hold more than
+    `most` things at one depth: what walks through them would not come back."""
+    level = [value]
+    for _ in range(depth):
+        parts = (part.values() if isinstance(part, dict) else part for part in level
+                 if isinstance(part, (dict, list, tuple)))
+        level = [*itertools.islice(itertools.chain.from_iterable(parts), most)]
+        if not level:
+            return False
+    return True
 
 
 @contextlib.contextmanager
@@ -1065,24 +1089,37 @@ def lock(folder):
 
     A folder in which nothing was done does not remain.
     """
-    from filelock import FileLock, Timeout
-
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        raise Busy(f"{folder}: another process is training this run") from None
-    try:
-        yield
-    finally:
-        if [path.name for path in folder.iterdir()] == [".lock"]:
-            (folder / ".lock").unlink()
-            with contextlib.suppress(OSError):  # not empty: of use to somebody else
-                for path in new:
-                    path.rmdir()
-        held.release()
+    with open(folder / ".lock", "ab") as file:
+        try:
+            lock_file(file)
+        except (BlockingIOError, PermissionError):
+            raise Busy(f"{folder}: another process is training this run") from None
+        except OSError as error:
+            print(f"{folder}: nothing keeps other processes from this run, since its file system "
+                  f"has no locks ({error.strerror})", file=sys.stderr)
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                with contextlib.suppress(OSError):  # not empty: of use to somebody else
+                    for path in new:
+                        path.rmdir()
+
+
+def lock_file(file):
+    """Lock an open file until it is closed; BlockingIOError or PermissionError when another process
+    has it, another OSError where there are no locks."""
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Busy(ValueError):
@@ -1134,15 +1171,40 @@ class Table:
     title: str | None = None
 
     def print(self):
-        """Show it on the screen."""
-        from rich.console import Console
-        from rich.markup import escape
+        """Show it on the screen: columns of text wrap at words, and where even the longest words do
+        not fit side by side, the columns come in blocks, each with the first column."""
         from rich.table import Table as Screen
 
-        table = Screen(*map(escape, self.header), title=self.title and escape(self.title))
-        for row in self.rows:
-            table.add_row(*map(escape, row))
-        Console().print(table)
+        screen = console()
+        for number, (block, widths) in enumerate(self._blocks(screen.width)):
+            table = Screen(title=None if number else self.title)
+            for column, width in zip(block, widths):
+                table.add_column(self.header[column], width=width, overflow="fold")
+            for row in self.rows:
+                table.add_row(*(row[column] for column in block))
+            screen.print(table)
+
+    def _blocks(self, width):
+        """[(columns, their widths)] of tables that fit into `width` characters."""
+        from rich.cells import cell_len
+
+        columns = [*zip(self.header, *self.rows)]
+        full = [max(map(cell_len, column)) for column in columns]
+        least = [max((cell_len(word) for cell in column for word in cell.split()), default=0)
+                 for column in columns]
+        least = [min(most, (width - 7) // 2) for most in least]  # a word that is no word: a path
+
+        def room(block):  # a column has three characters of lines and space, the table one
+            return width - 1 - sum(least[column] + 3 for column in block)
+
+        blocks = [[0]]
+        for column in range(1, len(columns)):
+            if room([*blocks[-1], column]) < 0 < len(blocks[-1][1:]):
+                blocks.append([0])
+            blocks[-1].append(column)
+        return [(block, _grow([least[column] for column in block],
+                              [full[column] for column in block], room(block)))
+                for block in blocks]
 
     def markdown(self):
         """It in Markdown."""
@@ -1164,17 +1226,47 @@ class Table:
                 + "</table>")
 
 
+def _grow(widths, full, room):
+    """`widths` of columns made up to `full`, evenly, where `room` characters are left."""
+    widths = [*widths]
+    for _ in range(max(room, 0)):
+        short = [column for column in range(len(widths)) if widths[column] < full[column]]
+        if short:
+            widths[min(short, key=widths.__getitem__)] += 1
+    return widths
+
+
+def console(stderr=False):
+    """rich's console, on which names from outside stand as they are: `[x]` is no markup, `:cat:` no
+    picture."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 def progress(items, description, total=None):
     """Iterate over `items` with a bar on standard error, shown on terminals only."""
-    from rich.console import Console
-    from rich.progress import track
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
 
-    console = Console(stderr=True)
-    return track(items, description, total=total, console=console, transient=True,
-                 disable=not console.is_terminal)
+    screen = console(stderr=True)
+    with Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+                  Remaining(), console=screen, transient=True,
+                  disable=not screen.is_terminal) as bar:
+        yield from bar.track(items, total, description=description)
 
 
 # ---------------------------------------------------------------------------- command line
+
+
+class Flag(typing.NamedTuple):
+    """A flag of a command: its type, its default as one would type it (None: it must be given),
+    what it means, and the words it takes where these are few."""
+
+    kind: typing.Any
+    default: str | None = None
+    meaning: str = ""
+    choices: typing.Sequence[str] = ()
 
 
 def parse_value(name, text, kind):
@@ -1191,8 +1283,10 @@ def parse_value(name, text, kind):
                 return parse_value(name, text, option)
         return parse_value(name, text, kinds[-1])
     if typing.get_origin(kind) is typing.Literal:
-        if text not in typing.get_args(kind):
-            raise ValueError(f"--{name}={text}: must be one of {', '.join(typing.get_args(kind))}")
+        allowed = typing.get_args(kind)
+        if text not in allowed:
+            raise ValueError(f"{name}={text}: must be one of {', '.join(allowed)}"
+                             f"{closest(text, allowed)}")
         return text
     if typing.get_origin(kind) is tuple:
         parts = [] if text.lower() in ("", "none") else re.split("[,+]", text)
@@ -1200,103 +1294,278 @@ def parse_value(name, text, kind):
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        raise ValueError(f"--{name}={text}: takes no value, or true or false")
+        raise ValueError(f"{name}={text}: takes no value, or true or false")
     try:
         value = kind(text)
     except ValueError:
         kinds = {int: "a whole number", float: "a number"}
-        raise ValueError(f"--{name}={text}: must be {kinds.get(kind, kind)}") from None
+        raise ValueError(f"{name}={text}: must be {kinds.get(kind, kind)}") from None
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"--{name}={text}: must be a finite number")
+        raise ValueError(f"{name}={text}: must be a finite number")
     return value
 
 
-def flags_of(function):
-    """{flag: (type, default)} of a command's parameters, in their order; a parameter that must be
-    given has the default `inspect.Parameter.empty`.
+def text_of(value):
+    """A flag's value as one would type it."""
+    return ",".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else (
+        str(value).lower() if value is None or isinstance(value, bool) else str(value))
 
-    The keys of `**flags: Unpack[SomeTypedDict]` are flags too, which default to None.
+
+def closest(word, known):
+    """A question after the one of `known` that `word` may stand for, or "" if none is like it.
+
+    Case and punctuation do not count (ResNet-18), and initials may be meant (learning_rate: lr).
     """
-    hints, flags = typing.get_type_hints(function), {}
+    def plain(text):
+        return re.sub(r"[\W_]", "", text.lower())
+
+    def initials(text):
+        return "".join(part[0] for part in re.split("[-_ ]+", text.lower()) if part)
+
+    names = {plain(name): name for name in known}
+    short = {initials(name): name for name in known if "_" in name}
+    found = difflib.get_close_matches(plain(word), names, 1)
+    meant = names[found[0]] if found else names.get(initials(word)) or short.get(plain(word))
+    return f"; did you mean {meant}?" if meant else ""
+
+
+def flags_of(function, meanings=None):
+    """{name: `Flag`} of a command's parameters, in their order.
+
+    The keys of `**flags: Unpack[SomeTypedDict]` are flags too, whose type may be `Annotated` with
+    their default, else None. `meanings` says in a line what each flag means.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    found, listed = {}, inspect.Parameter.VAR_POSITIONAL
     for name, parameter in inspect.signature(function).parameters.items():
         kind = hints.get(name, str)
         if typing.get_origin(kind) is typing.Unpack:
-            more = typing.get_type_hints(typing.get_args(kind)[0])
-            flags |= {flag: (kind, None) for flag, kind in more.items()}
-        elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            flags[name] = (kind, parameter.default)
+            more = typing.get_type_hints(typing.get_args(kind)[0], include_extras=True)
+            found |= {flag: (kind, *getattr(kind, "__metadata__", (None,)))
+                      for flag, kind in more.items()}
+        elif parameter.kind not in (listed, parameter.VAR_KEYWORD):
+            found[name] = kind, parameter.default
+    flags = {}
+    for name, (kind, default) in found.items():
+        kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
+        words_of = [part for part in (kind, *typing.get_args(kind))
+                    if typing.get_origin(part) is typing.Literal]
+        flags[name] = Flag(kind, None if default is inspect.Parameter.empty else text_of(default),
+                           (meanings or {}).get(name, ""),
+                           typing.get_args(words_of[0]) if words_of else ())
     return flags
 
 
-def parse(commands, words, default=None):
+def all_flags(function, words, meanings=None):
+    """`flags_of` a command, and what it takes beyond its signature: its attribute `flags`, a
+    function of the line's `words`, tells these."""
+    return flags_of(function, meanings) | getattr(function, "flags", lambda _words: {})(words)
+
+
+def takes_list(function):
+    """Whether a command takes any number of words without a flag."""
+    return any(parameter.kind is parameter.VAR_POSITIONAL
+               for parameter in inspect.signature(function).parameters.values())
+
+
+def value_in(words, flag):
+    """The text that `words` give `flag`, or None."""
+    for word, after in zip(words, [*words[1:], ""]):
+        if word.startswith(f"--{flag}="):
+            return word.partition("=")[2]
+        if word == f"--{flag}":
+            return after
+    return None
+
+
+SAME = {"layer": "layers", "layers": "layer"}  # whichever of the two a command calls it
+
+
+def is_flag(word):
+    """Whether a word of the command line names a flag: not so a dash alone, or a number."""
+    return bool(re.match("--?[^\\W\\d]|--", word))
+
+
+def canonical(words, known, listed):
+    """(`words` without flags, {name: text} of the flags): nothing is lost, nothing guessed.
+
+    `known` has the command's flags. The first word without a flag is the value of the first of
+    them, or all are, if the command has a list of them (`listed`). `--` says nothing.
+    """
+    words, plain, values = [word for word in words if word != "--"], [], {}
+    while words:
+        word = words.pop(0)
+        if not is_flag(word):
+            plain.append(word)
+            continue
+        name, equals, text = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        name = name if name in known else SAME.get(name, name)
+        if name not in known or word.startswith("---"):
+            hint = closest(name, known).replace("mean ", "mean --")
+            raise ValueError(f"--{name}: no such flag{hint} (--help lists all)")
+        if not equals:
+            text = _value_after(name, known[name].kind, words)
+        if not text and typing.get_origin(known[name].kind) is not tuple:
+            raise ValueError(f"--{name}: needs a value")
+        if name in values:
+            raise ValueError(f"--{name}: is given twice")
+        values[name] = text
+    if plain and known and not listed:
+        first = next(iter(known))
+        if len(plain) > 1 or first in values:
+            raise ValueError(f"{plain[-1]}: a word too many; values follow their flag, several of "
+                             f"them with commas between")
+        values[first] = plain.pop()
+    elif plain and not listed:
+        raise ValueError(f"{plain[0]}: a word too many")
+    return plain, {name: os.path.expanduser(text) if re.match("~(/|$)", text) else text
+                   for name, text in values.items()}
+
+
+def _value_after(name, kind, words):
+    """The value of a flag without `=`: the next of `words`, which is taken from there."""
+    kinds = typing.get_args(kind) or (kind,)
+    follows = bool(words) and not is_flag(words[0])
+    if bool in kinds and not (follows and (kind is not bool
+                                           or words[0].lower() in ("true", "false"))):
+        return "true"
+    if not follows:
+        raise ValueError(f"--{name}: needs a value")
+    return words.pop(0)
+
+
+def parse(commands, words, default=None, moved=None):
     """The call that the command line `words` asks for, ready to be made: parse, then run.
 
-    Fire matches words to the parameters of a function of `commands` (name → function) and runs
-    it at once, to complain about what is left over afterwards; so it is given a function that
-    only remembers. Each value is converted to its parameter's annotated type; a function with an
-    attribute `flags` (see `help_text`) takes any others, as text. `default` is the command meant
-    by a line that begins with a flag. Raises ValueError for a line that makes no sense.
+    `commands` are functions by name, `default` is the command meant by a line that begins with a
+    flag, `moved` see `command_line`. Each value is converted to its parameter's annotated type;
+    what a function takes beyond its signature stays text. Raises ValueError for a line that makes
+    no sense.
+
+    Fire would run the function at once, and complain about what is left over afterwards; and it
+    takes a flag without a value to be True, and words behind ` -- ` to be for itself. So it is
+    given a line in which nothing can be mistaken, and a function that only remembers.
     """
     import fire
 
-    words = [*words]
-    if default and (not words or words[0].startswith("-")):
-        words = [default, *words]
-    if not words or words[0] not in commands:
-        raise ValueError(f"no command {''.join(words[:1])!r}; commands: {', '.join(commands)}")
-    function, pending = commands[words[0]], []
-    parameters = inspect.signature(function).parameters.values()
-    listed = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
-    known = flags_of(function)
+    words, moved, remembered = [*words], moved or {}, {}
 
     @fire.decorators.SetParseFn(str)
-    @functools.wraps(function)
-    def remember(*positional, **flags):
-        if not listed:
-            flags |= dict(zip(known, positional))
-        unknown = [flag for flag in flags if flag not in known]
-        if unknown and not hasattr(function, "flags"):
-            raise ValueError(f"{words[0]}: no flag --{unknown[0]} (see: {words[0]} --help)")
-        values = {flag: parse_value(flag, value, known[flag][0])
-                  if flag in known and isinstance(value, str) else value
-                  for flag, value in flags.items()}
-        pending.append(functools.partial(function, *(positional if listed else ()), **values))
+    def remember(**flags):
+        remembered.update(flags)
 
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            fire.Fire({words[0]: remember}, command=words)
-    except SystemExit as leave:
-        trace = getattr(leave, "trace", None)
-        reason = trace.elements[-1].ErrorAsStr() if trace and trace.HasError() else "bad usage"
-        reason = re.sub("Could not consume arg: (.*)", r"cannot make sense of \1; several values "
-                        "of a flag are separated by commas", reason)
-        raise ValueError(f"{words[0]}: {reason} (see: {words[0]} --help)") from None
-    if not pending:
-        raise ValueError(f"{words[0]}: cannot make sense of {' '.join(words[1:])!r}")
-    return pending[-1]
+    if default and (not words or is_flag(words[0])):
+        words = [default, *words]
+    if not words or words[0] not in commands:
+        raise ValueError(_no_command(words[:1], commands, default, moved))
+    function = commands[words[0]]
+    for word in words[1:]:
+        if (flag := word.partition("=")[0]) in moved:
+            raise ValueError(f"{flag}: is now called {moved[flag]}")
+    own, known = flags_of(function), all_flags(function, words)
+    plain, texts = canonical(words[1:], known, takes_list(function))
+    fire.Fire(remember, command=[f"--{name}={text}" for name, text in texts.items()])
+    values = {name: parse_value(name, text, own[name].kind) if name in own else text
+              for name, text in remembered.items()}
+    missing = [name.upper() for name in own if own[name].default is None and name not in values]
+    if missing:
+        raise ValueError(f"{words[0]}: needs {missing[0]} ({words[0]} --help)")
+    return functools.partial(function, *plain, **values)
+
+
+def _no_command(words, commands, default, moved):
+    """What to say of a line that begins with no command."""
+    word = "".join(words)
+    if word in moved:
+        return f"{word} has moved: {moved[word]}"
+    hint = closest(word, commands)
+    if default and not hint:  # a value of one of the default's flags: lenet for --model=lenet
+        hints = {f"--{name}={choice}": choice
+                 for name, flag in all_flags(commands[default], ()).items()
+                 for choice in flag.choices}
+        found = closest(word, hints.values()).removeprefix("; did you mean ").rstrip("?")
+        hint = next((f"; did you mean {flag}?" for flag in hints if hints[flag] == found), "")
+    return f"no command {word!r}{hint or f'; commands: {chr(44).join(commands)}'}"
 
 
 def command_line(commands, default=None, argv=None, meanings=None, moved=None):
     """Run one of `commands` with the flags of the command line and show what it returns; exit.
 
     See `parse` for `commands` and `default`. `meanings` says in a line what each flag means,
-    `moved` what took the place of commands that are gone. Help exits with 0; ValueError and
-    OSError become one line and 2.
+    `moved` what took the place of commands and flags that are gone. Help exits with 0; ValueError
+    and OSError become one line and 2.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    wants_help = {"--help", "-h", "help"} & set(words) or not (words or default)
+    make_output_last()
     try:
-        if wants_help:
+        if {"--help", "-h", "help"} & set(words) or not (words or default):
             print(help_text(commands, words, default, meanings or {}))
             sys.exit(0)
-        if words and words[0] in (moved or {}):
-            raise ValueError(f"{words[0]} has moved: {moved[words[0]]}")
-        show(parse(commands, words, default)())
+        show(parse(commands, words, default, moved)())
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(wrapped(f"error: {as_typed(error, commands, words, default)}", sys.stderr),
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class _LastingFile(io.FileIO):
+    """Standard output that outlives its reader (`| head -1`), a full disk and a closed terminal:
+    what cannot be written is dropped, and the run goes on."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def make_output_last():
+    """Let nothing about standard output and standard error end a run: neither that they are closed
+    nor that their encoding lacks a character, which is replaced."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):  # no notebook's, no test's
+            stream.flush()
+            setattr(sys, name, io.TextIOWrapper(
+                io.BufferedWriter(_LastingFile(stream.fileno(), "w", closefd=False)),
+                stream.encoding, "replace", line_buffering=stream.line_buffering,
+                write_through=stream.write_through))
+
+
+def as_typed(error, commands, words, default):
+    """What an error says, in the words of the command line.
+
+    The functions of this package speak of arguments: `epochs=0: must be …`, and, in back quotes,
+    of those that would help. Here they get their dashes; and what advises one that the command of
+    this line does not take is left out: a part of the text between semicolons.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    named = [word for word in (*words[:1], default) if word in commands]
+    known = all_flags(commands[named[0]], ()) if named else {}
+    with contextlib.suppress(ValueError):  # they may be of a network that is not there
+        known |= all_flags(commands[named[0]], words) if named else {}
+    kept = [part for part in text.split("; ")
+            if all(name in known for name in re.findall(r"`(\w+)(?:=[^`]*)?`", part))]
+    text = re.sub(r"`(\w+(?:=[^`]*)?)`", r"--\1", "; ".join(kept) or text)
+    head, colon, rest = text.partition(": ")
+    head = re.sub(r"(^|, )(\w+)(?==)", lambda match: match[1] + "--" * (match[2] in known)
+                  + match[2], head)
+    return head + colon + rest
+
+
+def wrapped(text, stream, indent=""):
+    """`text` broken at words, as wide as the terminal is; as it is where `stream` is none."""
+    if not stream.isatty():
+        return text
+    return textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent=indent,
+                         break_long_words=False, break_on_hyphens=False)
 
 
 def show(result):
@@ -1311,38 +1580,23 @@ def show(result):
 
 
 def help_text(commands, words, default, meanings):
-    """Help for the command that `words` name, or for all.
-
-    A command's flags are those of its signature; where it takes any, its attribute `flags`, a
-    function of `words`, tells them: [(flag, default as text, meaning)].
-    """
+    """Help for the command that `words` name, or for all."""
     chosen = [word for word in words[:1] if word in commands] or (
         [default] if default and words and words[0] not in ("--help", "-h", "help") else commands)
     lines = [f"usage: python {Path(sys.argv[0]).name} COMMAND [--flag=value …]",
              f"commands: {', '.join(commands)}"]
     for name in chosen:
         lines += ["", name, inspect.getdoc(commands[name]) or ""]
-        flags = [(flag, None if value is inspect.Parameter.empty else text_of(value),
-                  " ".join([meanings.get(flag, ""), *choices(kind)]))
-                 for flag, (kind, value) in flags_of(commands[name]).items()]
-        flags += getattr(commands[name], "flags", lambda _words: [])(words)
-        for flag, value, meaning in flags:
+        if takes_list(commands[name]):
+            listed = inspect.getfullargspec(commands[name]).varargs
+            lines.append(f"  {listed.upper() + ' …':<30} {meanings.get(listed, '')}".rstrip())
+        for flag, (_, value, meaning, words_of) in all_flags(commands[name], words,
+                                                             meanings).items():
             shown = flag.upper() if value is None else f"--{flag}={value}"
-            lines.append(f"  {shown:<30} {meaning}".rstrip())
+            few = " | ".join(words_of) if len(words_of) < 12 else ""  # not all networks
+            text = f"  {shown:<30} {' '.join(filter(None, (meaning, few)))}"
+            lines.append(wrapped(text, sys.stdout, " " * 33))
     return "\n".join(lines)
-
-
-def choices(kind):
-    """[the words that the type `kind` allows, in one text], or [] where it allows any."""
-    literals = [part for part in (kind, *typing.get_args(kind))
-                if typing.get_origin(part) is typing.Literal]
-    return [" | ".join(typing.get_args(literal)) for literal in literals]
-
-
-def text_of(value):
-    """A flag's value as one would type it."""
-    return ",".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else (
-        str(value).lower() if value is None or isinstance(value, bool) else str(value))
 
 
 def stats(data: str = "cifar10", root: str = "data", image_size: int | None = None,

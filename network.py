@@ -39,12 +39,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from data import (
+    Flag,
     Preprocessing,
     Table,
+    closest,
     command_line,
     generator,
     parse_value,
     text_of,
+    value_in,
     write_atomically,
 )
 
@@ -54,6 +57,14 @@ ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu
 RECTIFIERS = {"relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu",
               "silu", "hardswish", "mish", "softplus"}
 BOUNDED = {"clamp", "clip", "clamp_min", "hardtanh", "threshold"}  # rectifiers from 0 on
+OPTION_MEANINGS = {
+    "dropout": "share of the values that are dropped behind each pooling, in training",
+    "activation": "what follows each convolution and each linear layer but the last:",
+    "batch_norm": "batch norm between each convolution and its activation",
+    "channels": "feature maps of each convolution, or of each stage, separated by commas",
+    "hidden": "widths of the linear layers before the last, separated by commas",
+    "width": "feature maps of the first stage, doubled from stage to stage; none: the paper's",
+}
 
 
 # ---------------------------------------------------------------------------- building blocks
@@ -346,7 +357,8 @@ def image_size_of(name):
 def options_of(name):
     """The options of network `name`: {option: (type, default)}."""
     if not isinstance(name, str) or name not in NETWORKS:
-        raise ValueError(f"model={name}: no such network; known: {', '.join(NETWORKS)}")
+        raise ValueError(f"model={name}: no such network"
+                         f"{closest(str(name), NETWORKS) or '; known: ' + ', '.join(NETWORKS)}")
     constructor = NETWORKS[name]
     function = getattr(constructor, "func", constructor)
     hints = typing.get_type_hints(function)
@@ -371,7 +383,8 @@ def check_options(name, options):
     }
     for option, value in options.items():
         if option not in known:
-            raise ValueError(f"{name} has no option {option!r}; its options: {', '.join(known)}")
+            raise ValueError(f"{name} has no option {option!r}{closest(option, known)}; its "
+                             f"options: {', '.join(known)}")
         fits, allowed = rules.get(option, (
             lambda value: isinstance(value, (tuple, list)) and len(value) < 20
             and all(is_width(item, 2048) for item in value), "a list of numbers from 1 to 2048"))
@@ -380,7 +393,8 @@ def check_options(name, options):
         except TypeError:
             wrong = True
         if wrong:
-            raise ValueError(f"{option}={value}: must be {allowed}")
+            hint = closest(str(value), ACTIVATIONS) if option == "activation" else ""
+            raise ValueError(f"{option}={value}: must be {allowed}{hint}")
 
 
 def build(name, classes=10, image_size=None, **options):
@@ -938,10 +952,11 @@ def parse_options(model, texts):
     return options
 
 
-def options_help(model):
-    """[(option, default, meaning)] of network `model`, as `data.help_text` takes them."""
-    return [(name, text_of(value), f"option of {model}")
-            for name, (_, value) in options_of(model).items()]
+def option_flags(model):
+    """{option: `Flag`} of network `model`, for its command line."""
+    return {name: Flag(kind, text_of(value), OPTION_MEANINGS[name],
+                       [*ACTIVATIONS] if name == "activation" else ())
+            for name, (kind, value) in options_of(model).items()}
 
 
 def list_networks():
@@ -970,7 +985,12 @@ def summary(model: str, classes: int = 10, image_size: int | None = None, **opti
         title=f"{model}, input 3×{image_size}×{image_size}")
 
 
-summary.flags = lambda words: options_help(words[1]) if words[1:2] and words[1] in NETWORKS else []
+def _summary_flags(words):
+    model = value_in(words, "model") or next((word for word in words[1:] if word in NETWORKS), None)
+    return option_flags(model) if model else {}
+
+
+summary.flags = _summary_flags
 COMMANDS = {"list": list_networks, "summary": summary}
 MEANINGS = {"model": "a network; python network.py list shows all", "classes": "how many classes",
             "image_size": "side of the images in pixels; none: the network's own"}

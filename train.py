@@ -41,7 +41,9 @@ import network as networks
 from data import (
     AUGMENTATIONS,
     Batches,
+    Flag,
     Table,
+    closest,
     command_line,
     load_split,
     parse_value,
@@ -75,8 +77,6 @@ def setting(default, text, allowed=None):
 
     `allowed` is a pair of numbers, lowest and highest, or a collection of words.
     """
-    if isinstance(allowed, tuple) and isinstance(allowed[0], str):
-        text = f"{text} {' | '.join(allowed)}".strip()
     return field(default=default, metadata={"help": text, "allowed": allowed})
 
 
@@ -99,7 +99,10 @@ def check_setting(name, value, kind, allowed):
         if not allowed[0] <= value <= allowed[1]:
             raise ValueError(f"{name}={value}: must be from {allowed[0]:g} to {allowed[1]:g}")
     elif any(part not in allowed for part in (value if isinstance(value, tuple) else [value])):
-        raise ValueError(f"{name}={value}: must be of {', '.join(allowed)}")
+        wrong = next(part for part in ([value] if isinstance(value, str) else value)
+                     if part not in allowed)
+        raise ValueError(f"{name}={text_of(value)}: must be of {', '.join(allowed)}"
+                         f"{closest(wrong, allowed)}")
 
 
 @dataclass(frozen=True)
@@ -119,19 +122,19 @@ class Config:
     skip_bad: bool = setting(False, "leave out image files that cannot be read")
     epochs: int = setting(30, "passes over the training images", (1, 1e6))
     batch_size: int = setting(128, "images a step, over all processes", (1, 1e6))
-    optimizer: str = setting("sgd", "", OPTIMIZERS)
+    optimizer: str = setting("sgd", "what takes the steps:", OPTIMIZERS)
     lr: float = setting(0.05, "highest learning rate", (0, 1e4))
     momentum: float = setting(0.9, "of sgd, muon and rmsprop", (0, 1))
     nesterov: bool = setting(False, "Nesterov momentum, for sgd")
     weight_decay: float = setting(5e-4, "L2 penalty; decoupled for adamw, none on muon's "
                                   "filters", (0, 1e3))
-    schedule: str = setting("cosine", "", SCHEDULES)
+    schedule: str = setting("cosine", "of the learning rate:", SCHEDULES)
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up", (0, 1e6))
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", (0, 1))
     augment: tuple[str, ...] = setting(("flip", "crop"), "none, or of", AUGMENTATIONS)
     tta: str = setting("none", "views of a test image whose logits are averaged:", TTA)
     seed: int = setting(0, "of weights, split, order and augmentation", (0, 2**62))
-    device: str = setting("auto", "", ("auto", "cpu", "cuda", "mps"))
+    device: str = setting("auto", "auto: a GPU if there is one;", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "auto: bf16 on a GPU made for it;", ("auto", "fp32", "bf16"))
     compile: bool = setting(False, "compile the network with torch.compile")
     deterministic: bool = setting(False, "the same result again on a GPU too, more slowly")
@@ -150,7 +153,7 @@ class Config:
         if self.name is not None and (Path(self.name).is_absolute() or ".." in Path(
                 self.name).parts or not Path(self.name).parts):
             raise ValueError(f"name={self.name}: must be the name of a folder inside {self.out}; "
-                             f"see --out")
+                             f"see `out`")
         if self.tta == "full" and self.size < 2:
             raise ValueError("tta=full: moves images, which must be at least 2×2")
         if self.nesterov and not self.momentum:
@@ -165,10 +168,11 @@ class Config:
         known = networks.options_of(model)
         for name in options:
             if name in RENAMED:
-                raise ValueError(f"--{name}: is now called --{RENAMED[name]}")
+                raise ValueError(f"{name}: is now called {RENAMED[name]}")
             if name not in known:
-                raise ValueError(f"--{name}: neither a setting of a run nor an option of {model}, "
-                                 f"whose options are {', '.join(known)} (see: --help)")
+                raise ValueError(f"{name}: neither a setting of a run nor an option of {model}"
+                                 f"{closest(name, [*fields, *known])}; its options are "
+                                 f"{', '.join(known)}")
         values = {name: value for name, value in values.items() if name in fields}
         options = {**values.pop("options", {}), **options}
         return cls(**{"model": model, **RECIPES.get(model, {}), "options": options, **values})
@@ -248,7 +252,7 @@ def parse_flags(flags):
     model = flags.get("model", Config.model)
     kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
     if "options" in flags:
-        raise ValueError("--options: give the network's options by their names, as --dropout=0.2")
+        raise ValueError("options: give the network's options by their names, as `dropout=0.2`")
     return {name: parse_value(name, text, kinds[name])
             if name in kinds and isinstance(text, str) else text for name, text in flags.items()}
 
@@ -663,7 +667,7 @@ def check_finite(state, lr, folder):
     if not math.isfinite(state.totals[3]):
         raise ValueError(
             f"the loss or a gradient is not finite at step {state.step} (learning rate {lr:g}); "
-            f"{folder.last_good()}. Lower --lr, or go past such steps with --on_nan=skip")
+            f"{folder.last_good()}. lower `lr`, or go past such steps with `on_nan=skip`")
 
 
 def log_point(state, step, config, folder):
@@ -1219,12 +1223,12 @@ def check_folder(config, resume, overwrite):
     if folder.exists() and not is_run(folder) and not (
             folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock"}):
         raise FileExistsError(f"{folder}: is there and is not the folder of a run; a run needs a "
-                              f"folder of its own (--name=NAME, --out=FOLDER)")
+                              f"folder of its own (`name=NAME`, `out=FOLDER`)")
     if resume:
         check_same_run(config)
     elif not overwrite and {path.name for path in written_by_a_run(folder)} - {".lock", MARKER}:
-        raise FileExistsError(f"{folder}: a run is there already; go on with it (--resume), take "
-                              f"another name (--name=NAME) or start it anew (--overwrite)")
+        raise FileExistsError(f"{folder}: a run is there already; go on with it (`resume`), take "
+                              f"another name (`name=NAME`) or start it anew (`overwrite`)")
 
 
 def check_apart(config):
@@ -1236,7 +1240,7 @@ def check_apart(config):
             continue
         if folder in (path, *path.parents) or (name == "data" and path in folder.parents):
             raise ValueError(f"{name}={getattr(config, name)}: images and the run's folder, "
-                             f"{config.folder}, must lie apart (--{name}, --out, --name)")
+                             f"{config.folder}, must lie apart (`{name}`, `out`, `name`)")
 
 
 def is_run(folder):
@@ -1294,7 +1298,7 @@ def newest_checkpoint(folder, say=print):
         except (OSError, ValueError) as error:
             say(f"{error}; trying the checkpoint before it")
     if paths:
-        raise OSError(f"{folder}: no checkpoint can be read; --overwrite starts anew")
+        raise OSError(f"{folder}: no checkpoint can be read; `overwrite` starts anew")
     return None
 
 
@@ -1341,7 +1345,8 @@ def run_settings(description, data=None, root=None):
     """The `Config` of the run that a network comes from, with `data` and `root` in place of its
     own; what was held out or left out of its own data is not of other data."""
     if not description.settings and data is None:
-        raise ValueError("a network from elsewhere comes without images: give --data, or --image")
+        raise ValueError("a network from elsewhere comes without images; give `data=NAME`; or give "
+                         "`image=FILE`")
     config = Config.from_json(description.settings) if description.settings else Config()
     if data is not None:
         config = dataclasses.replace(config, data=data, val=0, limit=None)
@@ -1542,13 +1547,13 @@ def train_command(**flags):
     overwrite = parse_value("overwrite", str(flags.pop("overwrite", "false")), bool)
     changed = parse_value("changed_data", str(flags.pop("changed_data", "false")), bool)
     if resume and overwrite:
-        raise ValueError("--resume and --overwrite: take one of the two")
+        raise ValueError("`resume` and `overwrite`: take one of the two")
     given = parse_flags(flags)
     if isinstance(resume, str):
         path = Path(resume)
         path = path.parent if path.is_file() else path
         if not (path / "config.json").exists():
-            raise FileNotFoundError(f"--resume={resume}: no such run")
+            raise FileNotFoundError(f"resume={resume}: no such run")
         named = path.name not in ("", "..")  # "." has no name of its own
         given |= {"out": str(path.parent if named else path / ".."), "name": path.resolve().name}
     config = Config.create(**given)
@@ -1587,11 +1592,11 @@ def check_same_run(config, before=None):
     now, before = config.all_settings(), before.all_settings()
     for name in sorted({*now, *before}):
         if now.get(name) != before.get(name) and name not in MAY_CHANGE:
-            raise ValueError(f"--{name}={now.get(name)}: the run in {config.folder} has "
+            raise ValueError(f"{name}={now.get(name)}: the run in {config.folder} has "
                              f"{before.get(name)}; a run goes on with the settings it began with "
-                             f"(--name=NAME starts another)")
+                             f"(`name=NAME` starts another)")
     if now["epochs"] < before["epochs"]:
-        raise ValueError(f"--epochs={now['epochs']}: the run in {config.folder} is one of "
+        raise ValueError(f"epochs={now['epochs']}: the run in {config.folder} is one of "
                          f"{before['epochs']} epochs, which may grow but not shrink")
 
 
@@ -1635,16 +1640,23 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None, tta: s
 
 
 def settings_flags(words):
-    """[(flag, default, meaning)] of a run's settings, those of the network named in `words`."""
-    model = next((word.partition("=")[2] for word in words if word.startswith("--model=")),
-                 Config.model)
-    defaults = Config.create(model)
-    return [("resume", "RUN", "go on with the run, or start it if there is none"),
-            ("overwrite", "false", "start anew where a run is already"),
-            ("changed_data", "false", "go on though image files have changed since the run began"),
-            *((entry.name, text_of(getattr(defaults, entry.name)), entry.metadata["help"])
-              for entry in dataclasses.fields(Config) if entry.name != "options"),
-            *networks.options_help(model)]
+    """{name: `Flag`} of a run's settings, those of the network that is named in `words`."""
+    model = data.value_in(words, "model") or Config.model
+    defaults, kinds = Config.create(model), typing.get_type_hints(Config)
+
+    def flag(entry):
+        allowed = entry.metadata["allowed"] or ()
+        return Flag(kinds[entry.name], text_of(getattr(defaults, entry.name)),
+                    entry.metadata["help"], [word for word in allowed if isinstance(word, str)])
+
+    return {"resume": Flag(bool | str, "false", "go on with the run, or start it if there is none; "
+                                                "a RUN's folder: with that one"),
+            "overwrite": Flag(bool, "false", "start anew where a run is already"),
+            "changed_data": Flag(bool, "false", "go on though image files have changed since the "
+                                                "run began"),
+            **{entry.name: flag(entry) for entry in dataclasses.fields(Config)
+               if entry.name != "options"},
+            **networks.option_flags(model)}
 
 
 train_command.flags = settings_flags
@@ -1652,6 +1664,7 @@ COMMANDS = {"train": train_command, "evaluate": evaluate}
 MOVED = {name: f"python -m lab {now}" for name, now in (
     ("sweep", "sweep"), ("reproduce", "reproduce"), ("benchmark", "benchmark"),
     ("results_table", "results"))}
+MOVED |= {f"--{before}": f"--{now}" for before, now in RENAMED.items()}
 MEANINGS = {"ckpt": "a checkpoint, or the folder of a run",
             "data": "other images of the same classes",
             "root": "where data sets are downloaded to and cached",

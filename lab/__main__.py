@@ -12,7 +12,7 @@ from train import settings_flags
 
 COMMANDS = {command.__name__: command for command in (
     reproduce, report, results, sweep, benchmark, gpu)}
-MEANINGS = {flag: meaning for flag, _, meaning in settings_flags([])} | {
+MEANINGS = {name: flag.meaning for name, flag in settings_flags([]).items()} | {
     "what": "an id such as 4.11, id/run, a report's name, or all; report: a run's folder too",
     "seeds": "runs of each kind, with seeds 0, 1, …",
     "out": "folder of the runs; report: of the report",

@@ -58,7 +58,7 @@ def grid_of(flags):
     """What each run of a grid is told apart by, {flag: text}, and the runs' settings."""
     axes = {name: text.split(",") for name, text in flags.items() if "," in text}
     if not axes:
-        raise ValueError("sweep: no flag has several values (for example --lr=0.1,0.01)")
+        raise ValueError("no flag has several values (for example `lr=0.1,0.01`)")
     fixed = {name: text for name, text in flags.items() if name not in axes}
     model = fixed.get("model", "models" if "model" in axes else train.Config.model)
     name = fixed.pop("name", "-".join(["sweep", model, *axes]))

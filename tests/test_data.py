@@ -5,9 +5,13 @@ import os
 import pickle
 import resource
 import struct
+import subprocess
+import sys
 import time
 import types
+import typing
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import network
+import train
 
 
 def write_images(folder, classes=("cat", "dog"), count=3, size=(8, 8)):
@@ -339,7 +345,7 @@ def test_folder_errors_name_what_is_wrong(tmp_path):
         data.load(str(tmp_path / "nothing"), tmp_path)
     folder = write_images(tmp_path / "images")
     (folder / "train" / "cat" / "bad.jpg").write_bytes(b"no image")
-    with pytest.raises(OSError, match=r"bad\.jpg.*skip_bad"):
+    with pytest.raises(OSError, match=r"bad\.jpg.*; `skip_bad`"):
         data.load(str(folder), tmp_path, val=0)
     assert len(data.load(str(folder), tmp_path, val=0, skip_bad=True).train.labels) == 6
     (folder / "train" / "bird").mkdir()
@@ -436,20 +442,165 @@ def test_bad_images_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("line, complaint", [
-    (["stats", "--dat=shapes"], "--dat=shapes"), (["nothing"], "commands: stats"),
-    (["stats", "--image_size=abc"], "whole number"), (["stats", "a", "b", "3", "true", "e"], "e"),
+    (["stats", "--dat=shapes"], "--dat: no such flag; did you mean --data?"),
+    (["nothing"], "commands: stats"), (["Stat"], "did you mean stats?"),
+    (["stats", "--image_size=abc"], "--image_size=abc: must be a whole number"),
+    (["stats", "a", "b"], "b: a word too many"), (["stats", "a", "--data=b"], "a: a word too many"),
+    (["stats", "--", "--epochs=3"], "--epochs: no such flag"),
+    (["stats", "--data=a", "--", "--data=b"], "--data: is given twice"),
+    (["stats", "--data"], "--data: needs a value"), (["stats", "--data="], "--data: needs a value"),
+    (["stats", "--root", "--image-size=8"], "--root: needs a value"),
+    (["stats", "--skip_bad", "no"], "--data=no"), (["stats", "--skip_bad=no"], "--skip_bad=no"),
+    (["stats", "---data=a"], "--data: no such flag"), (["stats", "-x"], "--x: no such flag"),
+    (["stats", "--order=Up"], "--order=Up: must be one of up, down; did you mean up?"),
 ])
 def test_a_mistyped_line_never_starts_work(line, complaint, capsys):
     started = []
 
-    def stats(data: str = "a", root: str = "b", image_size: int = 1, skip_bad: bool = False):
+    def stats(data: str = "a", root: str = "b", image_size: int = 1, skip_bad: bool = False,
+              order: typing.Literal["up", "down"] = "up"):
+        if data == "no":
+            raise ValueError("data=no: is none")
         started.append(data)
 
+    commands = {"stats": stats, "other": stats}
     with pytest.raises(SystemExit) as leave:
-        globals()["data"].command_line({"stats": stats}, argv=line)
+        globals()["data"].command_line(commands, argv=line)
     error = capsys.readouterr().err
     assert leave.value.code == 2 and not started
     assert complaint in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("line, values", [
+    (["--batch-size=8"], {"batch_size": 8}), (["--batch_size", "8"], {"batch_size": 8}),
+    (["--layer=a+b"], {"layers": ("a", "b")}), (["--layers", "a"], {"layers": ("a",)}),
+    (["--big", "--batch_size=1"], {"big": True, "batch_size": 1}),
+    (["--big", "false"], {"big": False}), (["run", "--big", "true"], {"ckpt": "run", "big": True}),
+    (["--big", "run"], {"big": True, "ckpt": "run"}), (["--resume"], {"resume": True}),
+    (["--resume", "--big"], {"resume": True, "big": True}), (["--resume", "x"], {"resume": "x"}),
+    (["--", "run"], {"ckpt": "run"}), (["--ckpt=--x=1"], {"ckpt": "--x=1"}),
+    (["--ckpt", "-1"], {"ckpt": "-1"}), (["--ckpt=-"], {"ckpt": "-"}),
+    (["--ckpt=~/a"], {"ckpt": os.path.expanduser("~/a")}), (["--ckpt=~"], {
+        "ckpt": os.path.expanduser("~")}), (["--ckpt=a~/b"], {"ckpt": "a~/b"}),
+    (["--layers=none"], {"layers": ()}), (["--layers="], {"layers": ()}),
+])
+def test_what_is_typed_arrives(line, values):
+    def command(ckpt: str = "", batch_size: int = 0, layers: tuple[str, ...] = (),
+                big: bool = False, resume: bool | str = False):
+        pass
+
+    assert data.parse({"command": command}, ["command", *line]).keywords == values
+    assert data.parse({"command": command}, ["command", *line]).args == ()
+
+
+def test_errors_speak_of_arguments_and_the_command_line_of_its_flags(capsys):
+    def command(limit: int = 1, seed: int = 0):
+        raise ValueError("limit=0, other=1: too few (x=2); give `seed=3`; give `resume`, or wait")
+
+    with pytest.raises(SystemExit):
+        data.command_line({"command": command}, argv=["command"])
+    assert capsys.readouterr().err == (
+        "error: --limit=0, other=1: too few (x=2); give --seed=3\n")
+
+
+def scripts():
+    import deconv
+    import lab.__main__
+    import visualize
+    return {module.__name__: module for module in (data, network, train, visualize, deconv,
+                                                   lab.__main__)}
+
+
+def test_every_flag_of_every_command_is_explained(capsys):
+    for name, module in scripts().items():
+        assert module.COMMANDS
+        for command, function in module.COMMANDS.items():
+            words = [command, "speednet"] if command == "summary" else [command]
+            for flag, told in data.all_flags(function, words, module.MEANINGS).items():
+                assert told.meaning, f"{name} {command} --{flag}"
+            assert data.inspect.getdoc(function), f"{name} {command}"
+    for model in network.NETWORKS:
+        assert all(flag.meaning for flag in network.option_flags(model).values())
+
+
+RAN_OUT = r"""
+import sys
+sys.path.insert(0, {folder!r})
+import data
+def command():
+    for number in range(20_000):
+        print(number, "épochs × ½ \udcff", flush=number % 100 == 0)
+    open({done!r}, "w").close()
+    return data.Table(("ü", "[/x]"), [("[v1]", ":cat:")], title="[bold]×")
+data.command_line({{"command": command}}, argv=["command"])
+"""
+
+
+@pytest.mark.parametrize("line", ["| head -1", ">&-", ">&- 2>&-", "> /dev/full",
+                                  "< /dev/null > OUT"])
+def test_no_kind_of_standard_output_ends_a_run(line, tmp_path):
+    script = RAN_OUT.format(folder=str(Path(data.__file__).parent), done=str(tmp_path / "done"))
+    ran = subprocess.run(["bash", "-c", f'"$0" -c "$1" {line}', sys.executable, script],
+                         cwd=tmp_path, capture_output=True, text=True, check=False,
+                         env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"})
+    assert (tmp_path / "done").exists() and ran.returncode == 0 and not ran.stderr
+    if "OUT" in line:
+        out = (tmp_path / "OUT").read_text("ascii")
+        assert "0 ?pochs ? ? ?" in out and "[/x]" in out and "[v1]" in out and ":cat:" in out
+
+
+def test_a_table_never_breaks_inside_a_word(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    words = [f"{number:09d}" for number in range(6)]
+    text = "a text that is longer than the screen is wide, and wraps where its words end"
+    data.Table([f"column_{number}" for number in range(7)], [(*words, text)]).print()
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 50
+    assert all(word in shown for word in [*words, *text.split()])
+    assert shown.count("column_0") == shown.count(words[0]) > 1
+    data.Table(("name",), [("x" * 200,)], title="[v1]").print()
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 50
+
+
+def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatch, capsys):
+    with data.lock(tmp_path / "run"), pytest.raises(data.Busy), data.lock(tmp_path / "run"):
+        raise AssertionError
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with data.lock(tmp_path / "run"):
+        (tmp_path / "run" / "a").touch()
+    assert "no locks" in capsys.readouterr().err
+
+
+def test_the_folder_is_synced_after_a_rename(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def note(number):
+        synced.append(os.path.isdir(f"/proc/self/fd/{number}"))
+        sync(number)
+    monkeypatch.setattr(os, "fsync", note)
+    data.write_atomically(tmp_path / "a", "text")
+    assert synced == [False, True]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 50 + "1" + "}" * 50, "{", "[]"])
+def test_damaged_json_is_named(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json: damaged"):
+        data.read_json(tmp_path / "a.json", lambda value: value["b"])
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(OSError, match="not a regular file"):
+        data.read_json(tmp_path / "a.json", dict)
+    with open(tmp_path / "b.json", "wb") as file:
+        file.truncate(100 << 30)
+    with pytest.raises(OSError, match="too many"):
+        data.read_json(tmp_path / "b.json", dict)
 
 
 def test_flags_become_values_of_their_types(capsys):

@@ -84,7 +84,7 @@ def test_learning_rate_by_hand():
 
 @pytest.mark.parametrize("changes, complaint", [
     ({"lr": -1.0}, "lr=-1"), ({"epochs": 0}, "epochs=0"), ({"optimizer": "sdg"}, "adamw"),
-    ({"augment": ("flop",)}, "flop"), ({"schedule": "cos"}, "cosine"), ({"widht": 3}, "--widht"),
+    ({"augment": ("flop",)}, "flop"), ({"schedule": "cos"}, "cosine"), ({"widht": 3}, "widht"),
     ({"dropout": 1.5}, "dropout"), ({"model": "lenet6"}, "lenet6"), ({"epochs": "3"}, "epochs"),
 ])
 def test_settings_are_checked(changes, complaint):
