@@ -282,11 +282,11 @@ def _cifar(name, root, parts, writes):
                 found = [source(root, train=part == "train", download=True) for part in parts]
     except Exception as error:  # torchvision reports a failed download in many ways
         reason = f"cannot be downloaded ({str(error).splitlines()[0]})" if writes else (
-            "is not downloaded to where a checkpoint says: give --root=FOLDER")
+            "is not downloaded to where a checkpoint says: give `root=FOLDER`")
         raise FileNotFoundError(
             f"{name} is not in {root!r} and {reason}. "
             f"Put {source.filename} (MD5 {source.tgz_md5}) from {source.url} into {root!r}, or go "
-            f"on without it: --data=shapes (built in) or --data=FOLDER (train/<class>/*, "
+            f"on without it: `data=shapes` (built in) or `data=FOLDER` (train/<class>/*, "
             f"test/<class>/*)") from error
     return found[0].classes, {part: Split(_channels_last(torch.from_numpy(data.data)),
                                           torch.tensor(data.targets))
@@ -503,7 +503,8 @@ def _decode(items, image_size, skip_bad, title, enlarge):
                 raise _Mixed
             sizes = [f"{name} has {shape[2]}×{shape[1]} pixels"
                      for name, shape in (first, (items[number][0], image.shape))]
-            raise ValueError(f"{', '.join(sizes)}: images of different sizes need an image_size")
+            raise ValueError(f"{', '.join(sizes)}, which differs; `image_size=N` makes them "
+                             f"equal")
         yield number, image.permute(1, 2, 0)
     for error in bad:
         print(f"left out: {error}", file=sys.stderr)

@@ -874,7 +874,7 @@ def load(source, weights=None, image_size=None, device="cpu"):
     if re.fullmatch(r"[\w.]+:\w+", str(source)) and not Path(source).exists():
         return _load_elsewhere(str(source), weights, image_size, device)
     if weights or image_size:
-        raise ValueError("--weights and --image_size are for networks from elsewhere, such as "
+        raise ValueError("`weights` and `image_size` are for networks from elsewhere, such as "
                          "torchvision:resnet18")
     path = find_checkpoint(source)
     checkpoint = read(path)
@@ -913,7 +913,7 @@ def _cached_weights(name):
     for version in reversed(models.get_model_weights(name)):
         if (cache / Path(version.url).name).exists():
             return cache / Path(version.url).name
-    raise FileNotFoundError(f"put {version.url} into {cache}, or give --weights=FILE")
+    raise FileNotFoundError(f"put {version.url} into {cache}, or give `weights=FILE`")
 
 
 def load_weights(network, checkpoint):

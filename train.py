@@ -487,7 +487,7 @@ def together():
         yield
     except RuntimeError as error:
         raise ConnectionError("another process of this run is gone; the same command with "
-                              "--resume goes on from the last checkpoint") from error
+                              "`resume` goes on from the last checkpoint") from error
 
 
 @contextlib.contextmanager
@@ -498,7 +498,7 @@ def join_workers(device):
         yield Workers()
         return
     if device.type == "mps":
-        raise ValueError(f"device=mps: {world} processes cannot share it; take --device=cpu")
+        raise ValueError(f"device=mps: {world} processes cannot share it; take `device=cpu`")
     try:
         store, rank, _ = next(distributed.rendezvous("env://"))
     except RuntimeError as error:
@@ -667,7 +667,7 @@ def check_finite(state, lr, folder):
     if not math.isfinite(state.totals[3]):
         raise ValueError(
             f"the loss or a gradient is not finite at step {state.step} (learning rate {lr:g}); "
-            f"{folder.last_good()}. lower `lr`, or go past such steps with `on_nan=skip`")
+            f"{folder.last_good()}; lower `lr`, or go past such steps with `on_nan=skip`")
 
 
 def log_point(state, step, config, folder):
@@ -688,7 +688,7 @@ def end_epoch(state, dataset, batches, folder):
     loss, correct, count, objective = state.totals
     if not count:
         raise ValueError(f"every step of epoch {state.epoch + 1} was skipped, for its loss or "
-                         f"gradient was not finite; {folder.last_good()}. Lower --lr")
+                         f"gradient was not finite; {folder.last_good()}; lower `lr`")
     validation = {"loss": None, "accuracy": None}
     if dataset.val:
         logits = predict(state.network, dataset.val.images, folder.preprocessing)
@@ -896,8 +896,8 @@ def enough_memory(config):
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
                 "allocate memory" not in str(error)):
             raise
-        raise OSError(f"out of memory: a smaller --batch_size than {config.batch_size} or "
-                      f"--image_size than {config.size} needs less") from error
+        raise OSError(f"out of memory: a smaller `batch_size` than {config.batch_size} or "
+                      f"`image_size` than {config.size} needs less") from error
 
 
 class Stopped(Exception):
@@ -1611,7 +1611,7 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
     if not changed_data and description["fingerprint"] != checkpoint.get(
             "fingerprint", description["fingerprint"]):
         raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
-                         f"began, which goes on with them as they are now if --changed_data is "
+                         f"began, which goes on with them as they are now if `changed_data` is "
                          f"given")
     if checkpoint.get("commit") and checkpoint["commit"] != description["commit"]:
         say(f"note: saved by the code of commit {checkpoint['commit']}; this is "

@@ -1155,7 +1155,7 @@ class Flags(typing.TypedDict, total=False):
 
     data: str | None
     root: str | None
-    device: str
+    device: typing.Annotated[str, "auto"]
     network: str | None
     weights: str | None
     image_size: int | None
@@ -1175,7 +1175,7 @@ def open_network(ckpt=None, network=None, weights=None, image_size=None, device=
     file_of(out)  # may refuse, which is better said now than when all is computed
     if (ckpt is None) == (network is None):
         raise ValueError("give either a checkpoint (a file, or a run's folder) or a network from "
-                         "elsewhere (--network=torchvision:NAME or package.module:function)")
+                         "elsewhere (`network=torchvision:NAME` or package.module:function)")
     return train.open_network(ckpt or network, device, weights, image_size)
 
 

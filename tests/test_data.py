@@ -243,7 +243,7 @@ def test_without_writes_nothing_is_made_or_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_args, **_kwargs: pytest.fail("download"))
     folder, root = write_images(tmp_path / "images"), tmp_path / "root"
     assert len(data.load(str(folder), root, val=0, writes=False).train.labels) == 6
-    with pytest.raises(FileNotFoundError, match="--root"):
+    with pytest.raises(FileNotFoundError, match="`root=FOLDER`"):
         data.load_split("test", "cifar10", root, writes=False)
     assert not root.exists()
 

@@ -428,11 +428,11 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_taken(tmp_path
 
 def test_epochs_may_grow_and_nothing_else_may_change(tmp_path):
     train.train(tiny(tmp_path))
-    for changes, complaint in (({"lr": 0.5}, "--lr=0.5"), ({"dropout": 0.3}, "--dropout=0.3"),
+    for changes, complaint in (({"lr": 0.5}, "lr=0.5"), ({"dropout": 0.3}, "dropout=0.3"),
                                ({"epochs": 1}, "may grow")):
         with pytest.raises(ValueError, match=complaint):
             train.train(tiny(tmp_path, **changes), resume=True)
-    with pytest.raises(FileExistsError, match=r"--resume.*--name.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"`resume`.*`name=NAME`.*`overwrite`"):
         train.train(tiny(tmp_path))
 
 
@@ -550,7 +550,7 @@ def test_a_killed_overwrite_leaves_the_old_run_or_the_new(tmp_path, monkeypatch)
 def test_a_checkpoint_knows_its_settings_without_config_json(tmp_path):
     train.train(tiny(tmp_path))
     (tmp_path / "run" / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"--lr=0\.5"):
+    with pytest.raises(ValueError, match=r"lr=0\.5"):
         train.train(tiny(tmp_path, lr=0.5), resume=True)
     train.train(tiny(tmp_path, epochs=3), resume=True)
 

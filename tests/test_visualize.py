@@ -884,7 +884,7 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     (["features", "RUN", "--layers=conv9"], "conv9.*conv1, conv2"),
-    (["features", "RUN", "--layers", "conv1", "conv2"], "conv2; several values.*by commas"),
+    (["features", "RUN", "--layers", "conv1", "conv2"], "conv2: a word too many.*commas"),
     (["filters", "RUN", "--channel=3"], "channel=3.*0 to 2"),
     (["where", "RUN", "--class=whale"], "class=whale.*disc, ring"),
     (["where", "RUN", "--layer=fc"], "layer=fc.*Grad-CAM"),
