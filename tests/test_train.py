@@ -183,7 +183,7 @@ def test_memory_that_is_not_there_is_one_line(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
 
     monkeypatch.setattr(train, "train_step", full)
-    with pytest.raises(OSError, match="out of memory: a smaller --batch_size than 16"):
+    with pytest.raises(OSError, match="out of memory: a smaller `batch_size` than 16"):
         train.train(tiny(tmp_path))
 
 
@@ -248,7 +248,7 @@ def test_images_that_changed_since_the_run_began_are_refused(tmp_path):
     train.train(tiny(tmp_path / "runs", **values))
     Path(pets, "train", "cat", "0.png").unlink()
     more = tiny(tmp_path / "runs", **values, epochs=3)
-    with pytest.raises(ValueError, match=r"files were added, removed or changed.*--changed_data"):
+    with pytest.raises(ValueError, match=r"files were added, removed or changed.*`changed_data`"):
         train.train(more, resume=True)
     train.train(more, resume=True, changed_data=True)
     train.train(tiny(tmp_path / "runs", **values, epochs=4), resume=True)  # known from now on
