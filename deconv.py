@@ -281,12 +281,11 @@ def occlude(network, layer, image, preprocessing, unit, label, size, stride):
     pixels, grey = (preprocessing(part, device) for part in (image, torch.full_like(image, 128)))
     centres, line = torch.arange(stride // 2, side, stride), torch.arange(side)
     start = centres[:, None] - size // 2
-    covered = ((line >= start) & (line < start + size)).to(device)  # positions×side
-    steps, parts = len(centres), []
-    count = max(1, (2**19 if device.type == "cpu" else 2**22) // side**2)
+    covered = (line >= start) & (line < start + size)  # positions×side
+    steps, parts, count = len(centres), [], train.images_at_once(network, side)
     with networks.evaluation(network), networks.capture(network, [layer]) as outputs:
         for chunk in progress(torch.arange(steps**2).split(count), "sliding the square"):
-            rows, columns = covered[chunk // steps], covered[chunk % steps]
+            rows, columns = (covered[at].to(device) for at in (chunk // steps, chunk % steps))
             square = rows[:, None, :, None] & columns[:, None, None]  # n×1×side×side
             shares = logits_of(network, torch.where(square, grey, pixels)).softmax(1)
             maps = networks.captured_maps(outputs, layer)[:, unit].float()
@@ -470,14 +469,15 @@ def draw_gallery(patches, back, values, units, title):
     return visualize.image_grid(blocks, titles, min(4, len(units)), title, cell=3.2)
 
 
-def draw_occlusion(picture, found, signal, size, label, classes, names, title):
+def draw_occlusion(picture, found, signal, size, unit, label, classes, title):
     """A figure after figure 6 of Zeiler & Fergus (2014; 7 of the preprint), for one image.
 
     `picture` 3×S×S, 0…1; `found` an `Occlusion` with squares of `size`; `signal` what comes back
-    of the feature map, 3×S×S; `names` of the map, for titles; `classes` name the logits.
+    of the feature map, 3×S×S; `unit` and `label` say which map and class; `classes` name all.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     side, steps, colors = picture.shape[-1], len(found.activations), visualize.COLORS
     # Cell i of a map stands for the square centred at about i·stride + stride/2.
@@ -494,8 +494,8 @@ def draw_occlusion(picture, found, signal, size, label, classes, names, title):
     figure = visualize.new_figure(17, 4.5, title)
     panels = [
         (shown.permute(1, 2, 0), f"the grey square, {size}×{size},\nwhere it does most", {}),
-        (found.activations, f"{names},\nsummed, by the square's position", {}),
-        (as_pictures(signal[None])[0].permute(1, 2, 0), f"{names},\nback in the pixels", {}),
+        (found.activations, f"{unit},\nsummed, by the square's position", {}),
+        (as_pictures(signal[None])[0].permute(1, 2, 0), f"{unit},\nback in the pixels", {}),
         (found.probabilities, f"probability of the {label}", {"vmin": 0}),
         (ranks, "most likely class,\nby the square's position",
          {"cmap": ListedColormap(colors), "vmin": 0, "vmax": len(colors) - 1})]
@@ -504,8 +504,9 @@ def draw_occlusion(picture, found, signal, size, label, classes, names, title):
         axes.set_title(text, fontsize=9)
         axes.set(xticks=(), yticks=(), anchor="N")
         if values.ndim == 2 and values is not ranks:
-            axes.inset_axes((0.1, -0.1, 0.8, 0.04)).tick_params(labelsize=8)
-            figure.colorbar(drawn, cax=axes.child_axes[0], orientation="horizontal")
+            bar = axes.inset_axes((0.1, -0.1, 0.8, 0.04))
+            figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=MaxNLocator(5))
+            bar.tick_params(labelsize=8)
     axes.legend(handles=[Patch(color=color, label=text) for color, text in zip(colors, texts)],
                 fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.02))
     return figure
@@ -607,7 +608,7 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     descent = descend(network, layer, images, watched=())
     unit = descent.positions[0].item() // descent.activations[0, 0].numel()
     logits = train.predict(network, picture, about.preprocessing)[0]
-    classes = about.classes or [*map(str, range(len(logits)))]
+    classes = about.classes or [f"number {label}" for label in range(len(logits))]
     label, kind = logits.argmax().item(), "class predicted at first"
     if image is None and about.classes:
         test = train.open_test(about, flags.get("data"), flags.get("root"))
@@ -615,8 +616,9 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     found = occlude(network, layer, picture, about.preprocessing, unit, label, size, stride)
     figure = draw_occlusion(
         about.preprocessing.pictures(picture)[0], found, descent.signal[0].cpu(), size,
+        f"feature map {unit} of {layer}",
         f"{kind},\n{classes[label]} ({logits.softmax(0)[label]:.1%} without the square)", classes,
-        f"feature map {unit} of {layer}", f"{about.title}: {source}, behind a grey square")
+        f"{about.title}: {source}, behind a grey square")
     return visualize.save_figure(figure, ckpt, "occlusion", **flags)
 
 
@@ -668,7 +670,7 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
         pictures = torch.stack([moved(images, affine).cpu() * std + mean for _, affine in amounts])
         rows[name] = ([amount for amount, _ in amounts], pictures.clamp(0, 1),
                       *move_apart(network, layers, images, labels, amounts))
-    names = [about.classes[label] if about.classes else f"class {label}" for label in labels]
+    names = [about.classes[label] if about.classes else f"number {label}" for label in labels]
     kind = "" if about.classes else ", which was predicted at first"
     title = (f"{about.title}: distance of features to those of the image as it is, and probability "
              f"of the class{kind}")
