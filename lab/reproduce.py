@@ -265,7 +265,7 @@ def draw(figure, given, out):
     if not figure.runs and module is not network:  # no run tells which images, and where it goes
         words += [f"--{name}={given[name]}" for name in ("data", "root") if name in given]
         if module is visualize:
-            words.append(f"--out={Path(out) / f'{figure.experiment}-{command}'}")
+            words.append(f"--out={Path(out) / f'{figure.experiment}-{command}'}/")
     show(parse(module.COMMANDS, words, "train" if module is train else None)())
 
 
