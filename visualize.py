@@ -452,8 +452,8 @@ def grad_cam(network, images, label, layer=None):
             if maps.ndim == 4 and maps[0, 0].numel() > 1 and slopes.any():
                 weights = slopes.mean((2, 3), keepdim=True)
                 return (weights * maps).sum(1).clamp(min=0).detach(), name
-    raise ValueError(f"layer={layer}: Grad-CAM needs a layer whose output has rows and columns, "
-                     f"and speaks for class {label}")
+    raise ValueError(f"layer={layer or 'any'}: Grad-CAM needs one whose output has rows and "
+                     f"columns, and bears on class {label}")
 
 
 GRADIENTS = {"gradient": ("gradient", class_gradient),
@@ -959,12 +959,14 @@ def draw_activations(statistics, title):
     """Small multiples of `layer_statistics`: a layer's histogram, without what is 0."""
     columns = min(4, len(statistics))
     rows = math.ceil(len(statistics) / columns)
-    figure = new_figure(max(2.8 * columns, 5), 2.0 * rows, title)
+    figure = new_figure(max(2.8 * columns, 5), 2.2 * rows, title)
     for index, (layer, numbers) in enumerate(statistics.items(), 1):
-        axes = plot(figure, (rows, columns, index), f"{layer}: mean {numbers['mean']:.2g}, std "
+        name = layer if len(layer) < 36 else f"…{layer[-34:]}"
+        axes = plot(figure, (rows, columns, index), f"{name}\nmean {numbers['mean']:.2g}, std "
                     f"{numbers['std']:.2g}\n{numbers['zeros']:.0%} zeros, "
                     f"{len(numbers['dead'])} of {numbers['units']} units dead")
         axes.title.set_fontsize(8)
+        axes.set_ylim(bottom=0)
         low, high = numbers["edges"]
         width = (high - low) / len(numbers["counts"])
         axes.bar([low + width * number for number in range(len(numbers["counts"]))],
@@ -972,7 +974,7 @@ def draw_activations(statistics, title):
                  color=COLORS[0])
         percent(axes.yaxis)
     figure.supxlabel("output", fontsize=9)
-    figure.supylabel("of the outputs that are not 0", fontsize=9)
+    figure.supylabel("share, without 0", fontsize=9)
     return figure
 
 
