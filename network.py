@@ -717,6 +717,67 @@ def filled_in(values_at, count):
     return torch.stack([known(0)] if count == 1 else values)
 
 
+# ---------------------------------------------------------------------------- a class's reasons
+
+
+def class_scores(network, images, label, layers=()):
+    """(The logit of class number `label` for each of normalised N×3×S×S images, these as what they
+    are leaves of, the outputs of `layers`), from which gradients lead back."""
+    refuse_opaque(network)
+    images = images.detach().clone().requires_grad_()
+    with (evaluation(network), torch.enable_grad(),
+          capture(network, layers) as outputs):
+        # A clone, as a network may work in place from the start.
+        return forward(network, images.clone())[:, label], images, outputs
+
+
+def class_gradient(network, images, label):
+    """The gradient of class number `label`'s logit at normalised images N×3×S×S: N×3×S×S."""
+    scores, images, _ = class_scores(network, images, label)
+    return torch.autograd.grad(scores.sum(), images)[0]
+
+
+def smooth_gradient(network, images, label, count=50, noise=0.15, seed=0):
+    """The mean `class_gradient` of `count` noisy copies: N×3×S×S. The noise's std is `noise` times
+    an image's range of values (Smilkov et al. 2017, section 3)."""
+    random = generator(seed, "smoothgrad")
+    spread = noise * (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True))
+    return sum(class_gradient(
+        network, images + spread * torch.randn(images.shape, generator=random).to(images), label)
+        for _ in range(count)) / count
+
+
+def integrated_gradients(network, images, label, steps=100):
+    """How much each value adds to the class's logit, on the way from 0, the mean colour, to the
+    images: N×3×S×S, whose sum is the difference of the logits (Sundararajan et al. 2017, section
+    3). The midpoint rule with `steps` points stands for the integral."""
+    return images * sum(class_gradient(network, images * ((step + 0.5) / steps), label)
+                        for step in range(steps)) / steps
+
+
+def grad_cam(network, images, label, layer=None):
+    """Grad-CAM (Selvaraju et al. 2017, section 3): (N×H×W, the layer).
+
+    The sum of the layer's maps, each weighted by the mean gradient of the class's logit over it,
+    where that is positive. Without `layer` the last in the order of computing that has maps of
+    more than one position and any gradient.
+    """
+    names = [layer] if layer else [name for name, _ in network.named_modules() if name]
+    scores, _, outputs = class_scores(network, images, label, names)
+    kept = {name: output for name, output in outputs.items()
+            if isinstance(output, Tensor) and output.requires_grad}
+    slopes = torch.autograd.grad(scores.sum(), [*kept.values()], allow_unused=True)
+    for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
+        with contextlib.suppress(ValueError):  # no output of its kind
+            # Its rows and columns may be others than the output's; the same is done to the slopes.
+            maps, slopes = (captured_maps({name: part}, name) for part in (output, slope))
+            if maps.ndim == 4 and maps[0, 0].numel() > 1 and slopes.any():
+                weights = slopes.mean((2, 3), keepdim=True)
+                return (weights * maps).sum(1).clamp(min=0).detach(), name
+    raise ValueError(f"layer={layer or 'any'}: Grad-CAM needs one whose output has rows and "
+                     f"columns, and bears on class {label}")
+
+
 # ---------------------------------------------------------------------------- summary
 
 

@@ -1505,39 +1505,6 @@ def processor_name():
     return platform.processor() or platform.machine()
 
 
-# ---------------------------------------------------------------------------- short runs
-
-
-def short_run(model, lr, dataset, device, steps, batch_size, seed, measure=None, every=0):
-    """Train `model` for `steps` with SGD (momentum 0.9, constant `lr`): a row for each step.
-
-    With `every`, `measure(network, images, labels)` is called each so many steps, on the very
-    mini-batch of the step and before it is taken: a dictionary of numbers for the row; the other
-    rows have NaN there.
-    """
-    torch.manual_seed(seed)
-    size = networks.image_size_of(model)
-    network = networks.build(model, len(dataset.classes), size).to(device).train()
-    batches = Batches(dataset.train, dataset.mean, dataset.std, batch_size, ("flip", "crop"), seed,
-                      size, device)
-    optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9)
-    stream = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
-    rows, losses = [], []
-    for step in progress(range(steps), f"{model}, learning rate {lr:g}"):
-        images, labels = next(stream)
-        measured = measure(network, images, labels) if every and step % every == 0 else {}
-        loss = F.cross_entropy(network(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rows.append({"model": model, "lr": lr, "step": step, "loss": None, **measured})
-        losses.append(loss.detach())
-    for row, loss in zip(rows, torch.stack(losses).tolist()):
-        row["loss"] = loss
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name, math.nan) for name in names} for row in rows]
-
-
 # ---------------------------------------------------------------------------- commands
 
 

@@ -24,6 +24,7 @@ import itertools
 import math
 import operator
 import os
+import re
 import textwrap
 import typing
 from pathlib import Path
@@ -215,12 +216,14 @@ def folder_of(ckpt):
 
 
 def file_of(out):
-    """The file that the flag `out` names; None for a folder, which has no suffix or is there.
+    """The file that the flag `out` names; None for a folder, which has no suffix (a letter and up
+    to four more letters or digits behind a point), or is there, or ends in a slash.
 
     ValueError for a suffix that no figure has, FileExistsError for a file that holds no figure.
     """
     path = Path(os.path.expanduser(out or ""))
-    if str(out).endswith("/") or not path.suffix or path.is_dir():
+    if str(out).endswith("/") or path.is_dir() or not re.fullmatch(
+            r"\.[A-Za-z]\w{1,4}", path.suffix):
         return None
     if path.suffix[1:].lower() not in SUFFIXES:
         raise ValueError(f"out={out}: a figure's file ends in .{', .'.join(SUFFIXES)}; a folder "
@@ -395,70 +398,9 @@ def rectifiers_of(network):
     return [*dict.fromkeys([*(found or weighted), weighted[-1]])]
 
 
-# ---------------------------------------------------------------------------- computing: one image
-
-
-def class_scores(network, images, label, layers=()):
-    """(The logit of class number `label` for each of normalised N×3×S×S images, these as what they
-    are leaves of, the outputs of `layers`), from which gradients lead back."""
-    networks.refuse_opaque(network)
-    images = images.detach().clone().requires_grad_()
-    with (networks.evaluation(network), torch.enable_grad(),
-          networks.capture(network, layers) as outputs):
-        # A clone, as a network may work in place from the start.
-        return networks.forward(network, images.clone())[:, label], images, outputs
-
-
-def class_gradient(network, images, label):
-    """The gradient of class number `label`'s logit at normalised images N×3×S×S: N×3×S×S."""
-    scores, images, _ = class_scores(network, images, label)
-    return torch.autograd.grad(scores.sum(), images)[0]
-
-
-def smooth_gradient(network, images, label, count=50, noise=0.15, seed=0):
-    """The mean `class_gradient` of `count` noisy copies: N×3×S×S. The noise's std is `noise` times
-    an image's range of values (Smilkov et al. 2017, section 3)."""
-    random = generator(seed, "smoothgrad")
-    spread = noise * (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True))
-    return sum(class_gradient(
-        network, images + spread * torch.randn(images.shape, generator=random).to(images), label)
-        for _ in range(count)) / count
-
-
-def integrated_gradients(network, images, label, steps=100):
-    """How much each value adds to the class's logit, on the way from 0, the mean colour, to the
-    images: N×3×S×S, whose sum is the difference of the logits (Sundararajan et al. 2017, section
-    3). The midpoint rule with `steps` points stands for the integral."""
-    return images * sum(class_gradient(network, images * ((step + 0.5) / steps), label)
-                        for step in range(steps)) / steps
-
-
-def grad_cam(network, images, label, layer=None):
-    """Grad-CAM (Selvaraju et al. 2017, section 3): (N×H×W, the layer).
-
-    The sum of the layer's maps, each weighted by the mean gradient of the class's logit over it,
-    where that is positive. Without `layer` the last in the order of computing that has maps of
-    more than one position and any gradient.
-    """
-    names = [layer] if layer else [name for name, _ in network.named_modules() if name]
-    scores, _, outputs = class_scores(network, images, label, names)
-    kept = {name: output for name, output in outputs.items()
-            if isinstance(output, torch.Tensor) and output.requires_grad}
-    slopes = torch.autograd.grad(scores.sum(), [*kept.values()], allow_unused=True)
-    for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
-        with contextlib.suppress(ValueError):  # no output of its kind
-            # Its rows and columns may be others than the output's; the same is done to the slopes.
-            maps, slopes = (networks.captured_maps({name: part}, name) for part in (output, slope))
-            if maps.ndim == 4 and maps[0, 0].numel() > 1 and slopes.any():
-                weights = slopes.mean((2, 3), keepdim=True)
-                return (weights * maps).sum(1).clamp(min=0).detach(), name
-    raise ValueError(f"layer={layer or 'any'}: Grad-CAM needs one whose output has rows and "
-                     f"columns, and bears on class {label}")
-
-
-GRADIENTS = {"gradient": ("gradient", class_gradient),
-             "smoothgrad": ("SmoothGrad", smooth_gradient),
-             "integrated": ("integrated gradients", integrated_gradients)}
+GRADIENTS = {"gradient": ("gradient", networks.class_gradient),
+             "smoothgrad": ("SmoothGrad", networks.smooth_gradient),
+             "integrated": ("integrated gradients", networks.integrated_gradients)}
 
 
 def relevance(network, images, label, method, layer=None):
@@ -467,7 +409,7 @@ def relevance(network, images, label, method, layer=None):
     if method in GRADIENTS:
         name, explain = GRADIENTS[method]
         return explain(network, images, label).abs().sum(1), name
-    maps, layer = grad_cam(network, images, label, layer)
+    maps, layer = networks.grad_cam(network, images, label, layer)
     return (F.interpolate(maps[:, None].float(), images.shape[2:], mode="bilinear")[:, 0],
             f"Grad-CAM at {layer} ({'×'.join(map(str, maps.shape[1:]))})")
 
@@ -765,35 +707,6 @@ def fingerprint(*settings):
     return digest.hexdigest()
 
 
-MEASURES = ("loss_low", "loss_high", "change_low", "change_high", "beta")
-
-
-def along_gradient(loss_of, weights, sizes):
-    """How smooth the loss is ahead, along its gradient (Santurkar et al. 2018, figure 4).
-
-    `loss_of` maps a dictionary of tensors such as `weights` to a scalar. For every step size η
-    of `sizes` the weights are moved by −η·gradient; returns the lowest and highest loss there,
-    the lowest and highest l2 change of the gradient (its predictiveness), and "beta", the
-    effective β-smoothness: the largest change of the gradient per distance moved.
-    """
-    def loss_and_gradient(point):
-        point = {name: weight.detach().requires_grad_() for name, weight in point.items()}
-        loss = loss_of(point)
-        return loss.item(), torch.autograd.grad(loss, [*point.values()])
-
-    _, gradient = loss_and_gradient(weights)
-    slope = nn.utils.get_total_norm(gradient).item()
-    losses, changes, betas = [], [], []
-    for size in sizes:  # the GPU waits twice each time; with eight sizes every few steps it may
-        loss, ahead = loss_and_gradient({name: weight - size * part for (name, weight), part
-                                         in zip(weights.items(), gradient)})
-        losses.append(loss)
-        changes.append(nn.utils.get_total_norm(
-            [after - before for after, before in zip(ahead, gradient)]).item())
-        betas.append(changes[-1] / max(size * slope, 1e-30))  # at a minimum it is 0 / 0
-    return dict(zip(MEASURES, (min(losses), max(losses), min(changes), max(changes), max(betas))))
-
-
 def batch_loss(network, images, labels):
     """The loss on one mini-batch as a function of the weights, in the network's present mode.
 
@@ -804,20 +717,6 @@ def batch_loss(network, images, labels):
         logits = torch.func.functional_call(network, {**weights, **copies}, (images,))
         return F.cross_entropy(logits, labels)
     return loss_of
-
-
-def smoothness_rows(model, lr, dataset, device, steps, batch_size, seed, every=0):
-    """`train.short_run`'s rows; with `every`, each so many steps one has `along_gradient`'s
-    measures on that step's very mini-batch, for eight step sizes; all else has NaN there."""
-    # From half to four times `lr`, evenly in their logarithm.
-    sizes = [lr / 2 * 8 ** (index / 7) for index in range(8)]
-
-    def measure(network, images, labels):
-        return along_gradient(batch_loss(network, images, labels),
-                              dict(network.named_parameters()), sizes)
-
-    rows = train.short_run(model, lr, dataset, device, steps, batch_size, seed, measure, every)
-    return [{**row, **{name: row.get(name, math.nan) for name in MEASURES}} for row in rows]
 
 
 # ---------------------------------------------------------------------------- drawing: predictions
@@ -1107,46 +1006,6 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
         axes.view_init(35, -60)
         axes.set_box_aspect(None, zoom=0.8)  # leaves room for the labels
     return figure
-
-
-def draw_smoothness(rows, models, title):
-    """Four plots of `smoothness_rows`, all `models` in each (Santurkar et al. 2018, figure 4): the
-    band of losses over separate runs, and the three measures along the gradient."""
-    figure = new_figure(11, 7.4, title)
-    losses, ahead, gradients, beta = (
-        plot(figure, (2, 2, position), name, "step", unit) for position, (name, unit) in enumerate((
-            ("loss over separate runs, one for each learning rate", "training loss"),
-            ("variation of the loss along the gradient", "loss ahead"),
-            ("gradient predictiveness: change of the gradient", "l2 distance"),
-            ("effective β-smoothness along the gradient", "largest change / distance moved")), 1))
-    for index, model in enumerate(models):
-        own = [row for row in rows if row["model"] == model]
-        draw_loss_band(losses, own, index)
-        measured = [row for row in own if not math.isnan(row["beta"])]
-        columns = {name: [row[name] for row in measured] for name in ("step", *MEASURES)}
-        draw_band(ahead, columns["step"], columns["loss_low"], columns["loss_high"], index)
-        draw_band(gradients, columns["step"], columns["change_low"], columns["change_high"], index)
-        beta.plot(columns["step"], columns["beta"], ("-", "--", ":")[index % 3],
-                  color=COLORS[index % len(COLORS)])
-    add_legend(figure, dict(zip(models, ahead.collections)))
-    for axes in figure.axes:
-        log_scale(axes)
-    return figure
-
-
-def draw_loss_band(axes, rows, index):
-    """A band from the lowest to the highest loss of all runs at each step."""
-    losses = {}
-    for row in rows:  # a loss that is NaN has gone beyond all bounds
-        loss = math.inf if math.isnan(row["loss"]) else row["loss"]
-        losses.setdefault(row["step"], []).append(loss)
-    draw_band(axes, [*losses], [*map(min, losses.values())], [*map(max, losses.values())], index)
-
-
-def draw_band(axes, steps, low, high, index):
-    """The band of model number `index`, told from others in grey print by its hatching."""
-    axes.fill_between(steps, low, high, alpha=0.45, linewidth=0.8,
-                      color=COLORS[index % len(COLORS)], hatch=("", "////", "....")[index % 3])
 
 
 # ---------------------------------------------------------------------------- commands
@@ -1519,37 +1378,6 @@ def line_to(to, ckpt, network, about, parts, points, title, **flags):
     return save_figure(figure, ckpt, "landscape-to", **flags), table
 
 
-def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cifar10",
-               root: str = "data", steps: int = 500, every: int = 10, batch_size: int = 128,
-               lrs: tuple[float, ...] = (1e-3, 2e-3, 1e-4, 5e-4), seed: int = 0,
-               out: str | None = None, format: Format = "png", device: str = "auto"):
-    """Compare how smooth MODELS' losses are while they train: two measures, not one.
-
-    The band between the highest and lowest training loss of separate runs at LRS, step by step;
-    and Santurkar et al.'s (2018) three measures along the gradient of a step, taken each EVERY
-    steps of the run at the first of LRS. Finished runs are kept in a CSV file beside the figure.
-    """
-    models, lrs = listed(models), listed(lrs)
-    need(steps=steps, every=every, batch_size=batch_size, models=len(models), lrs=len(lrs),
-         lr=min(lrs, default=0))
-    for model in models:
-        networks.options_of(model)
-    dataset = load(data, root, val=0)
-    key = fingerprint(*dataset.train, seed, steps, every, batch_size, lrs[0])
-    table = figure_path(None, "smoothness", out).with_name(f"smoothness-{key}.csv")
-    rows = read_table(table)
-    done = {(row["model"], row["lr"]) for row in rows}
-    for model, lr in (run for run in itertools.product(models, lrs) if run not in done):
-        rows += smoothness_rows(model, lr, dataset, train.choose_device(device), steps, batch_size,
-                                seed, every if lr == lrs[0] else 0)
-        write_table(table, rows)
-    title = (f"{Path(data).name}, batches of {batch_size}; bands: learning rates "
-             f"{', '.join(f'{lr:g}' for lr in sorted(lrs))}; along the gradient: at {lrs[0]:g}, "
-             f"steps of {lrs[0] / 2:g} to {4 * lrs[0]:g}")
-    figure = draw_smoothness([row for row in rows if row["lr"] in lrs], models, title)
-    return save_figure(figure, None, "smoothness", out, format), table
-
-
 def projector(ckpt: str | None = None, layer: str | None = None, count: int = 1000,
               **flags: typing.Unpack[Flags]):
     """Write LAYER's view of COUNT test images for TensorBoard's Projector, with sprites, true and
@@ -1574,7 +1402,7 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
 
 COMMANDS = {command.__name__: command for command in (
     samples, curves, predictions, confusion, pr_curves, reliability, where, activations, filters,
-    features, patches, landscape, smoothness, projector)}
+    features, patches, landscape, projector)}
 MEANINGS = {
     "ckpt": "checkpoint, run's folder, torchvision:NAME or module:function",
     "runs": "folders of runs",
@@ -1607,12 +1435,8 @@ MEANINGS = {
     "images": "how many training and how many test images; of activations: test images",
     "points": "points along each direction",
     "span": "how far the random directions reach, in filter norms",
-    "models": "networks to compare, separated by commas",
-    "steps": "training steps of each run",
-    "every": "steps between two measurements along the gradient",
-    "batch_size": "images a step",
-    "lrs": "learning rates, one run each; along the gradient the first is measured",
 }
 
 if __name__ == "__main__":
-    command_line(COMMANDS, meanings=MEANINGS, moved={"report": "python -m lab report"})
+    command_line(COMMANDS, meanings=MEANINGS, moved={
+        "report": "python -m lab report", "smoothness": "python -m lab smoothness"})

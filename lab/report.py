@@ -355,7 +355,7 @@ def figures_of(experiment, runs, folder):
     plotted = {run.folder(runs): None for run in experiment.runs.values()}
     for figure in experiment.figures:
         folders = [run.folder(runs) for run in figure.runs.values()]
-        command = figure.words[2]
+        command = figure.command
         if command == "curves":
             plotted |= dict.fromkeys(folders)
             continue

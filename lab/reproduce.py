@@ -27,6 +27,7 @@ import network
 import train
 import visualize
 from data import Table, parse, parse_value, read_json, show, write_atomically
+from lab import smoothness
 from train import Config
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -37,7 +38,7 @@ KINDS = {"epoch": NUMBER, "epochs": NUMBER, "parameters": NUMBER, "seconds": NUM
          "test/accuracy_tta": NUMBER | None,
          "device": str, "commit": str | None, "versions": dict}  # what is read of a result.json
 MODULES = {f"{module.__name__}.py": module
-           for module in (data_module, network, train, visualize, deconv)}
+           for module in (data_module, network, train, visualize, deconv)} | {"-m": smoothness}
 # {name} in a figure's line is the folder of a run of the same experiment, {id/name} of another.
 PLACEHOLDER = re.compile(r"\{(?:([^{}/]+)/)?([^{}]+)\}")
 
@@ -75,6 +76,11 @@ class Figure:
     experiment: str
     words: tuple[str, ...]
     runs: dict[str, Run]
+
+    @property
+    def command(self):
+        """The command's name: the word behind "visualize.py" or "-m lab"."""
+        return self.words[3 if self.words[1] == "-m" else 2]
 
     def filled(self, out):
         """The words with the runs' folders, which are in `out`: word by word, so that spaces and
@@ -259,12 +265,12 @@ def checked(result):
 def draw(figure, given, out):
     """Do what the line of a `Figure` says, in this process, and show what it made."""
     _, script, *words = figure.filled(out)
-    module, command = MODULES[script], words[0]
+    module, command, words = MODULES[script], figure.command, words[script == "-m":]
     if "limit" in given:  # a trial of the line, not a measurement
         words = [re.sub(r"^--steps=\d+$", "--steps=2", word) for word in words]
     if not figure.runs and module is not network:  # no run tells which images, and where it goes
         words += [f"--{name}={given[name]}" for name in ("data", "root") if name in given]
-        if module is visualize:
+        if module in (visualize, smoothness):
             words.append(f"--out={Path(out) / f'{figure.experiment}-{command}'}/")
     show(parse(module.COMMANDS, words, "train" if module is train else None)())
 

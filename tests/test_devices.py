@@ -21,6 +21,7 @@ import deconv
 import network
 import train
 import visualize
+from lab import smoothness
 
 # What a fake number answers makes torch.cov complain.
 pytestmark = pytest.mark.filterwarnings("ignore:cov")
@@ -289,8 +290,8 @@ def test_figures_are_computed_on_the_device(model, layer, watch):
     with visualize.moved(state.network, directions, (0.5, -0.5)):
         pass
     assert watch.waits == []
-    visualize.along_gradient(visualize.batch_loss(state.network, images, labels),
-                             dict(state.network.named_parameters()), [0.1, 0.2])
+    smoothness.along_gradient(visualize.batch_loss(state.network, images, labels),
+                              dict(state.network.named_parameters()), [0.1, 0.2])
     watch.assert_clean()
 
 

@@ -77,7 +77,8 @@ def test_every_figure_is_a_known_command_on_known_runs():
         for figure in entry.figures:
             _, script, *words = figure.filled("a folder\\1")
             module = reproduce.MODULES[script]
-            data.parse(module.COMMANDS, words, "train" if module is train else None)
+            data.parse(module.COMMANDS, words[script == "-m":],
+                       "train" if module is train else None)
             for run in figure.runs.values():
                 assert known[run.experiment, run.name] is run
             assert not [word for word in words if "{" in word]
@@ -437,7 +438,7 @@ def test_help_names_every_command_and_every_setting_of_a_sweep(capsys):
         with pytest.raises(SystemExit, match="0"):
             lab(*words)
     printed = capsys.readouterr().out
-    assert "reproduce, report, results, sweep, benchmark" in printed
+    assert "reproduce, report, results, sweep, smoothness, benchmark, gpu" in printed
     assert "--label_smoothing=" in printed
 
 

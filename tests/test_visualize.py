@@ -262,9 +262,6 @@ def texts_of(figure):
                                        torch.eye(6).roll(1, 1), NAMES, NAMES[0]),
     lambda: visualize.image_grid(torch.zeros(6, 3, 4, 4), NAMES, 1, NAMES[0], row_titles=NAMES),
     lambda: visualize.draw_curves({name: [METRICS] for name in NAMES}),
-    lambda: visualize.draw_smoothness([{"model": name, "step": 0, "loss": 1, "beta": 1}
-                                       | dict.fromkeys(visualize.MEASURES, 1) for name in NAMES],
-                                      NAMES, NAMES[0]),
 ])
 def test_names_from_outside_are_shown_as_they_are(draw):
     shown = texts_of(draw())
@@ -315,7 +312,8 @@ def test_a_title_is_broken_where_it_is_wider_than_its_figure():
 @pytest.mark.parametrize("out, name", [
     ("f.PNG", "f.PNG"), ("f.jpg", "f.jpg"), ("f.Svg", "f.Svg"), ("f.pdf", "f.pdf"),
     ("new/f.eps", "new/f.eps"), ("some", "some/filters-conv1-rgb.png"),
-    ("some.v2/", "some.v2/filters-conv1-rgb.png"), ("there.1", "there.1/filters-conv1-rgb.png"),
+    ("some.v2/", "some.v2/filters-conv1-rgb.png"), ("4.1-x", "4.1-x/filters-conv1-rgb.png"),
+    ("lr0.1", "lr0.1/filters-conv1-rgb.png"), ("there.1", "there.1/filters-conv1-rgb.png"),
     ("~/deep", "home/deep/filters-conv1-rgb.png"), ("~/f.png", "home/f.png")])
 def test_out_names_a_file_or_a_folder(out, name, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -449,7 +447,7 @@ def test_predictions_in_the_order_of_loss_and_of_confidence(run, tmp_path, monke
     assert torch.equal(shown[1][0], wrong[wrong.softmax(1).amax(1).topk(3).indices])
 
 
-# ---------------------------------------------------------------------------- inside, one image
+# ---------------------------------------------------------------------------- a class's reasons
 
 
 def small_network():
@@ -465,13 +463,13 @@ def test_grad_cam_of_a_linear_head_by_hand():
                              nn.Linear(3, 2, bias=False))
     network_[3].weight.data = torch.tensor([[1.0, -2.0, 0.0], [-1.0, 0.0, 0.0]])
     maps = torch.tensor([[[[4.0, 8.0], [0.0, 1.0]], [[1.0, 0.0], [3.0, 0.5]], [[9.0] * 2] * 2]])
-    cam, layer = visualize.grad_cam(network_, maps, 0)
+    cam, layer = network.grad_cam(network_, maps, 0)
     assert cam[0].tolist() == [[4 / 4 - 2 / 4, 8 / 4], [0, 0]]  # −6/4 and 1/4 − 1/4 are cut off
-    assert layer == "0" and visualize.grad_cam(network_, maps, 1, "0")[0].abs().sum() == 0
+    assert layer == "0" and network.grad_cam(network_, maps, 1, "0")[0].abs().sum() == 0
     with pytest.raises(ValueError, match="layer=2: Grad-CAM needs"):
-        visualize.grad_cam(network_, maps, 0, "2")
+        network.grad_cam(network_, maps, 0, "2")
     with pytest.raises(ValueError, match="Grad-CAM needs"):
-        visualize.grad_cam(network_[2:], maps[:, :, :1, :1], 0)
+        network.grad_cam(network_[2:], maps[:, :, :1, :1], 0)
 
 
 class ChannelsLast(nn.Module):
@@ -495,21 +493,21 @@ class ChannelsLast(nn.Module):
 def test_grad_cam_of_tokens_and_of_channels_that_come_last(tokens):
     model, images = ChannelsLast(tokens), torch.rand(1, 3, 8, 8)
     maps = model.patches(images).detach()
-    cam, _ = visualize.grad_cam(model, images, 2, "layer")
+    cam, _ = network.grad_cam(model, images, 2, "layer")
     # The logit adds up map 2 over all positions: its gradient is 1 there, or 1/17 beside itself.
     assert torch.allclose(cam, maps[:, 2].clamp(min=0) / (17 if tokens else 1), atol=1e-6)
-    assert visualize.grad_cam(model, images, 2)[1] == "layer"
+    assert network.grad_cam(model, images, 2)[1] == "layer"
 
 
 def test_the_default_layer_of_grad_cam():
     images = torch.rand(1, 3, 32, 32)
     for name, layer in (("lenet", "conv2"), ("resnet20", "conv4_x"), ("speednet", "conv4_x")):
-        assert visualize.grad_cam(network.build(name).eval(), images, 0)[1] == layer
+        assert network.grad_cam(network.build(name).eval(), images, 0)[1] == layer
 
 
 def test_integrated_gradients_add_up_to_the_difference_of_the_outputs():
     model, images = small_network(), torch.randn(2, 3, 12, 12)
-    parts = visualize.integrated_gradients(model, images, 3, steps=400).sum((1, 2, 3))
+    parts = network.integrated_gradients(model, images, 3, steps=400).sum((1, 2, 3))
     with torch.no_grad():
         rise = model(images)[:, 3] - model(torch.zeros(1, 3, 12, 12))[0, 3]
     assert parts.tolist() == pytest.approx(rise.tolist(), abs=2e-3)
@@ -517,8 +515,8 @@ def test_integrated_gradients_add_up_to_the_difference_of_the_outputs():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     images = torch.randn(1, 3, 2, 2)
     weights = linear[1].weight[1].view(1, 3, 2, 2)
-    assert torch.allclose(visualize.integrated_gradients(linear, images, 1, 1), weights * images)
-    assert torch.allclose(visualize.smooth_gradient(linear, images, 1, 4), weights)
+    assert torch.allclose(network.integrated_gradients(linear, images, 1, 1), weights * images)
+    assert torch.allclose(network.smooth_gradient(linear, images, 1, 4), weights)
 
 
 def test_smooth_gradient_averages_what_the_noise_does():
@@ -527,10 +525,10 @@ def test_smooth_gradient_averages_what_the_noise_does():
             return images.pow(3).flatten(1).sum(1, keepdim=True)
 
     images = torch.tensor([0.0, 1.0]).repeat(6).view(1, 3, 2, 2)  # their range is 1
-    smooth = visualize.smooth_gradient(Cubes(), images, 0, count=4000, noise=0.5)
+    smooth = network.smooth_gradient(Cubes(), images, 0, count=4000, noise=0.5)
     # E[3 (x + ε)²] = 3 x² + 3·0.25.
     assert torch.allclose(smooth, 3 * images**2 + 0.75, atol=0.25)
-    again = visualize.smooth_gradient(Cubes(), images, 0, count=4000, noise=0.5)
+    again = network.smooth_gradient(Cubes(), images, 0, count=4000, noise=0.5)
     assert torch.equal(smooth, again)
 
 
@@ -541,12 +539,12 @@ def test_captum_finds_the_same():
                             for module in model)).eval()  # Captum's hooks bear nothing in place
     for label in (0, 6):
         pairs = [
-            (visualize.class_gradient(model, images, label),
+            (network.class_gradient(model, images, label),
              attr.Saliency(plain).attribute(images, label, abs=False)),
-            (visualize.integrated_gradients(model, images, label, 30),
+            (network.integrated_gradients(model, images, label, 30),
              attr.IntegratedGradients(plain).attribute(images, target=label, n_steps=30,
                                                        method="riemann_middle")),
-            (visualize.grad_cam(model, images, label, "3")[0],
+            (network.grad_cam(model, images, label, "3")[0],
              attr.LayerGradCam(plain, plain[3]).attribute(images, label,
                                                           relu_attributions=True)[:, 0])]
         for ours, theirs in pairs:
@@ -744,29 +742,6 @@ def test_a_fingerprint_tells_tensors_and_settings_apart():
     assert len(prints) == 8 and visualize.fingerprint(one) in prints
 
 
-def test_smoothness_along_the_gradient_of_a_quadratic():
-    curvature = torch.tensor([1.0, 3.0])
-
-    def loss_of(weights):
-        return (curvature * weights["x"] ** 2).sum() / 2
-
-    # At (1, 1) the gradient g is (1, 3); a step η moves by −ηg and changes it by −η(1, 9).
-    measures = visualize.along_gradient(loss_of, {"x": torch.ones(2)}, [0.1, 0.2])
-    assert measures["beta"] == pytest.approx(math.sqrt(82 / 10))
-    assert measures["change_low"] == pytest.approx(0.1 * math.sqrt(82))
-    assert measures["change_high"] == pytest.approx(0.2 * math.sqrt(82))
-    assert measures["loss_high"] == pytest.approx((0.9**2 + 3 * 0.7**2) / 2)
-    assert measures["loss_low"] == pytest.approx((0.8**2 + 3 * 0.4**2) / 2)
-
-
-def test_measuring_smoothness_leaves_running_statistics_alone():
-    layers = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
-    before = {name: buffer.clone() for name, buffer in layers.named_buffers()}
-    loss_of = visualize.batch_loss(layers, torch.randn(6, 3, 4, 4), torch.tensor([0, 1] * 3))
-    visualize.along_gradient(loss_of, dict(layers.named_parameters()), [0.1])
-    assert all(torch.equal(before[name], buffer) for name, buffer in layers.named_buffers())
-
-
 # ---------------------------------------------------------------------------- commands
 
 
@@ -790,8 +765,6 @@ def test_measuring_smoothness_leaves_running_statistics_alone():
     (["where", "RUN", "--method=all", "--layer=conv1"], ["where-all"]),
     (["activations", "RUN", "--images=20"], ["activations"]),
     (["predictions", "RUN", "--count=2", "--order=loss"], ["predictions-all-loss"]),
-    (["smoothness", "--models=lenet", "--data=shapes", "--steps=2", "--every=1", "--lrs=.1,.2",
-      "--batch_size=4"], ["smoothness"]),
 ])
 def test_a_command_writes_its_figures_and_prints_their_paths(words, names, run, tmp_path, capsys,
                                                              few_shapes):

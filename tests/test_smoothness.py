@@ -1,0 +1,51 @@
+"""How smooth a loss is: answers worked out by hand."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import visualize
+from lab import smoothness
+
+
+def test_smoothness_along_the_gradient_of_a_quadratic():
+    curvature = torch.tensor([1.0, 3.0])
+
+    def loss_of(weights):
+        return (curvature * weights["x"] ** 2).sum() / 2
+
+    # At (1, 1) the gradient g is (1, 3); a step η moves by −ηg and changes it by −η(1, 9).
+    measures = smoothness.along_gradient(loss_of, {"x": torch.ones(2)}, [0.1, 0.2])
+    assert measures["beta"] == pytest.approx(math.sqrt(82 / 10))
+    assert measures["change_low"] == pytest.approx(0.1 * math.sqrt(82))
+    assert measures["change_high"] == pytest.approx(0.2 * math.sqrt(82))
+    assert measures["loss_high"] == pytest.approx((0.9**2 + 3 * 0.7**2) / 2)
+    assert measures["loss_low"] == pytest.approx((0.8**2 + 3 * 0.4**2) / 2)
+
+
+def test_measuring_smoothness_leaves_running_statistics_alone():
+    layers = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+    before = {name: buffer.clone() for name, buffer in layers.named_buffers()}
+    loss_of = visualize.batch_loss(layers, torch.randn(6, 3, 4, 4), torch.tensor([0, 1] * 3))
+    smoothness.along_gradient(loss_of, dict(layers.named_parameters()), [0.1])
+    assert all(torch.equal(before[name], buffer) for name, buffer in layers.named_buffers())
+
+
+def test_the_command_keeps_what_it_measured_and_names_are_literal(tmp_path, monkeypatch):
+    draw = data.draw_shapes
+    monkeypatch.setattr(data, "draw_shapes", lambda count, seed: draw(count // 20, seed))
+    monkeypatch.setattr(visualize, "DPI", 30)
+    flags = {"models": "lenet", "data": "shapes", "steps": 2, "every": 1, "lrs": (0.1, 0.2),
+             "batch_size": 4, "out": str(tmp_path)}
+    figure, table = smoothness.smoothness(**flags)
+    assert figure.path == tmp_path / "smoothness.png" and table.exists()
+    monkeypatch.setattr(smoothness, "short_run", None)  # all is there
+    smoothness.smoothness(**flags)
+    rows = [{"model": "_a$b$", "step": 0, "loss": 1} | dict.fromkeys(smoothness.MEASURES, 1)]
+    figure = smoothness.draw_smoothness(rows, ["_a$b$"], "$x^{")
+    figure.savefig(io.BytesIO(), dpi=20)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_a$b$"]
