@@ -574,7 +574,7 @@ def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
         with open(tmp_path / name / "metrics.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(train.COLUMNS)
-            writer.writerows([epoch, epoch, 1, 0.5, "", "", 0.1, 1, 1] for epoch in (1, 2))
+            writer.writerows([epoch, epoch, 1, 0.5, "", "", 0.1, 1, 1, ""] for epoch in (1, 2))
     groups = visualize.group_runs([tmp_path / name for name in "abc"])
     assert {label: len(members) for label, members in groups.items()} == {
         "a and 1 more seed": 2, "c": 1}
