@@ -26,7 +26,6 @@ The paper's other three experiments follow from it: `occlusion` (section 4.2), `
 `invariance` (section 4). Sections are those of the preprint, arXiv:1311.2901.
 """
 
-import contextlib
 import math
 import typing
 
@@ -293,18 +292,6 @@ def occlude(network, layer, image, preprocessing, unit, label, size, stride):
     return Occlusion(*(torch.cat(column).view(steps, steps).cpu() for column in zip(*parts)))
 
 
-def last_maps(network, images):
-    """The last layer, as the network computes, with maps of more than one position."""
-    names = [name for name, _ in network.named_modules() if name]
-    with networks.evaluation(network), torch.no_grad(), networks.capture(network, names) as outputs:
-        networks.forward(network, images)
-    for name in reversed(outputs):
-        with contextlib.suppress(ValueError):
-            if networks.captured_maps(outputs, name).shape[2:].numel() > 1:
-                return name
-    raise ValueError("the network has no layer with maps: name another with --layer")
-
-
 def logits_of(network, images):
     """The network's output for normalised images, float32 N×classes; ValueError for any other."""
     logits = networks.forward(network, images)
@@ -380,8 +367,9 @@ def as_pictures(signals):
 
 
 def window(signal):
-    """The square (top, left, side) around what is not 0 in a 3×S×S signal; if large, all of it."""
-    size, pixels = signal.shape[-1], signal.abs().amax(0).nonzero()
+    """The square (top, left, side) around what can be seen of a 3×S×S signal; if large, all."""
+    size, strengths = signal.shape[-1], signal.abs().amax(0)
+    pixels = (strengths > 1e-4 * strengths.max()).nonzero()
     # One pixel of margin on each side; of a deep layer's signal, as large as the image, all.
     side = (pixels.amax(0) - pixels.amin(0)).max().item() + 3 if len(pixels) else size
     if side > size / 2:
@@ -604,15 +592,15 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
                     for value, part in ((size, 4), (stride, 16)))
     visualize.need(size=size, stride=stride)
     images = about.preprocessing(picture, networks.device_of(network))
-    layer = layer or last_maps(network, images)
-    descent = descend(network, layer, images, watched=())
-    unit = descent.positions[0].item() // descent.activations[0, 0].numel()
     logits = train.predict(network, picture, about.preprocessing)[0]
     classes = about.classes or [f"number {label}" for label in range(len(logits))]
     label, kind = logits.argmax().item(), "class predicted at first"
     if image is None and about.classes:
         test = train.open_test(about, flags.get("data"), flags.get("root"))
         label, kind = test.labels[index].item(), "true class"
+    layer = layer or networks.grad_cam(network, images, label)[1]  # the last with maps
+    descent = descend(network, layer, images, watched=())
+    unit = descent.positions[0].item() // descent.activations[0, 0].numel()
     found = occlude(network, layer, picture, about.preprocessing, unit, label, size, stride)
     figure = draw_occlusion(
         about.preprocessing.pictures(picture)[0], found, descent.signal[0].cpu(), size,
