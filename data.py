@@ -48,7 +48,8 @@ from torch import Tensor
 # 16 of 32 for long runs; 8 costs short runs less).
 CROP = 1 / 8
 CUTOUT = 1 / 4
-AUGMENTATIONS = ("flip", "alternating_flip", "crop", "cutout")
+MIXTURES = ("mixup", "cutmix")
+AUGMENTATIONS = ("flip", "alternating_flip", "crop", "cutout", *MIXTURES)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OVERLAPPING = ("cpu", "cuda")  # devices that read views whose rows overlap without copying them
 # Others are refused whatever a file is called: PostScript, for one, is handed to a program.
@@ -1004,6 +1005,31 @@ class Batches:
         half = self.size * CUTOUT / 2
         near = (line - corner[..., None] + 0.5).abs() <= half
         return ~(near[0][:, :, None] & near[1][:, None, :])[..., None]
+
+
+def mix(images, labels, augment, seed, step):
+    """Every image of a batch mixed with another: (images, [(labels, share), (theirs, 1 − share)]).
+
+    By mixup (Zhang et al. 2018) as a weighted mean, by cutmix (Yun et al. 2019, section 3.1) a
+    rectangle is that of the other; one of the two at random if `augment` names both. The share is
+    uniform between 0 and 1 (Beta(1, 1) in both papers), and one for the batch.
+    """
+    random = generator(seed, "mix", step)
+    kinds = [name for name in MIXTURES if name in augment]
+    kind = kinds[torch.randint(len(kinds), (), generator=random)]
+    share, y, x = torch.rand(3, generator=random).tolist()
+    others = images.flip(0)
+    if kind == "mixup":
+        images = images.lerp(others, 1 - share)
+    else:
+        size = images.shape[3]
+        half = size * (1 - share) ** 0.5 / 2
+        top, bottom, left, right = (round(min(max(size * middle + side, 0), size))
+                                    for middle in (y, x) for side in (-half, half))
+        images = images.clone()
+        images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+        share = 1 - (bottom - top) * (right - left) / size**2
+    return images, [(labels, share), (labels.flip(0), 1 - share)]
 
 
 # ---------------------------------------------------------------------------- files and tables

@@ -978,12 +978,25 @@ def _cached_weights(name):
 
 
 def load_weights(network, checkpoint):
-    """Copy the weights of `checkpoint` into `network`; ValueError when they do not fit."""
-    weights, own = checkpoint["weights"], network.state_dict()
+    """Copy the weights of `checkpoint` into `network`, those in half precision too; ValueError
+    when they do not fit."""
+    own = network.state_dict()
+    weights = {name: value.to(own[name].dtype) if name in own and isinstance(value, Tensor)
+               and value.dtype == torch.float16 and value.layout == torch.strided else value
+               for name, value in checkpoint["weights"].items()}
     for name in {**own, **weights}:
         if name not in own or not made_like(weights.get(name), own[name]):
             raise ValueError(f"weights of {name} are missing, too many, or of another kind")
     network.load_state_dict(weights)
+
+
+def in_half(weights):
+    """`weights` with filters and matrices in half precision, to be kept or given away.
+
+    Vectors, such as batch norm's variances, may be out of its range, and are small.
+    """
+    return {name: value.half() if value.is_floating_point() and value.ndim > 1 else value
+            for name, value in weights.items()}
 
 
 def made_like(value, pattern):

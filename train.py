@@ -11,6 +11,7 @@ run repeats the very steps that an undisturbed one would have taken.
 """
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import io
@@ -40,12 +41,14 @@ import data
 import network as networks
 from data import (
     AUGMENTATIONS,
+    MIXTURES,
     Batches,
     Flag,
     Table,
     closest,
     command_line,
     load_split,
+    mix,
     parse_value,
     progress,
     text_of,
@@ -59,7 +62,7 @@ MARKER, MARK = ".run", "A run of train.py made this folder.\n"
 STEPS = f"step-{'[0-9]' * 9}.pth"  # checkpoints before the last
 EMPTYING = "emptying"  # in config.json while the files of a run before are being removed
 WRITTEN = re.compile(
-    r"(\.run|\.lock|config\.json|metrics\.csv|result\.json|(last|best|step-\d{9})\.pth"
+    r"(\.run|\.lock|config\.json|metrics\.csv|result\.json|(last|best|step-\d{9}|snapshot-\d{5})\.pth"
     r"|events\.out\.tfevents\.\d+\.\d{9}|test/events\.out\.tfevents\.\S+"
     r"|test/projector_config\.pbtxt"
     r"|test/\d{5}/(features|pixels)/(metadata\.tsv|sprite\.png|tensors\.tsv))(\.\d+\.tmp)?")
@@ -86,7 +89,8 @@ def check_setting(name, value, kind, allowed):
     A whole number is a number too, but True is none.
     """
     if typing.get_origin(kind) is tuple:
-        fits = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+        fits = isinstance(value, tuple) and all(
+            type(part) is typing.get_args(kind)[0] for part in value)
     else:
         kinds = typing.get_args(kind) or (kind,)
         fits = (isinstance(value, kinds) or (float in kinds and isinstance(value, int))) and (
@@ -95,12 +99,12 @@ def check_setting(name, value, kind, allowed):
         raise ValueError(f"{name}={value!r}: must be {kind}")
     if allowed is None or value is None:
         return
-    if isinstance(value, (int, float)):
-        if not allowed[0] <= value <= allowed[1]:
+    parts = value if isinstance(value, tuple) else [value]
+    if parts and isinstance(parts[0], (int, float)):
+        if not all(allowed[0] <= part <= allowed[1] for part in parts):
             raise ValueError(f"{name}={value}: must be from {allowed[0]:g} to {allowed[1]:g}")
-    elif any(part not in allowed for part in (value if isinstance(value, tuple) else [value])):
-        wrong = next(part for part in ([value] if isinstance(value, str) else value)
-                     if part not in allowed)
+    elif any(part not in allowed for part in parts):
+        wrong = next(part for part in parts if part not in allowed)
         raise ValueError(f"{name}={text_of(value)}: must be of {', '.join(allowed)}"
                          f"{closest(wrong, allowed)}")
 
@@ -132,6 +136,14 @@ class Config:
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up", (0, 1e6))
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", (0, 1))
     augment: tuple[str, ...] = setting(("flip", "crop"), "none, or of", AUGMENTATIONS)
+    ema: float = setting(0.0, "share of itself that a running mean of the weights keeps at a step; "
+                         "the mean is evaluated; 0: none", (0, 0.999999))
+    clip: float | None = setting(None, "longest gradient, all weights together; none: any",
+                                 (1e-6, 1e9))
+    patience: int = setting(0, "epochs without a higher validation accuracy that end the run; 0: "
+                            "any", (0, 1e6))
+    snapshots: tuple[int, ...] = setting((), "epochs whose weights are kept; none: a few, of a "
+                                         "small network", (0, 99_999))
     tta: str = setting("none", "views of a test image whose logits are averaged:", TTA)
     seed: int = setting(0, "of weights, split, order and augmentation", (0, 2**62))
     device: str = setting("auto", "auto: a GPU if there is one;", ("auto", "cpu", "cuda", "mps"))
@@ -156,6 +168,8 @@ class Config:
                              f"see `out`")
         if self.tta == "full" and self.size < 2:
             raise ValueError("tta=full: moves images, which must be at least 2×2")
+        if self.patience and self.val == 0:
+            raise ValueError("patience: needs images that are held out for validation (`val`)")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: needs a momentum above 0")
         networks.check_options(self.model, self.options)
@@ -233,8 +247,8 @@ RECIPES = {
     "resnet18_imagenet": {**_RESNET, "epochs": 30, "augment": ("flip", "crop")},
 }
 # What a resumed run may be told anew; all else would make it another run.
-MAY_CHANGE = ("epochs", "device", "compile", "log_steps", "save_minutes", "keep", "name", "out",
-              "root", "on_nan", "tta")
+MAY_CHANGE = ("epochs", "patience", "snapshots", "device", "compile", "log_steps", "save_minutes",
+              "keep", "name", "out", "root", "on_nan", "tta")
 # Settings of earlier checkpoints and run folders that have another name now.
 RENAMED = {"early": "early_share", "uncropped": "uncropped_epochs", "warmup": "warmup_epochs",
            "log_every": "log_steps", "save_every": "save_minutes"}
@@ -536,12 +550,16 @@ def train(config, resume=False, overwrite=False, changed_data=False):
         state, batches, folder = prepare(config, dataset, device, workers, resume, changed_data)
         try:
             with catch_signals() as stop, live_progress(config, len(batches)) as bar:
-                while state.epoch < config.epochs:
+                while state.epoch < config.epochs and not workers.any(
+                        out_of_patience(state, config), state.sums):
                     train_epoch(state, batches, config, workers, folder, bar, stop)
                     end_epoch(state, dataset, batches, folder)
                     if workers.any(stop, state.sums):
                         raise Stopped(*stop[:1])
             folder.wait()
+            if state.epoch < config.epochs:
+                folder.say(f"validation accuracy has not risen for {config.patience} epochs: that "
+                           f"is all")
             result = finish(state, dataset, folder, workers)
             workers.meet()
             return result
@@ -590,42 +608,50 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
     seed_step(config.seed, state.step, workers.rank, images.device)
     skips = config.on_nan == "skip"
     before = {tensor: tensor.detach().clone() for tensor in changing(state)} if skips else None
+    targets = [(labels, 1.0)]
+    if set(config.augment) & set(MIXTURES):
+        images, targets = mix(images, labels, config.augment, config.seed, state.step)
     with autocast(images.device, config.precision):
         logits = state.network(images)
-    loss, sums = measure(logits.float(), labels, config.label_smoothing)
+    loss, sums = measure(logits.float(), targets, config.label_smoothing)
     state.optimizer.zero_grad(set_to_none=True)
     with workers.sharing(state.network, [*state.parameters()], sums):
         (loss / batch_size).backward()
-    gradients = [parameter.grad for parameter in state.parameters()]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in state.parameters()])
+    if config.clip is not None:
+        nn.utils.clip_grads_with_norm_([*state.parameters()], config.clip, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
-    finite = is_finite(sums[3], gradients)
+    state.follow(config.ema)
+    finite = sums[3].isfinite() & norm.isfinite()
     state.sums += torch.where(finite, sums, 0.0 if skips else math.nan)
     if skips:
         put_back(state, before, ~finite)
 
 
-def measure(logits, labels, smoothing):
+def measure(logits, targets, smoothing):
     """(what a step lowers, summed over the images; sums over the images, as `State.totals`).
 
-    What is logged as the loss is the plain cross-entropy, which compares with that of validation
-    images; with `smoothing` a step lowers another.
+    `targets` are [(labels, their share)], more than one for mixed images. What is logged as the
+    loss is the plain cross-entropy, which compares with that of validation images; with
+    `smoothing` a step lowers another.
     """
-    objective = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-    loss = objective.detach()
+    def weighted(value_of):
+        values = [value_of(labels) if share == 1 else share * value_of(labels)
+                  for labels, share in targets]
+        return sum(values[1:], values[0])
+
+    objective = weighted(lambda labels: F.cross_entropy(logits, labels, reduction="sum",
+                                                        label_smoothing=smoothing))
+    loss, answers = objective.detach(), logits.argmax(1)
     if smoothing:
         with torch.no_grad():
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+            loss = weighted(lambda labels: F.cross_entropy(logits, labels, reduction="sum"))
     # The number of images is written by the device itself: a Python number that is put into a
     # tensor of the device is copied there, and the CPU waits until it has arrived.
-    return objective, torch.stack([loss, (logits.argmax(1) == labels).sum(),
-                                   torch.full_like(loss, len(labels)), objective.detach()])
-
-
-def is_finite(loss, gradients):
-    """Whether loss and gradients are all finite: a tensor on their device, nobody waits for it."""
-    return loss.isfinite() & nn.utils.get_total_norm(gradients).isfinite()
+    return objective, torch.stack([loss, weighted(lambda labels: (answers == labels).sum()),
+                                   torch.full_like(loss, len(logits)), objective.detach()])
 
 
 def size_and_crop(config, epoch):
@@ -645,9 +671,11 @@ def seed_step(seed, step, rank, device):
 
 
 def changing(state):
-    """All tensors that a step changes: parameters, buffers, and what the optimizer keeps."""
+    """All tensors that a step changes: parameters, buffers, their means over the steps, and what
+    the optimizer keeps."""
     kept = (values.values() for values in state.optimizer.state.values())
     yield from itertools.chain(state.network.parameters(), state.network.buffers(),
+                               (state.average or {}).values(),
                                filter(torch.is_tensor, itertools.chain(*kept)))
 
 
@@ -691,7 +719,8 @@ def end_epoch(state, dataset, batches, folder):
                          f"gradient was not finite; {folder.last_good()}; lower `lr`")
     validation = {"loss": None, "accuracy": None}
     if dataset.val:
-        logits = predict(state.network, dataset.val.images, folder.preprocessing)
+        with averaged(state):
+            logits = predict(state.network, dataset.val.images, folder.preprocessing)
         validation = score(logits, dataset.val.labels, len(dataset.classes))
     lr = learning_rate(state.step - 1, config.epochs * steps, config.warmup_epochs * steps,
                        config.lr, config.schedule)
@@ -706,7 +735,20 @@ def end_epoch(state, dataset, batches, folder):
         state.best_accuracy, state.best_epoch = validation["accuracy"], state.epoch
     state.seconds += state.epoch_seconds
     state.epoch_seconds, state.totals, state.logged = 0.0, (0.0,) * 4, (0.0,) * 4
-    folder.save(state, best)
+    folder.save(state, best, state.epoch in snapshot_epochs(config, state.network))
+
+
+def snapshot_epochs(config, network, count=8, largest=2**20):
+    """The epochs whose weights are kept: those that `config` names, or else about `count` over the
+    run of a network of at most `largest` parameters, 2 MB each."""
+    if config.snapshots or networks.count_parameters(network) > largest:
+        return config.snapshots
+    return {round(config.epochs * number / count) for number in range(1, count + 1)}
+
+
+def out_of_patience(state, config):
+    """Whether validation accuracy has not risen for `config.patience` epochs."""
+    return 0 < config.patience <= state.epoch - state.best_epoch
 
 
 # ---------------------------------------------------------------------------- how a run begins
@@ -733,6 +775,26 @@ class State:
     seconds: float = 0.0
     best_accuracy: float = -1.0
     best_epoch: int = 0
+    average: dict | None = None
+
+    def follow(self, ema):
+        """Let `average` follow the weights: it keeps the share `ema` of itself.
+
+        Less in the first steps, (1 + step) / (10 + step), so that it soon forgets the first ones.
+        """
+        if self.average is None:
+            return
+        kept = min(ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, tensor in self.network.state_dict().items():
+                if tensor.is_floating_point():
+                    self.average[name].lerp_(tensor, 1 - kept)
+                else:
+                    self.average[name].copy_(tensor)
+
+    def weights(self):
+        """The weights that are evaluated and saved: their `average` if there is one."""
+        return self.average or self.network.state_dict()
 
     def parameters(self):
         """The parameters that are trained."""
@@ -769,6 +831,8 @@ def prepare(config, dataset, device, workers, resume, changed_data=False):
         restore(state, checkpoint, len(batches))
     else:
         fit_first_layer(state.network, dataset, config.size)
+        if state.average:
+            state.average = copy.deepcopy(state.network.state_dict())
     folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
     say(batches.describe_way())
     announce(state, config, dataset, device, workers, say)
@@ -816,7 +880,23 @@ def new_state(config, description, device):
         networks.check_size(network, config.early_size)
     if config.compile:
         network.compile()
-    return State(network, make_optimizer(config, network), torch.zeros(4, device=device))
+    state = State(network, make_optimizer(config, network), torch.zeros(4, device=device))
+    if config.ema:
+        state.average = copy.deepcopy(network.state_dict())
+    return state
+
+
+@contextlib.contextmanager
+def averaged(state):
+    """While open, the network has the weights that are evaluated; see `State.weights`."""
+    own = copy.deepcopy(state.network.state_dict()) if state.average else None
+    if own:
+        state.network.load_state_dict(state.average)
+    try:
+        yield
+    finally:
+        if own:
+            state.network.load_state_dict(own)
 
 
 def fit_first_layer(network, dataset, size=None):
@@ -832,7 +912,9 @@ def fit_first_layer(network, dataset, size=None):
 def training_state(state):
     """What a checkpoint keeps for going on, besides weights, epoch and step."""
     kept = {entry.name: getattr(state, entry.name) for entry in dataclasses.fields(state)
-            if entry.name not in ("network", "optimizer", "sums", "epoch", "step")}
+            if entry.name not in ("network", "optimizer", "sums", "epoch", "step", "average")}
+    if state.average:
+        kept["weights"] = state.network.state_dict()  # not those that are evaluated
     return {**kept, "optimizer": {"state": state.optimizer.state_dict()["state"]}}
 
 
@@ -860,7 +942,10 @@ def restore(state, checkpoint, steps):
             and 0 <= checkpoint["epoch"] <= checkpoint["step"] // steps <= checkpoint["epoch"]):
         raise ValueError("the checkpoint does not fit this run: its weights, its optimizer or its "
                          "step among those of an epoch are those of another")
-    state.network.load_state_dict(checkpoint["weights"])
+    if state.average:
+        for name, tensor in checkpoint["weights"].items():
+            state.average[name].copy_(tensor)
+    state.network.load_state_dict(training.pop("weights", checkpoint["weights"]))
     optimizer.load_state_dict({**optimizer.state_dict(), **training.pop("optimizer")})
     for name, value in training.items():
         setattr(state, name, value)
@@ -1023,6 +1108,39 @@ def score(logits, labels, classes):
             "accuracy": correct.sum().item() / len(labels), "per_class": per_class}
 
 
+def calibration(logits, labels, bins=15):
+    """How far a network's confidence is from its accuracy (Guo et al. 2017, section 2).
+
+    Images are sorted into `bins` of equal width by the probability of the likeliest class. Returns
+    {"error": the expected calibration error, Σ images/N · |accuracy − confidence|, and a list of
+    one value a bin each of "images", "accuracy" and "confidence", NaN in a bin without images}.
+    """
+    confidence, answers = logits.double().softmax(1).max(1)
+    number = (confidence * bins).ceil().long().clamp(1, bins) - 1  # a bin holds its upper edge
+    images = torch.bincount(number, minlength=bins)
+    sums = torch.zeros(2, bins, dtype=torch.float64)
+    sums.index_add_(1, number, torch.stack([(answers == labels).double(), confidence]))
+    accuracy, confidence = sums / images
+    gaps = (sums[0] - sums[1]).abs()
+    return {"error": gaps.sum().item() / len(labels), "images": images.tolist(),
+            "accuracy": accuracy.tolist(), "confidence": confidence.tolist()}
+
+
+def figures(logits, labels, classes):
+    """What is said of a test set: loss, accuracies, calibration error, by their names.
+
+    `classes` are the names; the five likeliest count (top 5) where there are more than ten.
+    """
+    result = score(logits, labels, len(classes))
+    top5 = None
+    if len(classes) > 10:
+        top5 = (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
+    return {"test/accuracy": result["accuracy"], "test/top5_accuracy": top5,
+            "test/loss": result["loss"],
+            "test/calibration_error": calibration(logits, labels)["error"],
+            "per_class": dict(zip(classes, result["per_class"]))}
+
+
 def result_table(result):
     """The accuracy of each class as a `Table`; a dash for one without test images."""
     return Table(("class", "test accuracy"), [
@@ -1031,8 +1149,12 @@ def result_table(result):
 
 
 def result_line(result):
-    """Test accuracy and loss in one line."""
-    line = f"test accuracy {result['test/accuracy']:.2%}, loss {result['test/loss']:.4f}"
+    """Test accuracy, loss and calibration error in one line."""
+    line = f"test accuracy {result['test/accuracy']:.2%}"
+    if result["test/top5_accuracy"] is not None:
+        line += f", of the five likeliest {result['test/top5_accuracy']:.2%}"
+    line += (f", loss {result['test/loss']:.4f}, calibration error "
+             f"{result['test/calibration_error']:.2%}")
     if result.get("test/accuracy_tta") is not None:
         line += f"; {result['test/accuracy_tta']:.2%} with --tta={result['settings']['tta']}"
     return line
@@ -1126,9 +1248,10 @@ class RunFolder:
                      row["step"])
         self.say("".join(f"{format_cell(row[name]):>{column_width(name)}}" for name in COLUMNS))
 
-    def save(self, state, best=False):
-        """Write `state` as last.pth in the background, and as best.pth too if it is the best."""
-        weights, training = copied((state.network.state_dict(), training_state(state)))
+    def save(self, state, best=False, snapshot=False):
+        """Write `state` as last.pth in the background, as best.pth too if it is the best, and with
+        `snapshot` its weights in half precision."""
+        weights, training = copied((state.weights(), training_state(state)))
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError(f"the weights are not finite at step {state.step}; {self.last_good()}")
         self.wait()
@@ -1137,7 +1260,8 @@ class RunFolder:
             return
         checkpoint = {**self.description, "epoch": state.epoch, "step": state.step,
                       "weights": weights}
-        self.pending = self.saver.submit(self._write, checkpoint, training, best)
+        self.pending = self.saver.submit(self._write, checkpoint, training, best,
+                                         snapshot)
 
     def wait(self):
         """Wait for the checkpoint that is being written; raises what went wrong with it."""
@@ -1145,12 +1269,15 @@ class RunFolder:
             pending, self.pending = self.pending, None
             self.saved_step = pending.result()
 
-    def _write(self, checkpoint, training, best):
+    def _write(self, checkpoint, training, best, snapshot):
         for path in (self.path / "metrics.csv", self.events):  # on the disk before the checkpoint
             with data.writing(path), open(path, "ab") as file:
                 os.fsync(file.fileno())
         if best:
             networks.save(self.path / "best.pth", checkpoint)
+        if snapshot:
+            networks.save(self.path / f"snapshot-{checkpoint['epoch']:05d}.pth", {
+                **checkpoint, "weights": networks.in_half(checkpoint["weights"])})
         keep, again = self.config.keep, self.saved_step == checkpoint["step"]
         networks.save(self.path / "last.pth", {**checkpoint, "training": training},
                       None if keep == 1 or again else self.older())
@@ -1388,14 +1515,12 @@ def finish(state, dataset, folder, workers):
     kept = folder.path / ("best.pth" if dataset.val else "last.pth")
     network, _ = open_network(kept, config.device)
     logits = finite_logits(network, dataset.test.images, prep)
-    test = score(logits, labels, len(dataset.classes))
     with_tta = None
     if config.tta != "none":
         views = finite_logits(network, dataset.test.images, prep, config.tta)
         with_tta = score(views, labels, len(dataset.classes))["accuracy"]
     result = {
-        "test/accuracy": test["accuracy"], "test/accuracy_tta": with_tta,
-        "test/loss": test["loss"], "per_class": dict(zip(dataset.classes, test["per_class"])),
+        **figures(logits, labels, dataset.classes), "test/accuracy_tta": with_tta,
         "val/accuracy": state.best_accuracy if dataset.val else None,
         "train/accuracy": read_metrics(folder.path)["train/accuracy"][-1],
         "epoch": state.best_epoch if dataset.val else state.epoch, "epochs": state.epoch,
@@ -1600,9 +1725,7 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None, tta: s
     network, description = open_network(ckpt, device)
     test = open_test(description, data, root)
     logits = finite_logits(network, test.images, description.preprocessing, tta)
-    result = score(logits, test.labels, len(description.classes))
-    result = {"test/accuracy": result["accuracy"], "test/loss": result["loss"],
-              "per_class": dict(zip(description.classes, result["per_class"]))}
+    result = figures(logits, test.labels, description.classes)
     return [result_table(result), result_line(result)]
 
 

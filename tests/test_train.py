@@ -116,6 +116,142 @@ def test_score_by_hand():
     assert math.isnan(sick["loss"]) and sick["accuracy"] == 0.5
 
 
+def test_calibration_by_hand():
+    # Probabilities 3/4 (right), 3/4 (wrong) and 9/10 (right): gaps of 1/4 for two and 1/10 for one.
+    odds = torch.tensor([3.0, 3.0, 9.0]).log()
+    logits = torch.stack([odds, torch.zeros(3)], 1)
+    result = train.calibration(logits, torch.tensor([0, 1, 0]))
+    assert result["error"] == pytest.approx((2 * 0.25 + 1 * 0.1) / 3)
+    assert result["images"][11] == 2 and result["images"][13] == 1 and sum(result["images"]) == 3
+    assert result["accuracy"][11] == 0.5 and result["confidence"][13] == pytest.approx(0.9)
+    assert math.isnan(result["accuracy"][0])
+    sure = train.calibration(torch.tensor([[100.0, 0.0]]), torch.tensor([0]))
+    assert sure["error"] == 0 and sure["images"][14] == 1
+    many = train.figures(torch.arange(12.0).expand(12, 12), torch.arange(12), range(12))
+    assert many["test/top5_accuracy"] == 5 / 12
+    assert train.figures(torch.eye(2), torch.arange(2), "ab")["test/top5_accuracy"] is None
+
+
+def test_mixed_images_by_hand():
+    logits, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])
+    objective, sums = train.measure(logits, [(labels, 0.75), (labels.flip(0), 0.25)], 0.0)
+    low, high = math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))
+    assert objective.item() == pytest.approx(low + high) and sums[2] == 2
+    assert sums[1] == pytest.approx(0.75 + 0.25)
+    images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    for step in range(20):
+        mixed, ((_, share), (others, rest)) = data.mix(images, labels, ("mixup",), 0, step)
+        assert torch.allclose(mixed[0], torch.full((3, 8, 8), rest)) and share + rest == 1
+        assert torch.allclose(mixed[1], torch.full((3, 8, 8), share))
+        mixed, ((_, share), (others, rest)) = data.mix(images, labels, ("cutmix",), 0, step)
+        assert mixed[0].mean() == pytest.approx(rest) and set(mixed.unique().tolist()) <= {0, 1}
+        assert others.tolist() == [1, 0]
+    assert not images[0].any() and images[1].all()  # as they were
+
+
+@pytest.mark.parametrize("changes", [
+    {"augment": ("flip", "mixup", "cutmix"), "label_smoothing": 0.1}, {"ema": 0.9, "clip": 0.01},
+    {"ema": 0.9, "on_nan": "skip"}])
+def test_what_is_off_by_default_goes_on_where_it_stopped(changes, tmp_path, monkeypatch):
+    train.train(tiny(tmp_path, "whole", **changes))
+    real_step, seen = train.train_step, []
+
+    def failing_step(*arguments):
+        seen.append(1)
+        if len(seen) == 9:
+            raise RuntimeError("power cut")
+        real_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", failing_step)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.train(tiny(tmp_path, "cut", **changes))
+    train.train(tiny(tmp_path, "cut", **changes), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    train.train(tiny(tmp_path, "plain"))
+    weights = [network.read(tmp_path / name / "last.pth")["weights"]["fc.4.bias"]
+               for name in ("whole", "plain")]
+    assert not torch.equal(*weights)
+
+
+def step_state(config, value):
+    """A `State` of one weight, of `value`, and its optimizer."""
+    one = torch.nn.Linear(1, 2, bias=False)
+    torch.nn.init.constant_(one.weight, value)
+    state = train.State(one, train.make_optimizer(config, one), torch.zeros(4))
+    state.average = {"weight": torch.full((2, 1), float(value))}
+    return state
+
+
+def test_the_mean_of_the_weights_after_three_steps():
+    state, expected = step_state(train.Config.create(), 0.0), 0.0
+    for step, value in enumerate((1.0, 2.0, 4.0)):
+        state.step = step
+        torch.nn.init.constant_(state.network.weight, value)
+        state.follow(0.15)
+        kept = (0.1, 0.15, 0.15)[step]  # (1 + 0) / (10 + 0) in the first step
+        expected = kept * expected + (1 - kept) * value
+    assert state.average["weight"].flatten().tolist() == pytest.approx([expected] * 2)
+    assert expected == pytest.approx(0.15 * (0.15 * 0.9 + 0.85 * 2) + 0.85 * 4)
+    with train.averaged(state):
+        assert state.network.weight.flatten().tolist() == pytest.approx([expected] * 2)
+    assert state.network.weight.flatten().tolist() == [4, 4]
+
+
+def test_a_clipped_step_is_as_long_as_it_may_be():
+    config = train.Config.create(clip=0.5, momentum=0.0, weight_decay=0.0)
+    state = step_state(config, 0.0)
+    train.train_step(state, torch.full((4, 1), 100.0), torch.tensor([0, 0, 0, 1]), config,
+                     train.Workers(), 1.0, 4)
+    assert state.network.weight.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_patience_ends_a_run_where_it_should(tmp_path, monkeypatch):
+    accuracies = {1: 0.2, 2: 0.3, 3: 0.3, 4: 0.1, 5: 0.9}
+    real_score = train.score
+    monkeypatch.setattr(train, "score", lambda *a: {**real_score(*a),
+                                                    "accuracy": accuracies[epoch[0]]})
+    epoch, real_end = [0], train.end_epoch
+
+    def end(state, *rest):
+        epoch[0] = state.epoch + 1
+        real_end(state, *rest)
+        if killed == [state.epoch]:
+            killed.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "end_epoch", end)
+    killed = []
+    result = train.train(tiny(tmp_path, epochs=9, patience=2))
+    assert result["epochs"] == 4 and result["epoch"] == 2
+    for at in (3, 4):
+        killed = [at]
+        with pytest.raises(SystemExit):
+            train.train(tiny(tmp_path, f"cut{at}", epochs=9, patience=2))
+        train.train(tiny(tmp_path, f"cut{at}", epochs=9, patience=2), resume=True)
+        assert_same_run(tmp_path / "run", tmp_path / f"cut{at}")
+    with pytest.raises(ValueError, match="patience"):
+        train.Config.create(patience=2, val=0)
+
+
+def test_snapshots_are_the_weights_of_their_epochs(tmp_path):
+    config = tiny(tmp_path, epochs=3, snapshots=(1, 3), keep=0)
+    train.train(config)
+    names = {path.name for path in config.folder.glob("snapshot-*")}
+    assert names == {"snapshot-00001.pth", "snapshot-00003.pth"}
+    for name, other in (("snapshot-00001.pth", "step-000000006.pth"),
+                        ("snapshot-00003.pth", "last.pth")):
+        kept, about = network.load(config.folder / name)
+        whole, _ = network.load(config.folder / other)
+        assert about.epoch == int(name[9:14])
+        for one, two in zip(kept.parameters(), whole.parameters()):
+            assert one.dtype == torch.float32 and torch.allclose(one, two, atol=2e-4)
+    small = network.build("lenet")
+    assert train.snapshot_epochs(tiny(tmp_path, epochs=20), small) == {2, 5, 8, 10, 12, 15, 18, 20}
+    assert train.snapshot_epochs(tiny(tmp_path, epochs=2), small) == {0, 1, 2}
+    assert not train.snapshot_epochs(tiny(tmp_path), network.build("resnet18"))
+
+
 class OnePixel(torch.nn.Module):
     """Two logits: 0 and the value of the red pixel in the second row and column, less 10."""
 
@@ -149,7 +285,7 @@ def test_the_loss_of_training_is_the_plain_cross_entropy(tmp_path):
     one, two = (train.read_metrics(config.folder) for config in (plain, smooth))
     assert one["train/loss"] == two["train/loss"] and math.isnan(one["train/objective"][0])
     logits = torch.tensor([[1.0, 0.0]])
-    objective, sums = train.measure(logits, torch.tensor([0]), 0.2)
+    objective, sums = train.measure(logits, [(torch.tensor([0]), 1.0)], 0.2)
     low, high = math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))
     assert objective.item() == pytest.approx(0.9 * low + 0.1 * high)
     assert sums.tolist() == pytest.approx([low, 1, 1, 0.9 * low + 0.1 * high])
