@@ -504,7 +504,7 @@ def principal_directions(network, path):
     """
     if len(path) < 3:
         raise ValueError(f"directions=pca: needs at least 3 checkpoints, there are {len(path)} "
-                         f"(train with --keep=0 keeps all)")
+                         f"(train.py --snapshots=1,2,5,10 keeps those of its epochs)")
     own = dict(network.named_parameters())
     moving = [name for name, weight in own.items() if weight.ndim > 1]
     steps = torch.stack([torch.cat([(weights[name] - own[name].detach().cpu()).flatten().float()
@@ -643,7 +643,8 @@ def plane_of(network, ckpt, directions, seed, span, points):
                 for index in (0, 1)]
         along = [spaced(-span, span, points)] * 2
         return axes, *along, ("first random direction", "second random direction"), None
-    files = [*folder_of(ckpt).glob("step-*.pth"), *folder_of(ckpt).glob("last.pth")]
+    files = [file for pattern in ("snapshot-*.pth", "step-*.pth", "last.pth")  # the whole ones last
+             for file in folder_of(ckpt).glob(pattern)]
     found = [networks.read(file) for file in progress(files, "reading checkpoints")]
     weights = {checkpoint["step"]: checkpoint["weights"] for checkpoint in found}
     axes, shares, trail = principal_directions(network, [weights[step] for step in sorted(weights)])
