@@ -388,13 +388,16 @@ def _list_folder(folder):
         raise FileNotFoundError(
             f"data={str(folder)!r}: no such data set or folder (cifar10, cifar100, shapes, or a "
             f"folder with train/<class>/* and test/<class>/*)")
-    classes = {}
-    for part in ("train", "test"):
+    classes, files = {}, {"train": [], "test": []}
+    left_out = collections.Counter()
+    for part in files:
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder}: has no folder {part!r} (needed: train/<class>/*, "
                                     f"test/<class>/*)")
-        classes[part] = sorted(entry.name for entry in (folder / part).iterdir()
-                               if entry.is_dir() and not entry.name.startswith("."))
+        found = [entry.name for entry in (folder / part).iterdir() if entry.is_dir()]
+        classes[part] = sorted(name for name in found if not name.startswith("."))
+        if hidden := len(found) - len(classes[part]):
+            left_out["hidden folders beside the classes"] += hidden
     odd = sorted(set(classes["train"]) ^ set(classes["test"]))
     if odd or not classes["train"]:
         raise ValueError(f"{folder}: train and test must have the same classes, and at least one; "
@@ -402,7 +405,6 @@ def _list_folder(folder):
     for name in classes["train"]:
         if not name.isprintable():
             raise ValueError(f"{folder}: the class {name!r} has characters that cannot be shown")
-    files, left_out = {"train": [], "test": []}, collections.Counter()
     for part, label in itertools.product(files, range(len(classes["train"]))):
         class_folder = folder / part / classes["train"][label]
         found = _list_class(class_folder, label, left_out)
@@ -410,7 +412,7 @@ def _list_folder(folder):
             raise ValueError(f"{class_folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
         files[part] += found
     if left_out:
-        print(f"{folder}: left out " + ", ".join(f"{count} {what}" for what, count
+        print(f"{folder}: left out " + ", ".join(f"{what} ({count})" for what, count
                                                  in sorted(left_out.items())), file=sys.stderr)
     return files, classes["train"]
 
@@ -431,7 +433,7 @@ def _list_class(folder, label, left_out):
                 except OSError:  # a link that leads nowhere; reading it will say so
                     found.append((entry.path, label, 0, 0))
             elif not entry.name.startswith("."):
-                left_out[f"of type {suffix or 'unknown'}"] += 1
+                left_out[f"files of type {suffix or 'unknown'}"] += 1
     return sorted(found)
 
 

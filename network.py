@@ -899,8 +899,10 @@ class Description:
 
 def describe(checkpoint):
     """The `Description` in a checkpoint; ValueError when it cannot be that of a data set."""
-    if not all(isinstance(name, str) and name.isprintable() for name in checkpoint["classes"]):
-        raise ValueError("the names of the classes are not printable text")
+    if not all(isinstance(name, str) and len(name) < 256 and name.isprintable()
+               for name in checkpoint["classes"]):  # as long as a folder's name may be
+        raise ValueError("the names of the classes are not printable text of at most 255 "
+                         "characters")
     mean, std = checkpoint["mean"], checkpoint["std"]
     if not (len(mean) == len(std) == 3
             and all(isinstance(value, float) and math.isfinite(value) for value in mean + std)

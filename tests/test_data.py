@@ -386,8 +386,9 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     dataset = data.load(str(folder), tmp_path / "cache", val=0)
     assert dataset.test.images[:, 0, 0, 0].tolist() == [0, 0, 0, 50, 60, 100, 100, 100]
-    assert capsys.readouterr().err == (f"{folder}: left out 2 files in folders within a class, "
-                                       "1 of type .txt, 1 of type unknown\n")
+    assert capsys.readouterr().err == (
+        f"{folder}: left out files in folders within a class (2), files of type .txt (1), "
+        "files of type unknown (1), hidden folders beside the classes (1)\n")
     (folder / "train" / "two\nlines").mkdir()
     (folder / "test" / "two\nlines").mkdir()
     with pytest.raises(ValueError, match=r"two\\nlines"):

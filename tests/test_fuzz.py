@@ -135,6 +135,14 @@ def test_weights_of_another_kind_are_refused(change, tmp_path):
         network.load(tmp_path / "a.pth")
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "x" * 10**7, "a\nb", "\x1b[2J"])
+def test_class_names_that_no_table_can_show_are_refused(name, tmp_path):
+    network.save(tmp_path / "a.pth", {**small_checkpoint(), "classes": [name, *"bcdefghij"]})
+    with pytest.raises(ValueError, match=r"a\.pth.*names of the classes.*255") as refusal:
+        network.load(tmp_path / "a.pth")
+    assert len(str(refusal.value)) < 300
+
+
 def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
     before, after = io.BytesIO(), io.BytesIO()
     torch.save(small_checkpoint(), before)
@@ -156,7 +164,7 @@ def test_networks_of_absurd_size_are_refused(name, options):
         network.build(name, image_size=1024, **options)
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp", "gif", "tiff"])
 def test_fuzz_images(kind, tmp_path):
     dice, buffer = random.Random(kind), io.BytesIO()
     pixels = bytes(dice.randrange(256) for _ in range(24 * 24 * 3))
@@ -168,6 +176,50 @@ def test_fuzz_images(kind, tmp_path):
             assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
         except OSError as error:
             assert "a.img" in str(error)
+
+
+def test_fuzz_cache(tmp_path, capsys):
+    """Whatever became of a cache of decoded images, the images are the right ones."""
+    dice, folder = random.Random(7), tmp_path / "images"
+    for number, name in enumerate(["train/a/0.png", "train/a/1.png", "test/a/2.gif"]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (5, 5), (number, 60, 7)).save(folder / name)
+    whole = data.load(str(folder), tmp_path / "other", val=0)
+    data.load(str(folder), tmp_path / "cache", val=0)
+    caches = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    for number in range(COUNT // 3):
+        for path, content in caches.items():
+            path.write_bytes(mutated(content, dice))
+        found = data.load(str(folder), tmp_path / "cache", val=0, writes=number % 2 == 0)
+        assert torch.equal(found.train.images, whole.train.images)
+        assert torch.equal(found.test.images, whole.test.images)
+        assert torch.equal(found.train.labels, whole.train.labels)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+NAMES = ["a", "A", "é", "日本", "-", "--x", "$1_$2", "[x]", "a,b", "a b", "'", '"', "|", "%s", "{}",
+         "a" * 255, "<b>", "&amp;", "\t", "x\ny", os.fsdecode(b"\xff"), ":cat:", "None"]
+
+
+def test_fuzz_names_in_a_folder(tmp_path, capsys):
+    """Class and file names that a file system permits are read, or refused in one line."""
+    dice = random.Random(8)
+    for number in range(COUNT // 5):
+        folder, names = tmp_path / str(number), dice.sample(NAMES, 2)
+        for part in ("train", "test"):
+            for name in names:
+                (folder / part / name).mkdir(parents=True)
+                Image.new("RGB", (4, 4)).save(folder / part / name / "0.png")
+                with contextlib.suppress(OSError):
+                    (folder / part / name / "0.png").rename(
+                        folder / part / name / f"{dice.choice(NAMES)}.{dice.choice(NAMES)}.PNG")
+        try:
+            dataset = data.load(str(folder), tmp_path / "cache", val=0)
+            assert dataset.classes == tuple(sorted(names)) and len(dataset.test.labels) == 2
+            dataset.fingerprint.encode()
+        except REFUSALS as error:
+            assert "cannot be shown" in str(error) and "\n" not in str(error)
+        capsys.readouterr().err.encode()
 
 
 def test_fuzz_settings(tmp_path):
