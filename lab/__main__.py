@@ -16,11 +16,10 @@ COMMANDS = {command.__name__: command for command in (
 MEANINGS = {name: flag.meaning for name, flag in settings_flags([]).items()} | {
     "what": "an id such as 4.11, id/run, a report's name, or all; report: a run's folder too",
     "seeds": "runs of each kind, with seeds 0, 1, …",
-    "out": "folder of the runs; report: of the report",
+    "out": "folder of the runs; report: of the report; results: the Markdown file",
     "runs": "folder of the experiments' runs",
     "results": "CSV file that keeps what was measured",
     "path": "CSV file of measured results; none: the lab's results.csv",
-    "readme": "Markdown file with the two markers of the table",
     "models": "networks that are measured, separated by commas",
     "tests": "run the tests of training on the device too",
     "rounds": "how often each way is measured",

@@ -259,8 +259,8 @@ def draw_gallery(network, layer, test, description):
 def settings_tables(config, data, image_size):
     """The settings of a run that bear on its outcome, with what they mean, in two tables: those
     that matter most or have not their default, and the others."""
-    meanings = {name: flag.meaning for name, flag
-                in train.settings_flags([f"--model={config.model}"]).items()}
+    meanings = {name: f"{flag.meaning} {' | '.join(flag.choices) * (len(flag.choices) < 10)}"
+                for name, flag in train.settings_flags([f"--model={config.model}"]).items()}
     values = {**dataclasses.asdict(config), **config.all_settings(), "data": data,
               "image_size": image_size}
     usual = train.Config(model=config.model).all_settings()

@@ -71,6 +71,15 @@ def test_every_run_is_a_valid_line_and_every_claim_belongs_to_a_run(entry):
     assert entry.runs or entry.figures
 
 
+def test_what_a_report_says_does_not_change_with_a_recipe():
+    for run in (run for entry in EXPERIMENTS for run in entry.runs.values()):
+        if "--schedule=" in run.line:  # the report's settings, not the network's own recipe
+            flags = dict(word[2:].split("=") for word in shlex.split(run.line)[2:])
+            options = {name: flags.pop(name) for name in run.config.options if name in flags}
+            bare = train.Config(**train.parse_flags(flags), options=run.config.options)
+            assert bare == run.config and options.keys() == run.config.options.keys(), run.line
+
+
 def test_every_figure_is_a_known_command_on_known_runs():
     known = {(entry.id, name): run for entry in EXPERIMENTS for name, run in entry.runs.items()}
     for entry in EXPERIMENTS:
