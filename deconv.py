@@ -286,18 +286,10 @@ def occlude(network, layer, image, preprocessing, unit, label, size, stride):
         for chunk in progress(torch.arange(steps**2).split(count), "sliding the square"):
             rows, columns = (covered[at].to(device) for at in (chunk // steps, chunk % steps))
             square = rows[:, None, :, None] & columns[:, None, None]  # n×1×side×side
-            shares = logits_of(network, torch.where(square, grey, pixels)).softmax(1)
+            shares = networks.logits_of(network, torch.where(square, grey, pixels)).softmax(1)
             maps = networks.captured_maps(outputs, layer)[:, unit].float()
             parts.append([maps.flatten(1).sum(1), shares[:, label], shares.argmax(1)])
     return Occlusion(*(torch.cat(column).view(steps, steps).cpu() for column in zip(*parts)))
-
-
-def logits_of(network, images):
-    """The network's output for normalised images, float32 N×classes; ValueError for any other."""
-    logits = networks.forward(network, images)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise ValueError("the network does not return N×classes logits")
-    return logits.float()
 
 
 def moves(side):
@@ -330,10 +322,10 @@ def move_apart(network, layers, images, labels, amounts):
     """
     distances, shares = {layer: [] for layer in layers}, []
     with networks.evaluation(network), networks.capture(network, layers) as outputs:
-        logits_of(network, images)
+        networks.logits_of(network, images)
         start = {layer: networks.captured_maps(outputs, layer).float() for layer in layers}
         for _, affine in progress(amounts, "moving images"):
-            logits = logits_of(network, moved(images, affine))
+            logits = networks.logits_of(network, moved(images, affine))
             shares.append(logits.softmax(1).gather(1, labels[:, None])[:, 0])
             for layer in layers:
                 change = networks.captured_maps(outputs, layer).float() - start[layer]
@@ -648,7 +640,7 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
     test = subset(test, count, seed=0)
     images = about.preprocessing(test.images, networks.device_of(network))
     with torch.no_grad():
-        labels = logits_of(network, images).argmax(1)
+        labels = networks.logits_of(network, images).argmax(1)
     if about.classes:
         labels = test.labels.to(labels.device)
     mean, std = (torch.tensor(values)[:, None, None] for values in (

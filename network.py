@@ -474,6 +474,15 @@ def forward(network, images, dtype=None, compiled=True):
                          f"{str(dtype)[6:]} ({told:.240})") from error
 
 
+def logits_of(network, images):
+    """What `forward` gives as float32 logits N×classes; ValueError for an output that is none."""
+    logits = forward(network, images)
+    if not isinstance(logits, Tensor) or logits.shape[:1] != images.shape[:1] or logits.ndim != 2:
+        kind = "×".join(map(str, getattr(logits, "shape", ()))) or f"a {type(logits).__name__}"
+        raise ValueError(f"the network returns {kind}, not N×classes logits, for N images")
+    return logits.float()
+
+
 class _Reached(BaseException):
     """All layers asked for have been computed."""
 
@@ -728,7 +737,7 @@ def class_scores(network, images, label, layers=()):
     with (evaluation(network), torch.enable_grad(),
           capture(network, layers) as outputs):
         # A clone, as a network may work in place from the start.
-        return forward(network, images.clone())[:, label], images, outputs
+        return logits_of(network, images.clone())[:, label], images, outputs
 
 
 def class_gradient(network, images, label):

@@ -1052,7 +1052,7 @@ def predict(network, images, preprocessing, tta="none", bar=None):
     with torch.no_grad(), networks.evaluation(network), autocast(device, preprocessing.precision):
         for chunk in progress(chunks, bar) if bar else chunks:
             pixels = preprocessing(chunk, device)
-            logits.append(sum(share * networks.forward(network, view).float()
+            logits.append(sum(share * networks.logits_of(network, view)
                               for share, view in tta_views(pixels, tta)))
     return torch.cat(logits).cpu()
 

@@ -239,3 +239,14 @@ def test_images_a_network_cannot_take_are_one_line(built, message):
     with pytest.raises(ValueError, match=message) as failed:
         network.forward(built, torch.rand(2, 3, 8, 8))
     assert "\n" not in str(failed.value)
+
+
+def test_an_output_that_is_no_logits_is_said():
+    images = torch.rand(2, 3, 8, 8)
+    assert network.logits_of(nn.Sequential(nn.Flatten(), nn.Linear(192, 5).half()),
+                             images).dtype == torch.float32
+    for built, message in ((nn.Conv2d(3, 2, 3), "2×2×6×6"), (nn.LSTM(8, 8), "cannot take"),
+                           (nn.Flatten(0), "returns 384"),
+                           (nn.MaxPool2d(2, return_indices=True), "a tuple")):
+        with pytest.raises(ValueError, match=message):
+            network.logits_of(built, images)
