@@ -1109,21 +1109,13 @@ def score(logits, labels, classes):
 
 
 def calibration(logits, labels, bins=15):
-    """How far a network's confidence is from its accuracy (Guo et al. 2017, section 2).
-
-    Images are sorted into `bins` of equal width by the probability of the likeliest class. Returns
-    {"error": the expected calibration error, Σ images/N · |accuracy − confidence|, and a list of
-    one value a bin each of "images", "accuracy" and "confidence", NaN in a bin without images}.
-    """
-    confidence, answers = logits.double().softmax(1).max(1)
-    number = (confidence * bins).ceil().long().clamp(1, bins) - 1  # a bin holds its upper edge
-    images = torch.bincount(number, minlength=bins)
-    sums = torch.zeros(2, bins, dtype=torch.float64)
-    sums.index_add_(1, number, torch.stack([(answers == labels).double(), confidence]))
-    accuracy, confidence = sums / images
-    gaps = (sums[0] - sums[1]).abs()
-    return {"error": gaps.sum().item() / len(labels), "images": images.tolist(),
-            "accuracy": accuracy.tolist(), "confidence": confidence.tolist()}
+    """(images, mean confidence, accuracy) of each of `bins` of the confidence, and the expected
+    calibration error (Guo et al. 2017, equations 2 and 3). NaN where a bin has no images."""
+    confidence, guess = logits.double().softmax(1).max(1)
+    number = (confidence * bins).ceil().long().clamp(1, bins) - 1  # ((m − 1)/bins, m/bins]
+    images, sums, hits = (torch.bincount(number, weights, bins) for weights in (
+        None, confidence, (guess == labels).double()))
+    return images, sums / images, hits / images, ((hits - sums).abs().sum() / len(labels)).item()
 
 
 def figures(logits, labels, classes):
@@ -1137,7 +1129,7 @@ def figures(logits, labels, classes):
         top5 = (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
     return {"test/accuracy": result["accuracy"], "test/top5_accuracy": top5,
             "test/loss": result["loss"],
-            "test/calibration_error": calibration(logits, labels)["error"],
+            "test/calibration_error": calibration(logits, labels)[-1],
             "per_class": dict(zip(classes, result["per_class"]))}
 
 

@@ -439,16 +439,6 @@ def precision_recall(scores, positive):
     return precision, recall, average if positive.any() else math.nan
 
 
-def calibration(logits, labels, bins=15):
-    """(images, mean confidence, accuracy) of each of `bins` of the confidence, and the expected
-    calibration error (Guo et al. 2017, equations 2 and 3). NaN where a bin has no images."""
-    confidence, guess = logits.double().softmax(1).max(1)
-    number = (confidence * bins).ceil().long().clamp(1, bins) - 1  # ((m − 1)/bins, m/bins]
-    images, sums, hits = (torch.bincount(number, weights, bins) for weights in (
-        None, confidence, (guess == labels).double()))
-    return images, sums / images, hits / images, ((hits - sums).abs().sum() / len(labels)).item()
-
-
 def group_runs(runs):
     """{label: [metrics of each run]}: runs whose settings differ only in seed and name are one."""
     groups, labelled = {}, {}
@@ -811,8 +801,8 @@ def draw_pr_curves(curves, classes, title):
 
 
 def draw_reliability(images, confidence, accuracy, title):
-    """Accuracy against confidence, and how many images have it; arguments as `calibration` returns
-    them (Guo et al. 2017, figure 1, upside down)."""
+    """Accuracy against confidence, and how many images have it; arguments as
+    `train.calibration` returns them (Guo et al. 2017, figure 1, upside down)."""
     figure, bins = new_figure(5.2, 5.6, title), len(images)
     edges, width = [number / bins for number in range(bins)], 1 / bins
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -1160,7 +1150,7 @@ def reliability(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
     expected calibration error (Guo et al. 2017, 15 bins)."""
     network, about, test = open_test(ckpt, **flags)
     logits, _ = predicted(network, about, test)
-    *bins, error = calibration(logits, test.labels)
+    *bins, error = train.calibration(logits, test.labels)
     title = (f"{about.title}, {len(logits)} test images\n"
              f"expected calibration error {error:.2%}")
     return save_figure(draw_reliability(*bins, title), ckpt, "reliability", **flags)

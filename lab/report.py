@@ -162,7 +162,7 @@ def report_of_run(run, folder, given):
     shown = [verdict.int().argmax().item() for verdict in (right, ~right) if verdict.any()]
     size = description.preprocessing.image_size
     layers = layers_to_show(network, size)
-    *bins, calibration_error = visualize.calibration(logits, test.labels)
+    *bins, _ = train.calibration(logits, test.labels)
     figures = {"curves": draw_curves([run]),
                "confusion": [draw_confusion(matrix, dataset.classes)],
                "reliability": [visualize.draw_reliability(*bins, "")],
@@ -177,8 +177,7 @@ def report_of_run(run, folder, given):
         shown=[f"test image {index} ({description.classes[test.labels[index]]}"
                + (")" if right[index] else f", taken for {description.classes[guesses[index]]})")
                for index in shown],
-        top5=(logits.topk(5).indices == test.labels[:, None]).sum().item() / len(right)
-        if len(dataset.classes) > 10 else None, calibration_error=calibration_error,
+        measured=train.figures(logits, test.labels, dataset.classes),
         figures={key: keep_figures(folder, key, *drawn) for key, drawn in figures.items()},
         settings=settings_tables(config, name, size), structure=structure_table(network, size),
         per_class=per_class_table(matrix, dataset.classes),

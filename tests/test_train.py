@@ -120,13 +120,12 @@ def test_calibration_by_hand():
     # Probabilities 3/4 (right), 3/4 (wrong) and 9/10 (right): gaps of 1/4 for two and 1/10 for one.
     odds = torch.tensor([3.0, 3.0, 9.0]).log()
     logits = torch.stack([odds, torch.zeros(3)], 1)
-    result = train.calibration(logits, torch.tensor([0, 1, 0]))
-    assert result["error"] == pytest.approx((2 * 0.25 + 1 * 0.1) / 3)
-    assert result["images"][11] == 2 and result["images"][13] == 1 and sum(result["images"]) == 3
-    assert result["accuracy"][11] == 0.5 and result["confidence"][13] == pytest.approx(0.9)
-    assert math.isnan(result["accuracy"][0])
-    sure = train.calibration(torch.tensor([[100.0, 0.0]]), torch.tensor([0]))
-    assert sure["error"] == 0 and sure["images"][14] == 1
+    images, confidence, accuracy, error = train.calibration(logits, torch.tensor([0, 1, 0]))
+    assert error == pytest.approx((2 * 0.25 + 1 * 0.1) / 3)
+    assert images[11] == 2 and images[13] == 1 and sum(images) == 3
+    assert accuracy[11] == 0.5 and confidence[13] == pytest.approx(0.9) and accuracy[0].isnan()
+    images, *_, error = train.calibration(torch.tensor([[100.0, 0.0]]), torch.tensor([0]))
+    assert error == 0 and images[14] == 1
     many = train.figures(torch.arange(12.0).expand(12, 12), torch.arange(12), range(12))
     assert many["test/top5_accuracy"] == 5 / 12
     assert train.figures(torch.eye(2), torch.arange(2), "ab")["test/top5_accuracy"] is None

@@ -418,18 +418,6 @@ def test_a_comma_in_a_runs_path_is_part_of_it(tmp_path):
     assert "a,b, training" in texts_of(figure)
 
 
-def test_calibration_by_hand():
-    # Two classes, probabilities 0.7 (right, wrong), 0.9 (right) and 0.55 (wrong); bins of 0.2.
-    shares = torch.tensor([0.7, 0.7, 0.9, 0.55], dtype=torch.float64)
-    logits = torch.stack([shares.log(), (1 - shares).log()], 1)
-    images, confidence, accuracy, error = visualize.calibration(
-        logits, torch.tensor([0, 1, 0, 1]), bins=5)
-    assert images.tolist() == [0, 0, 1, 2, 1] and accuracy[:2].isnan().all()
-    assert confidence[2:].tolist() == pytest.approx([0.55, 0.7, 0.9])
-    assert accuracy[2:].tolist() == [0, 0.5, 1]
-    assert error == pytest.approx((1 * 0.55 + 2 * 0.2 + 1 * 0.1) / 4)
-
-
 def test_predictions_in_the_order_of_loss_and_of_confidence(run, tmp_path, monkeypatch):
     test = data.draw_shapes(40, seed=1)
     monkeypatch.setattr(train, "open_test", lambda *_: test)
