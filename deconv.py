@@ -74,7 +74,7 @@ class BackwardRule(TorchFunctionMode):
     (`bn` "through"; one without running statistics has its whole derivative, as its σ depends
     on the images) or pass it on ("skip"). Modules, functions, methods and in-place calls are all
     seen, values and network stay as they are. What escapes, such as an `autograd.Function`, a
-    scripted function, one in `torch.vmap` or `x[x < 0] = 0`, a `_Watch` finds out.
+    scripted function, one in `torch.vmap`, `x + x.abs()` or `x[x < 0] = 0`, is noted in `hidden`.
     """
 
     def __init__(self, rule="deconvnet", bn="through"):
@@ -98,9 +98,11 @@ class BackwardRule(TorchFunctionMode):
                 return _Replaced.apply(x, lambda x: function(x, *others, **kwargs), rule)
             value = function(*args, **kwargs)  # no rectifier, or its own derivative is wanted
             x = next((x for x in args if self.rectify and rectifies(x, value)), None)
+            if x is None or not torch.equal(value, x.clamp(min=0)):
+                self.hidden += [] if x is None else [getattr(function, "__name__", function)]
+                return value
             self.inside = "replaced"
-            return value if x is None else _Replaced.apply(x, lambda _: value.detach(),
-                                                           self.rectify)
+            return _Replaced.apply(x, lambda _: value.detach(), self.rectify)
         finally:
             self.inside = before
 
@@ -136,10 +138,11 @@ class _Watch(TorchDispatchMode):
 
 
 def rectifies(x, value):
-    """Whether `value` is `x` with what is negative set to 0, and something is."""
+    """Whether `value` is above 0 where `x` is, and else 0, of an `x` that is negative somewhere."""
     return (isinstance(x, Tensor) and isinstance(value, Tensor) and x is not value
             and x.shape == value.shape and x.is_floating_point() and x.dtype == value.dtype
-            and x.numel() > 1 and torch.equal(value, x.clamp(min=0)) and bool((x < 0).any()))
+            and x.numel() > 1 and bool((x < 0).any()) and torch.equal(value > 0, x > 0)
+            and bool((value >= 0).all()))
 
 
 # ---------------------------------------------------------------------------- down to the pixels

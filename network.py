@@ -649,6 +649,12 @@ class Connections(TorchFunctionMode):
     normalisation adds the mean of what it looks at (see `CONNECTIONS`).
     """
 
+    def __init__(self, network):
+        super().__init__()
+        # Frozen weights are buffers; a mask of attention is one too, but not finite.
+        self.weights = {id(value) for value in (*network.parameters(), *network.buffers())
+                        if value.is_floating_point() and value.isfinite().all()}
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", "").split(".")[0].strip("_")  # relu_, relu.default
@@ -656,7 +662,7 @@ class Connections(TorchFunctionMode):
             return CONNECTIONS[name](function, *([] if args else [kwargs.pop("input")]), *args,
                                      **kwargs)
         # Weights that are no layer's, such as an embedding or the scale of a channel.
-        args = [value.new_ones(value.shape) if isinstance(value, nn.Parameter) else value
+        args = [value.new_ones(value.shape) if id(value) in self.weights else value
                 for value in args]
         return function(*args, **kwargs)
 
@@ -676,7 +682,7 @@ def receptive_fields(network, layer, image_size):
     # Grey noise: channels with other fields get other values, and those with the same the same.
     noise = 1 + torch.rand(1, 1, image_size, image_size, generator=generator("fields"))
     noise = noise.to(device, dtype).requires_grad_()
-    with (evaluation(network), torch.enable_grad(), Connections(),
+    with (evaluation(network), torch.enable_grad(), Connections(network),
           capture(network, [layer], stop=True) as outputs):
         forward(network, noise.expand(-1, 3, -1, -1), dtype)
     maps = captured_maps(outputs, layer)[0]

@@ -211,7 +211,8 @@ def relu_by_index(x):
 
 HIDDEN = {
     "own": OwnReLU.apply, "scripted": scripted_relu, "index": relu_by_index,
-    "product in place": lambda x: x.clone().mul_(x > 0), "vmap": torch.vmap(F.relu),
+    "sum": lambda x: (x + x.abs()) / 2, "product in place": lambda x: x.clone().mul_(x > 0),
+    "vmap": torch.vmap(F.relu),
     "vmap of where": torch.vmap(lambda x: torch.where(x > 0, x, 0)),
     "checkpoint": lambda x: checkpoint(F.relu, x, use_reentrant=True),
     "inference mode": torch.inference_mode()(F.relu), "no gradients": torch.no_grad()(F.relu),
@@ -222,7 +223,7 @@ HIDDEN = {
 def test_a_rectifier_that_cannot_be_replaced_is_said(call):
     built, x = Called(call), images()
     for rule in ("deconvnet", "guided"):
-        with pytest.raises(ValueError, match=r"aten.* rectifies where rule"):
+        with pytest.raises(ValueError, match=r" rectifies where rule"):
             deconv.project(built, "c", x, rule=rule)
     if call in (OwnReLU.apply, scripted_relu, relu_by_index):
         reference = Called(F.relu)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import data
@@ -153,6 +154,16 @@ def test_a_receptive_field_does_not_depend_on_the_activation(rectify):
 def test_a_normalisation_over_the_image_sees_all_of_it(norm):
     fields = network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), norm), "1", 16)
     assert fields[:, 3, 2].tolist() == [[0, 0, 16, 16]] * 4
+
+
+def test_frozen_weights_are_constants_too():
+    frozen = torchvision.ops.FrozenBatchNorm2d(64)
+    frozen.weight.normal_()
+    calls = []
+    stack = nn.Sequential(nn.Conv2d(3, 64, 3), frozen, Lambda(lambda x: calls.append(x) or x))
+    fields = network.receptive_fields(stack, "2", 16)
+    assert fields[:, 3, 2].tolist() == [[3, 2, 6, 5]] * 64
+    assert len(calls[0][0].flatten(1).unique(dim=0)) == 1  # one kind of channel: one probe
 
 
 def test_receptive_fields_of_large_images_and_without_onednn():
