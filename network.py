@@ -266,12 +266,15 @@ class MixedPool(nn.Module):
 
     def __init__(self, size=None):
         super().__init__()
-        self.max = nn.MaxPool2d(size) if size else nn.AdaptiveMaxPool2d(1)
-        self.average = nn.AvgPool2d(size) if size else nn.AdaptiveAvgPool2d(1)
+        self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
         """N×C×H×W to N×C×H/size×W/size, or N×C×1×1."""
-        return (self.max(x) + self.average(x)) / 2
+        if self.size:
+            return (F.max_pool2d(x, self.size) + F.avg_pool2d(x, self.size)) / 2
+        # Not F.adaptive_max_pool2d, which CUDA cannot send back the same way each time, and not
+        # amax, which shares the gradient out where several are largest.
+        return (F.max_pool2d(x, x.shape[2:]) + x.mean((2, 3), keepdim=True)) / 2
 
 
 def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (48, 128, 256),

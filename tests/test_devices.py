@@ -40,6 +40,10 @@ CASES = {
 ANSWERS = {"aten._local_scalar_dense.default":
            lambda tensor: 1.0 if tensor.is_floating_point() else 0,
            "aten.equal.default": lambda _tensor: True}
+# Backward passes that CUDA cannot repeat bit for bit: an error with --deterministic.
+UNSTEADY = {f"aten.{name}_backward.default" for name in (
+    "adaptive_max_pool2d", "_adaptive_avg_pool2d", "upsample_bilinear2d", "_upsample_bilinear2d_aa",
+    "upsample_bicubic2d", "reflection_pad2d", "fractional_max_pool2d", "grid_sampler_2d")}
 cases = pytest.mark.parametrize("model, settings", CASES.values(), ids=CASES)
 
 
@@ -79,7 +83,7 @@ class Watch(TorchDispatchMode):
 
     def clear(self):
         """Forget what was noted."""
-        self.mixed, self.waits, self.doubles = [], [], []
+        self.mixed, self.waits, self.doubles, self.names = [], [], [], set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, inputs = str(function), self.tensors((args, kwargs))
@@ -87,6 +91,7 @@ class Watch(TorchDispatchMode):
             if inputs[0].device.type == DEVICE:
                 self.note(self.waits, name)
             return ANSWERS[name](inputs[0])
+        self.names.add(name)
         for tensor in inputs:
             tensor.constant = None  # a fake number on the CPU has a value, which cannot be moved
         result = function(*args, **(kwargs or {}))
@@ -189,7 +194,7 @@ def test_a_step_neither_waits_nor_mixes_devices(model, settings, watch):
     for batch in (first, next(stream), next(stream)):  # the first makes the optimizer's state
         take_step(config, state, batch)
     watch.assert_clean()
-    assert watch.waits == []
+    assert watch.waits == [] and not watch.names & UNSTEADY
     assert {value.device.type for value in state.network.state_dict().values()} == {DEVICE}
 
 
