@@ -856,12 +856,12 @@ def draw_activations(statistics, title):
                     f"{numbers['std']:.2g}\n{numbers['zeros']:.0%} zeros, "
                     f"{len(numbers['dead'])} of {numbers['units']} units dead")
         axes.title.set_fontsize(8)
-        axes.set_ylim(bottom=0)
         low, high = numbers["edges"]
         width = (high - low) / len(numbers["counts"])
         axes.bar([low + width * number for number in range(len(numbers["counts"]))],
                  numbers["counts"] / numbers["counts"].sum().clamp(min=1), width, align="edge",
                  color=COLORS[0])
+        axes.set_ylim(bottom=0)
         percent(axes.yaxis)
     figure.supxlabel("output", fontsize=9)
     figure.supylabel("share, without 0", fontsize=9)
@@ -1284,10 +1284,10 @@ def patches(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
     columns = values.shape[1]
     figure = image_grid(
         cut_patches(about.preprocessing.pictures(images), boxes), None, columns, cell=0.62,
-        row_titles=[f"unit {unit}\n{peaks[0]:.2f} … {peaks[-1]:.2f}"
+        row_titles=[f"unit {unit}\nactivation {peaks[0]:.2f} to {peaks[-1]:.2f}"
                     for unit, peaks in zip(units, values)],
         suptitle=f"{about.title}: {layer}, the {columns} patches of {len(test.labels)} "
-                 f"test images\nthat excite a unit most")
+                 f"test images\nthat excite each unit most, the strongest first")
     return save_figure(figure, ckpt, f"patches-{layer}", **flags)
 
 

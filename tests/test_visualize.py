@@ -688,6 +688,19 @@ def test_principal_directions_of_a_path_in_a_plane():
         visualize.principal_directions(layer, path[:2])
 
 
+def test_the_path_of_training_goes_through_snapshots(run, opened, tmp_path):
+    for number, file in enumerate(sorted(run.glob("step-*.pth"))):
+        checkpoint = network.read(file)
+        checkpoint["weights"] = {name: weight.half() for name, weight
+                                 in checkpoint["weights"].items()}
+        network.save(tmp_path / f"snapshot-{number + 1:05}.pth", checkpoint)
+    network.save(tmp_path / "last.pth", network.read(run / "last.pth"))
+    *_, trail = visualize.plane_of(opened[0], tmp_path, "pca", 0, 1.0, 3)
+    *_, whole = visualize.plane_of(opened[0], run, "pca", 0, 1.0, 3)
+    assert len(trail) == 4
+    assert torch.allclose(torch.tensor(trail).abs(), torch.tensor(whole).abs(), atol=1e-2)
+
+
 def test_an_interrupted_grid_goes_on_and_computes_nothing_twice(tmp_path):
     seen = []
 
