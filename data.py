@@ -56,6 +56,8 @@ OVERLAPPING = ("cpu", "cuda")  # devices that read views whose rows overlap with
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "bar", "flower", "crescent",
           "half")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+           "truck")
 MAX_PIXELS = 1 << 26
 
 
@@ -292,6 +294,48 @@ def _cifar(name, root, parts, writes):
     return found[0].classes, {part: Split(_channels_last(torch.from_numpy(data.data)),
                                           torch.tensor(data.targets))
                               for part, data in zip(parts, found)}
+
+
+def read_arrays(path, labels=None):
+    """The `Split` in NumPy's file `path`, N×32×32×3 bytes, as CIFAR-10.1 and CIFAR-10-C come.
+
+    `labels` is the file of its labels: by default the one whose name has _labels for _data.
+    """
+    import numpy as np
+
+    path = Path(path)
+    labels = labels or path.with_name(path.name.replace("_data.npy", "_labels.npy"))
+    if labels == path:
+        raise ValueError(f"{path}: its name must end in _data.npy, and its labels' in _labels.npy")
+    found = []
+    for file, kind, shape in ((path, "u", (32, 32, 3)), (labels, "ui", ())):
+        check_regular(file, 1 << 30)
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file}: not an array of NumPy ({error})") from error
+        if array.dtype.kind not in kind or array.shape[1:] != shape or not array.ndim:
+            raise ValueError(f"{file}: must be N{''.join(f'×{side}' for side in shape)} whole "
+                             f"numbers, is {array.dtype} {array.shape}")
+        found.append(torch.from_numpy(array.astype("int64" if file == labels else "uint8")))
+    images, numbers = found
+    if len(images) != len(numbers) or not len(images) or (
+            numbers.min() < 0 or numbers.max() >= len(CIFAR10)):
+        raise ValueError(f"{path}: {len(images)} images and {len(numbers)} labels, which must be "
+                         f"as many, and from 0 to {len(CIFAR10) - 1}")
+    return Split(_channels_last(images), numbers)
+
+
+def corruptions(folder):
+    """Yield (name, [`Split` of each of five severities]) of CIFAR-10-C's `folder`: files
+    <corruption>.npy, whose fifths are of rising severity, and labels.npy."""
+    for path in sorted(Path(folder).glob("*.npy")):
+        if path.name != "labels.npy":
+            whole = read_arrays(path, path.with_name("labels.npy"))
+            if len(whole.labels) % 5:
+                raise ValueError(f"{path}: {len(whole.labels)} images are not five severities")
+            yield path.stem, [Split(*parts) for parts in zip(*(
+                tensor.chunk(5) for tensor in whole))]
 
 
 def check_regular(path, most=1 << 28):

@@ -3,6 +3,7 @@
     python train.py --data=shapes
     python train.py --model=resnet18 --resume
     python train.py evaluate runs/lenet
+    python train.py predict runs/lenet cat.png
 
 A run lives in `runs/<name>/`: config.json, metrics.csv (a row an epoch), TensorBoard events,
 last.pth, best.pth and result.json. Settings come from the recipe of the network in `RECIPES`,
@@ -41,6 +42,7 @@ import data
 import network as networks
 from data import (
     AUGMENTATIONS,
+    CIFAR10,
     MIXTURES,
     Batches,
     Flag,
@@ -51,6 +53,7 @@ from data import (
     mix,
     parse_value,
     progress,
+    read_arrays,
     text_of,
     write_atomically,
 )
@@ -66,7 +69,16 @@ WRITTEN = re.compile(
     r"|events\.out\.tfevents\.\d+\.\d{9}|test/events\.out\.tfevents\.\S+"
     r"|test/projector_config\.pbtxt"
     r"|test/\d{5}/(features|pixels)/(metadata\.tsv|sprite\.png|tensors\.tsv))(\.\d+\.tmp)?")
-POINT_STEPS = 50  # between two points of TensorBoard's train/batch_loss curve
+# What the screen shows of a row, in 80 columns: heading, width and format.
+SHOWN = {"epoch": ("epoch", 5, "d"), "step": ("step", 8, "d"), "train/loss": ("loss", 9, ".4f"),
+         "train/accuracy": ("acc", 9, ".2%"), "val/loss": ("val_loss", 10, ".4f"),
+         "val/accuracy": ("val_acc", 9, ".2%"), "lr": ("lr", 10, ".2g"),
+         "seconds": ("time", 9, ".1f")}
+# The columns as TensorBoard groups them: what is compared stands side by side.
+TAGS = {"train/loss": "loss/train", "val/loss": "loss/val", "train/objective": "loss/objective",
+        "train/accuracy": "accuracy/train", "val/accuracy": "accuracy/val", "lr": "schedule/lr",
+        "seconds": "speed/seconds", "images_per_second": "speed/images_per_second"}
+POINT_STEPS = 50  # between two points of TensorBoard's loss/steps curve
 OPTIMIZERS = ("sgd", "muon", "adam", "adamw", "adagrad", "rmsprop")
 TTA = ("none", "flip", "full")
 SCHEDULES = ("constant", "step", "cosine", "linear", "onecycle")
@@ -534,13 +546,20 @@ def join_workers(device):
 # ---------------------------------------------------------------------------- the story
 
 
-def train(config, resume=False, overwrite=False, changed_data=False):
+def train(config="lenet", resume=False, overwrite=False, changed_data=False, **settings):
     """Train as `config` says and return the result, which is also in result.json.
+
+    `config` is a `Config`, or the name of a network whose recipe `settings` change:
+    train("convnet", data="shapes", epochs=3, dropout=0.2).
 
     `resume` goes on with the run in `config.folder` if there is one; `overwrite` starts it anew;
     `changed_data` goes on though files of its data set are others now.
     Raises FileExistsError for a run that exists when neither is asked for.
     """
+    if isinstance(config, str):
+        config = Config.create(config, **settings)
+    elif settings:
+        config = dataclasses.replace(config, **settings)
     device = choose_device(config.device)
     make_repeatable(config, device)
     check_folder(config, resume, overwrite)  # here before anything is written, below for good
@@ -553,6 +572,7 @@ def train(config, resume=False, overwrite=False, changed_data=False):
                 while state.epoch < config.epochs and not workers.any(
                         out_of_patience(state, config), state.sums):
                     train_epoch(state, batches, config, workers, folder, bar, stop)
+                    bar(state, None)
                     end_epoch(state, dataset, batches, folder)
                     if workers.any(stop, state.sums):
                         raise Stopped(*stop[:1])
@@ -704,7 +724,7 @@ def log_point(state, step, config, folder):
     state.logged = state.totals
     if count == 0:
         return
-    folder.scalars({"train/batch_loss": loss / count}, state.step)
+    folder.scalars({"loss/steps": loss / count}, state.step)
     if config.log_steps:
         folder.say(f"[epoch {state.epoch + 1}, step {step:6d}] loss {loss / count:.3f} "
                    f"accuracy {correct / count:.2%}")
@@ -735,6 +755,7 @@ def end_epoch(state, dataset, batches, folder):
         state.best_accuracy, state.best_epoch = validation["accuracy"], state.epoch
     state.seconds += state.epoch_seconds
     state.epoch_seconds, state.totals, state.logged = 0.0, (0.0,) * 4, (0.0,) * 4
+    folder.histograms(state.network, state.step)
     folder.save(state, best, state.epoch in snapshot_epochs(config, state.network))
 
 
@@ -966,10 +987,12 @@ def announce(state, config, dataset, device, workers, say):
         f"{dataset.name}: {len(dataset.train.labels)} training, "
         f"{len(dataset.val.labels) if dataset.val else 0} validation images; {device}"
         + (f", {workers.world} processes" if workers.world > 1 else "") + f"; {config.folder}")
+    if state.epoch >= config.epochs:
+        say(f"all {config.epochs} epochs are done, at step {state.step}; measuring")
+        return
     if state.step:
         say(f"resuming at step {state.step} (epoch {state.epoch + 1} of {config.epochs})")
-    if state.epoch < config.epochs:
-        say("".join(f"{name:>{column_width(name)}}" for name in COLUMNS))
+    say("".join(f"{name:>{width}}" for name, width, _ in SHOWN.values()))
 
 
 @contextlib.contextmanager
@@ -1011,29 +1034,32 @@ def catch_signals():
 
 @contextlib.contextmanager
 def live_progress(config, steps):
-    """A function of (state, step of the epoch) that keeps a bar up to date on a terminal."""
-    if not sys.stdout.isatty() or int(os.environ.get("RANK", 0)):
-        yield lambda _state, _step: None
-        return
+    """A function of (state, step of the epoch) that keeps a bar up to date on a terminal or in a
+    notebook; without a step, the network is being validated."""
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn(
-            "{task.completed}/{task.total}  loss {task.fields[loss]:.3f}  accuracy "
-            "{task.fields[accuracy]:.1%}  {task.fields[speed]:.0f} images/s"),
-            TimeRemainingColumn(), transient=True) as bar:
-        task = bar.add_task("", total=config.epochs * steps, epoch=1, loss=math.nan,
-                            accuracy=0.0, speed=0.0)
+    console = Console()
+    if int(os.environ.get("RANK", 0)) or not (console.is_terminal or console.is_jupyter):
+        yield lambda _state, _step: None
+        return
+    with Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(20), TextColumn(
+            "{task.fields[doing]}"), TimeRemainingColumn(), transient=True, console=console) as bar:
+        task = bar.add_task("", total=config.epochs * steps, epoch=1, doing="")
         shown = [0.0]
 
         def update(state, step):
+            if step is None:
+                bar.update(task, completed=state.step, doing="validating")
+                return
             if time.monotonic() - shown[0] < 0.5:
                 return
             shown[0] = time.monotonic()
             loss, correct, count, _ = state.totals
+            count = count or math.nan
             bar.update(task, completed=state.step, epoch=f"{state.epoch + 1}/{config.epochs}",
-                       loss=loss / count if count else math.nan,
-                       accuracy=correct / count if count else math.nan,
-                       speed=step * config.batch_size / state.epoch_seconds)
+                       doing=f"loss {loss / count:.3f}  acc {correct / count:.1%}  "
+                             f"{step * config.batch_size / state.epoch_seconds:.0f} images/s")
 
         yield update
 
@@ -1236,9 +1262,26 @@ class RunFolder:
             return
         line = ",".join(format_cell(row[name]) for name in COLUMNS) + "\n"
         data.append(self.path / "metrics.csv", line.encode())
-        self.scalars({name: row[name] for name in COLUMNS[2:] if row[name] is not None},
+        self.scalars({tag: row[name] for name, tag in TAGS.items() if row[name] is not None},
                      row["step"])
-        self.say("".join(f"{format_cell(row[name]):>{column_width(name)}}" for name in COLUMNS))
+        self.say("".join(f"{'' if row[name] is None else format(row[name], shown):>{width}}"
+                         for name, (_, width, shown) in SHOWN.items()))
+
+    def histograms(self, network, step, most=10_000):
+        """Add the distributions of `network`'s filters and matrices, and of their gradients in
+        the step before, to TensorBoard; `most` values of each, so that it takes no time."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard.summary import histogram
+        if not self.writes:
+            return
+        points = []
+        for name, weight in network.named_parameters():
+            for what, tensor in (("weights", weight), ("gradients", weight.grad)):
+                if weight.ndim > 1 and tensor is not None:
+                    values = tensor.detach().flatten()[::math.ceil(weight.numel() / most)].cpu()
+                    if values.isfinite().all():
+                        points += histogram(f"{what}/{name}", values.numpy(), 30).value
+        data.append(self.events, data.event_bytes(step=step, summary=Summary(value=points)))
 
     def save(self, state, best=False, snapshot=False):
         """Write `state` as last.pth in the background, as best.pth too if it is the best, and with
@@ -1288,13 +1331,8 @@ def copied(values):
     return values.to("cpu", copy=True) if isinstance(values, torch.Tensor) else values
 
 
-def column_width(name):
-    """How wide a column of the epochs' table is on the screen."""
-    return max(len(name), 5 if name == "epoch" else 10) + 2
-
-
 def format_cell(value):
-    """A number as metrics.csv and the screen show it; nothing for None."""
+    """A number as metrics.csv shows it; nothing for None."""
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.5g}"
@@ -1453,6 +1491,8 @@ def open_dataset(description, data=None, root=None):
 
 def open_test(description, data=None, root=None):
     """The test images of `open_dataset`, without its training images."""
+    if data is not None and str(data).endswith(".npy"):
+        return as_named(read_arrays(data), CIFAR10, description, data)
     config = run_settings(description, data, root)
     classes, test = load_split("test", config.data, config.root,
                                description.preprocessing.image_size, config.seed, config.limit,
@@ -1534,7 +1574,8 @@ def finish(state, dataset, folder, workers):
 
 
 def write_board(folder, network, dataset, logits, result):
-    """TensorBoard's graph, PR curve per class, hyper-parameters and Projector, in `test/`."""
+    """TensorBoard's graph, PR curve per class, hyper-parameters, 25 wrong predictions and
+    Projector, in `test/`."""
     from torch.utils.tensorboard.summary import hparams
 
     clear_board(folder.path)
@@ -1544,18 +1585,32 @@ def write_board(folder, network, dataset, logits, result):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing says that it will be replaced one day
             board.add_graph(network, pixels[:1])
-        shares = logits.softmax(1)
+        shares, labels = logits.softmax(1), dataset.test.labels
         for number, name in enumerate(dataset.classes):
-            board.add_pr_curve(f"test/{name}", dataset.test.labels == number, shares[:, number],
-                               result["epochs"])
-        settings = {name: value if isinstance(value, (int, float, str, bool)) else str(value)
-                    for name, value in result["settings"].items()}
-        for event in hparams(settings, {"test/accuracy": result["test/accuracy"]}):
+            if (labels == number).any():
+                board.add_pr_curve(f"pr_curve/{name}", labels == number, shares[:, number],
+                                   result["epochs"])
+        for event in hparams(shown_settings(folder.config),
+                             {"accuracy/test": result["test/accuracy"]}):
             board.file_writer.add_summary(event)
-        for name in ("test/accuracy", "test/loss"):
-            board.add_scalar(name, result[name], result["epochs"])
+        for kind in ("accuracy", "loss"):
+            board.add_scalar(f"{kind}/test", result[f"test/{kind}"], result["epochs"])
+        answers = shares.argmax(1)
+        for number, index in enumerate((answers != labels).nonzero()[:25, 0].tolist(), 1):
+            board.add_image(f"wrong/{number:02}: {dataset.classes[labels[index]]}, taken for "
+                            f"{dataset.classes[answers[index]]}", dataset.test.images[index])
         names = [dataset.classes[label] for label in shown.labels.tolist()]
         add_projector(board, network, folder.preprocessing, shown.images, names)
+
+
+def shown_settings(config):
+    """The settings of a run for a table: what matters most, then what is not as by default."""
+    now, default = config.all_settings(), Config.create(config.model).all_settings()
+    names = ["model", "optimizer", "lr", "batch_size", "epochs", *(
+        name for name in now if now[name] != default[name])]
+    values = {name: now[name] for name in names if name not in ("name", "out", "root")}
+    return {name: value if isinstance(value, (int, float, str, bool)) else text_of(value)
+            for name, value in values.items()}
 
 
 @contextlib.contextmanager
@@ -1597,11 +1652,12 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
 
 def environment(network):
     """Versions, commit and hardware, as result.json keeps them."""
+    threads = torch.get_num_threads()
     device = networks.device_of(network)
     return {"versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
             "commit": commit_of_code(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
-            f"{device.type}, {torch.get_num_threads()} threads, {processor_name()}"}
+            f"{device.type}, {threads} thread{'s' * (threads != 1)}, {processor_name()}"}
 
 
 def commit_of_code():
@@ -1711,14 +1767,64 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None, tta: s
              device: str = "auto"):
     """Measure the network in CKPT (a file or a run folder) on the test images of its data set.
 
-    `--data` takes another data set of the same classes; `--tta=flip` and `--tta=full` average
-    the logits of several views of each image.
+    `--data` takes another data set of the same classes, the images of CIFAR-10.1 (the file
+    cifar10.1_v6_data.npy, its labels beside it; Recht et al. 2018) or the folder of CIFAR-10-C
+    (Hendrycks & Dietterich 2019), for a table of corruptions and severities. `--tta=flip`
+    and `--tta=full` average the logits of several views of each image.
     """
     network, description = open_network(ckpt, device)
+    if data and (Path(data) / "labels.npy").exists():
+        return corruption_table(network, description, data, tta)
     test = open_test(description, data, root)
     logits = finite_logits(network, test.images, description.preprocessing, tta)
     result = figures(logits, test.labels, description.classes)
     return [result_table(result), result_line(result)]
+
+
+def corruption_table(network, description, folder, tta):
+    """The accuracy on every corruption and severity in CIFAR-10-C's `folder`, and their means."""
+    rows = []
+    for name, severities in data.corruptions(folder):
+        rows.append((name, [score(
+            finite_logits(network, split.images, description.preprocessing, tta),
+            as_named(split, data.CIFAR10, description, folder).labels,
+            len(description.classes))["accuracy"] for split in severities]))
+    if not rows:
+        raise FileNotFoundError(f"{folder}: labels.npy and no <corruption>.npy beside it")
+    rows.append(("mean", [sum(column) / len(column) for column in zip(*(row for _, row in rows))]))
+    return Table(("corruption", *(f"severity {number}" for number in range(1, 6)), "mean"), [
+        (name, *(f"{value:.1%}" for value in [*values, sum(values) / len(values)]))
+        for name, values in rows])
+
+
+def predict_command(ckpt: str, *images: str, top: int = 3, out: str | None = None,
+                    device: str = "auto"):
+    """The likeliest classes of pictures, files or folders of them, for the network in CKPT.
+
+    `--top` classes of each with their probabilities; `--out` is a CSV file of them.
+    """
+    network, description = open_network(ckpt, device)
+    files = [file for path in map(Path, images) for file in (
+        sorted(found for found in path.rglob("*") if found.suffix.lower() in data.IMAGE_SUFFIXES)
+        if path.is_dir() else [path])]
+    if not files:
+        raise ValueError(f"images={' '.join(images)}: no picture among them; give files or folders")
+    size = description.preprocessing.image_size
+    logits = finite_logits(network, torch.stack([data.read_image(file, size) for file in files]),
+                           description.preprocessing)
+    names = description.classes or [str(number) for number in range(logits.shape[1])]
+    if not 1 <= top <= len(names):
+        raise ValueError(f"top={top}: must be from 1 to {len(names)}")
+    found = [[(names[index], share) for share, index in zip(shares.tolist(), indices.tolist())]
+             for shares, indices in zip(*logits.softmax(1).topk(top))]
+    if out:
+        write_atomically(out, Table(("image", "rank", "class", "probability"), [
+            (str(file), str(rank), name, f"{share:.6f}") for file, row in zip(files, found)
+            for rank, (name, share) in enumerate(row, 1)]).csv())
+    table = Table(("image", *map(str, range(1, top + 1))), [
+        (str(file), *(f"{name} {share:.1%}" for name, share in row))
+        for file, row in zip(files, found)])
+    return [table, Path(out)] if out else table
 
 
 def settings_flags(words):
@@ -1742,12 +1848,14 @@ def settings_flags(words):
 
 
 train_command.flags = settings_flags
-COMMANDS = {"train": train_command, "evaluate": evaluate}
+COMMANDS = {"train": train_command, "evaluate": evaluate, "predict": predict_command}
 MOVED = {name: f"python -m lab {now}" for name, now in (
     ("sweep", "sweep"), ("reproduce", "reproduce"), ("benchmark", "benchmark"),
     ("results_table", "results"))}
 MOVED |= {f"--{before}": f"--{now}" for before, now in RENAMED.items()}
 MEANINGS = {"ckpt": "a checkpoint, or the folder of a run",
+            "images": "pictures, or folders of them", "top": "how many classes of each",
+            "out": "a CSV file for the table",
             "data": "other images of the same classes",
             "root": "where data sets are downloaded to and cached",
             "tta": f"views of a test image whose logits are averaged: {' | '.join(TTA)}",

@@ -251,6 +251,77 @@ def test_snapshots_are_the_weights_of_their_epochs(tmp_path):
     assert not train.snapshot_epochs(tiny(tmp_path), network.build("resnet18"))
 
 
+def test_rows_fit_80_columns(tmp_path, capsys):
+    train.train("lenet", data="shapes", limit=32, epochs=1, out=str(tmp_path), batch_size=16)
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if line.split()[:1] == ["epoch"])
+    assert head.split() == ["epoch", "step", "loss", "acc", "val_loss", "val_acc", "lr", "time"]
+    row = lines[lines.index(head) + 1]
+    assert len(row) == len(head) <= 80 and row.split()[:2] == ["1", "2"]
+    train.train("lenet", resume=True, data="shapes", limit=32, epochs=1, out=str(tmp_path),
+                batch_size=16)
+    out = capsys.readouterr().out
+    assert "all 1 epochs are done, at step 2" in out and "resuming" not in out
+
+
+def test_predict_names_the_likeliest_classes(tmp_path):
+    ab = image_folder(tmp_path / "ab", "ab")
+    config = tiny(tmp_path, data=ab, val=0, limit=None, epochs=1, image_size=32, batch_size=4,
+                  root=str(tmp_path / "cache"))
+    train.train(config)
+    folder, csv_file = Path(ab, "test"), tmp_path / "table.csv"
+    table, path = train.predict_command(str(config.folder), str(folder), top=2, out=str(csv_file))
+    loaded, about = network.load(config.folder)
+    images = torch.stack([data.read_image(row[0]) for row in table.rows])
+    shares = train.predict(loaded, images, about.preprocessing).softmax(1)
+    rows = list(csv.DictReader(path.open()))
+    assert len(table.rows) == 8 and len(rows) == 16
+    for number, row in enumerate(rows):
+        share = shares[number // 2, about.classes.index(row["class"])].item()
+        assert float(row["probability"]) == pytest.approx(share, abs=1e-5)
+    assert rows[0]["probability"] >= rows[1]["probability"] and rows[1]["rank"] == "2"
+    (tmp_path / "none").mkdir()
+    for images, top, complaint in (([str(tmp_path / "none")], 1, "no picture"), ([ab], 3, "top=3"),
+                                   ([str(tmp_path / "x.png")], 1, "no such image")):
+        with pytest.raises((ValueError, OSError), match=complaint):
+            train.predict_command(str(config.folder), *images, top=top)
+
+
+def test_the_arrays_of_cifar_10_1_and_cifar_10_c_are_measured(tmp_path):
+    import numpy
+    random = numpy.random.default_rng(0)
+    images = random.integers(0, 256, (20, 32, 32, 3), dtype="uint8")
+    labels = random.integers(0, 10, 20)
+    numpy.save(tmp_path / "cifar10.1_v6_data.npy", images)
+    numpy.save(tmp_path / "cifar10.1_v6_labels.npy", labels)
+    corrupted = tmp_path / "CIFAR-10-C"
+    corrupted.mkdir()
+    for name in ("fog", "snow"):
+        numpy.save(corrupted / f"{name}.npy", images)
+    numpy.save(corrupted / "labels.npy", labels.astype("uint8"))
+    config = tiny(tmp_path)
+    built = network.build("lenet")
+    description = {"model": "lenet", "options": {}, "classes": list(reversed(data.CIFAR10)),
+                   "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "epoch": 1, "step": 1,
+                   "settings": dataclasses.asdict(config)}
+    path = tmp_path / "a.pth"
+    network.save(path, {**description, "weights": built.state_dict()})
+    loaded, about = network.load(path)
+    test = train.open_test(about, str(tmp_path / "cifar10.1_v6_data.npy"))
+    assert test.images.permute(0, 2, 3, 1).tolist() == images.tolist()
+    assert test.labels.tolist() == (9 - labels).tolist()  # by their names
+    right = train.predict(loaded, test.images, about.preprocessing).argmax(1) == test.labels
+    table = train.evaluate(str(path), data=str(corrupted))
+    assert [row[0] for row in table.rows] == ["fog", "snow", "mean"]
+    expected = [f"{part.double().mean().item():.1%}" for part in (*right.split(4), right)]
+    assert [*table.rows[0][1:]] == [*table.rows[2][1:]] == expected
+    for name, array in (("cifar10.1_v6_labels.npy", labels + 5), ("cifar10.1_v6_labels.npy",
+                        labels[:3]), ("cifar10.1_v6_data.npy", images[:, :5])):
+        numpy.save(tmp_path / name, array)
+        with pytest.raises(ValueError, match="must be"):
+            train.open_test(about, str(tmp_path / "cifar10.1_v6_data.npy"))
+
+
 class OnePixel(torch.nn.Module):
     """Two logits: 0 and the value of the red pixel in the second row and column, less 10."""
 
@@ -518,9 +589,14 @@ def test_run_folder_and_result(tmp_path):
     assert len(result["per_class"]) == 10 and result["parameters"] == 62_006
     assert result["test/accuracy"] == pytest.approx(sum(result["per_class"].values()) / 10, abs=0.1)
     logged = event_steps(config.folder)
-    assert ("val/accuracy", 12) in logged and len(logged) == len(set(logged))
+    assert ("accuracy/val", 12) in logged and len(logged) == len(set(logged))
+    assert {("weights/conv1.0.weight", 6), ("gradients/fc.4.weight", 12)} <= set(logged)
     tags = {tag for tag, _ in event_steps(config.folder / "test")}
-    assert {"test/disc", "test/accuracy"} <= tags
+    assert {"pr_curve/disc", "accuracy/test", "loss/test"} <= tags
+    assert sum(tag.startswith("wrong/") for tag in tags) == 25
+    shown = [*train.shown_settings(config)]
+    assert shown[:5] == ["model", "optimizer", "lr", "batch_size", "epochs"]
+    assert {*shown[5:]} == {"dropout", "data", "limit", "save_minutes", "augment", "keep"}
     assert (config.folder / "test" / "projector_config.pbtxt").read_text().count("sprite") == 4
 
 
@@ -805,7 +881,7 @@ def test_resume_keeps_the_saved_settings(tmp_path, capsys):
     train.train_command(resume=str(tmp_path / "run"), epochs="3")
     assert train.read_config(tmp_path / "run" / "config.json") == tiny(tmp_path, epochs=3)
     train.train_command(resume="true", out=str(tmp_path), name="run", model="lenet", dropout="0.2")
-    assert "resuming at step 18" in capsys.readouterr().out
+    assert "all 3 epochs are done, at step 18" in capsys.readouterr().out
 
 
 def run_script(*words, timeout=120, **more):
