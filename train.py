@@ -1797,18 +1797,20 @@ def corruption_table(network, description, folder, tta):
         for name, values in rows])
 
 
-def predict_command(ckpt: str, *images: str, top: int = 3, out: str | None = None,
+def predict_command(*paths: str, top: int = 3, out: str | None = None,
                     device: str = "auto"):
-    """The likeliest classes of pictures, files or folders of them, for the network in CKPT.
+    """The likeliest classes of pictures: CKPT PICTURE …, files or folders of them.
 
     `--top` classes of each with their probabilities; `--out` is a CSV file of them.
     """
-    network, description = open_network(ckpt, device)
-    files = [file for path in map(Path, images) for file in (
+    if len(paths) < 2:
+        raise ValueError("give a checkpoint or the folder of a run, then pictures or folders")
+    network, description = open_network(paths[0], device)
+    files = [file for path in map(Path, paths[1:]) for file in (
         sorted(found for found in path.rglob("*") if found.suffix.lower() in data.IMAGE_SUFFIXES)
         if path.is_dir() else [path])]
     if not files:
-        raise ValueError(f"images={' '.join(images)}: no picture among them; give files or folders")
+        raise ValueError(f"{' '.join(paths[1:])}: no picture there ({', '.join(data.IMAGE_SUFFIXES)})")
     size = description.preprocessing.image_size
     logits = finite_logits(network, torch.stack([data.read_image(file, size) for file in files]),
                            description.preprocessing)
@@ -1854,7 +1856,7 @@ MOVED = {name: f"python -m lab {now}" for name, now in (
     ("results_table", "results"))}
 MOVED |= {f"--{before}": f"--{now}" for before, now in RENAMED.items()}
 MEANINGS = {"ckpt": "a checkpoint, or the folder of a run",
-            "images": "pictures, or folders of them", "top": "how many classes of each",
+            "paths": "a network, then pictures or folders of them", "top": "how many classes of each",
             "out": "a CSV file for the table",
             "data": "other images of the same classes",
             "root": "where data sets are downloaded to and cached",
