@@ -1810,7 +1810,8 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None,
         sorted(found for found in path.rglob("*") if found.suffix.lower() in data.IMAGE_SUFFIXES)
         if path.is_dir() else [path])]
     if not files:
-        raise ValueError(f"{' '.join(paths[1:])}: no picture there ({', '.join(data.IMAGE_SUFFIXES)})")
+        raise ValueError(f"{' '.join(paths[1:])}: no picture there "
+                         f"({', '.join(data.IMAGE_SUFFIXES)})")
     size = description.preprocessing.image_size
     logits = finite_logits(network, torch.stack([data.read_image(file, size) for file in files]),
                            description.preprocessing)
@@ -1856,7 +1857,8 @@ MOVED = {name: f"python -m lab {now}" for name, now in (
     ("results_table", "results"))}
 MOVED |= {f"--{before}": f"--{now}" for before, now in RENAMED.items()}
 MEANINGS = {"ckpt": "a checkpoint, or the folder of a run",
-            "paths": "a network, then pictures or folders of them", "top": "how many classes of each",
+            "paths": "a network, then pictures or folders of them",
+            "top": "how many classes of each",
             "out": "a CSV file for the table",
             "data": "other images of the same classes",
             "root": "where data sets are downloaded to and cached",
