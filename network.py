@@ -24,6 +24,7 @@ import inspect
 import io
 import itertools
 import math
+import os
 import re
 import sys
 import typing
@@ -42,9 +43,11 @@ from data import (
     Flag,
     Preprocessing,
     Table,
+    check_regular,
     closest,
     command_line,
     generator,
+    nested,
     parse_value,
     text_of,
     value_in,
@@ -817,6 +820,66 @@ def stages(network, image_size):
              operations.get(name, 0)) for name, stage in children.items()]
 
 
+class Layer(typing.NamedTuple):
+    """A row of `layers`: what a module computes itself, for one image."""
+
+    name: str
+    kind: str
+    kernel: str
+    stride: str
+    padding: str
+    output: tuple[int, ...] | None
+    parameters: int
+    multiply_adds: int
+
+
+def layers(network, image_size):
+    """A `Layer` for each module of any network that holds no others, or has parameters or
+    operations of its own beside them, in the order in which they are done.
+
+    `output` is without the batch, None for a module that was not called. As for `stages`, a network
+    on the meta device is enough.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    modules, shapes = dict(network.named_modules()), {}
+
+    def note(name, output):
+        parts = output if isinstance(output, (tuple, list)) else (output,)
+        shapes[name] = next((tuple(part.shape[1:]) for part in parts if torch.is_tensor(part)), ())
+
+    images = torch.zeros(1, 3, image_size, image_size, device=device_of(network))
+    with contextlib.ExitStack() as hooks, torch.no_grad(), evaluation(network):
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(
+                lambda _module, _inputs, output, name=name: note(name, output)))
+        counter = hooks.enter_context(FlopCounterMode(display=False))
+        forward(network, images)
+    counts = {name.partition(".")[2]: sum(kinds.values()) // 2
+              for name, kinds in counter.get_flop_counts().items()}
+    rows = []
+    for name in [*shapes, *(name for name in modules if name not in shapes)]:
+        module = modules[name]
+        inside = [name + "." * bool(name) + child for child, _ in module.named_children()]
+        own = counts.get(name, 0) - sum(counts.get(child, 0) for child in inside)
+        parameters = sum(value.numel() for value in module.parameters(recurse=False)
+                         if value.requires_grad)
+        if own or parameters or (name in shapes and not inside):
+            kernel, stride, padding = (_sides(getattr(module, field, ""))
+                                       for field in ("kernel_size", "stride", "padding"))
+            kind = type(module).__name__
+            kernel = f"{kernel}×{kernel}" if kernel.isdecimal() and kind.endswith("2d") else kernel
+            rows.append(Layer(name, kind, kernel, stride, padding, shapes.get(name), parameters,
+                              own))
+    return rows
+
+
+def _sides(value):
+    """A stride or a padding as text: 3 for (3, 3), 3×1 for (3, 1)."""
+    value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return "×".join(map(str, value[:1] if len({*value}) == 1 else value))
+
+
 def largest_output(network, image_size):
     """The number of values in the largest output of a layer, for one image of that side."""
     counts = [3 * image_size**2]
@@ -852,6 +915,28 @@ REQUIRED = {"model": str, "options": dict, "classes": list, "image_size": int, "
             "std": list, "weights": dict, "settings": dict, "epoch": int, "step": int}
 
 
+NO_CHECKPOINT = ("not a checkpoint of this package, or damaged (its checksum does not match)")
+MOST_BYTES = 1 << 33  # of a checkpoint: the largest network with Adam's moments needs half
+
+
+def check_archive(path):
+    """OSError unless the file `path` begins and ends as checkpoints do; it is not read whole."""
+    try:
+        check_regular(path, MOST_BYTES)
+        with open(path, "rb") as file:
+            head, size = file.read(2), file.seek(0, os.SEEK_END)
+            file.seek(-min(size, 54), os.SEEK_END)
+            tail = file.read()
+    except OSError as error:
+        raise type(error)(f"{path}: {error.strerror}" if error.strerror else str(error)) from error
+    if head == b"PK" and tail[:4] == b"PK\5\6" and tail[20:22] == b"\x20\0":
+        return
+    if head == b"\x80\2" or (head == b"PK" and tail[-22:-18] == b"PK\5\6"):
+        raise OSError(f"{path}: weights that another program saved, no checkpoint of this package; "
+                      f"name their network: `network=torchvision:NAME` with `weights={path}`")
+    raise OSError(f"{path}: {NO_CHECKPOINT}")
+
+
 def save(path, checkpoint, older=None):
     """Write `checkpoint` (see `REQUIRED`) to `path`, all or nothing (see `write_atomically`)."""
     buffer = io.BytesIO()
@@ -867,15 +952,10 @@ def read(path):
     Raises OSError for a missing, damaged or truncated file and ValueError for one that does not
     describe a network of this package.
     """
-    if Path(path).exists() and not Path(path).is_file():
-        raise OSError(f"{path}: not a file")
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror}") from error
-    if len(content) < 64 or hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise OSError(f"{path}: not a checkpoint of this package, or damaged "
-                      f"(its checksum does not match)")
+    check_archive(path)
+    content = Path(path).read_bytes()
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise OSError(f"{path}: {NO_CHECKPOINT}")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -888,6 +968,8 @@ def read(path):
              if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind)]
     if wrong:
         raise ValueError(f"{path}: not a checkpoint of this package (no valid {wrong[0]!r})")
+    if nested(checkpoint):
+        raise ValueError(f"{path}: not a checkpoint of this package (nested too deeply)")
     return checkpoint
 
 
@@ -971,17 +1053,23 @@ def load(source, weights=None, image_size=None, device="cpu"):
 
 def _load_elsewhere(source, weights, image_size, device):
     module, _, name = source.partition(":")
+    if module == "torchvision":
+        module, weights = "torchvision.models", weights or _cached_weights(name)
     try:
-        if module == "torchvision":
-            module, weights = "torchvision.models", weights or _cached_weights(name)
-        sys.path.append("")  # the current folder
-        network = getattr(importlib.import_module(module), name)()
+        if "" not in sys.path:
+            sys.path.append("")  # the current folder
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            network = getattr(importlib.import_module(module), name)()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name}() returns a {type(network).__name__}, which is no nn.Module")
         if weights:
+            check_regular(weights, MOST_BYTES)
             network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         network.eval().to(device)
-    except Exception as error:  # anybody's code and files: whatever they raise
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"network={source}, weights={weights}: {told:.300}") from error
+    except (Exception, SystemExit) as error:  # anybody's code and files: whatever they raise
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        weights = f", weights={weights}" if weights else ""
+        raise ValueError(f"network={source}{weights}: {told:.300}") from error
     imagenet = Preprocessing(image_size or 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return network, Description(source, (), imagenet)
 
@@ -991,10 +1079,14 @@ def _cached_weights(name):
     from torchvision import models
 
     cache = Path(torch.hub.get_dir(), "checkpoints")
+    if name not in models.list_models(models):
+        raise ValueError(f"network=torchvision:{name}: torchvision has no such network"
+                         f"{closest(name, models.list_models(models))}")
     for version in reversed(models.get_model_weights(name)):
         if (cache / Path(version.url).name).exists():
             return cache / Path(version.url).name
-    raise FileNotFoundError(f"put {version.url} into {cache}, or give `weights=FILE`")
+    raise FileNotFoundError(f"network=torchvision:{name}: its weights are not here; put "
+                            f"{version.url} into {cache}; or give `weights=FILE`")
 
 
 def load_weights(network, checkpoint):
@@ -1065,18 +1157,37 @@ def list_networks():
     return Table(("network", "images", "parameters", "multiply-adds", "options"), rows)
 
 
-def summary(model: str, classes: int = 10, image_size: int | None = None, **options):
-    """The structure of MODEL: stage, output shape, parameters, multiply-adds of an image."""
+def summary(model: str, classes: int = 10, image_size: int | None = None, stages: bool = False,
+            **options):
+    """The structure of MODEL, stage by stage and layer by layer; with `--stages` the former alone.
+
+    Multiply-adds are those of one image.
+    """
     options = parse_options(model, options)
     image_size = image_size_of(model) if image_size is None else image_size
     with torch.device("meta"):
         network = build(model, classes, image_size, **options)
+    title = f"{model}, input 3×{image_size}×{image_size}"
+    short = stages_table(network, image_size, title)
+    return short if stages else [short, layers_table(network, image_size, f"layers of {title}")]
+
+
+def stages_table(network, image_size, title=None):
+    """`stages` as a `Table`, and their sums."""
     rows = stages(network, image_size)
-    total = ("total", "", *(f"{sum(row[column] for row in rows):,}" for column in (2, 3)))
-    return Table(("layer", "output", "parameters", "multiply-adds"), [
+    return Table(("stage", "output", "parameters", "multiply-adds"), [
         *((name, "×".join(map(str, shape)), f"{parameters:,}", f"{operations:,}")
-          for name, shape, parameters, operations in rows), total],
-        title=f"{model}, input 3×{image_size}×{image_size}")
+          for name, shape, parameters, operations in rows),
+        ("total", "", *(f"{sum(row[column] for row in rows):,}" for column in (2, 3)))], title)
+
+
+def layers_table(network, image_size, title=None):
+    """`layers` as a `Table`."""
+    return Table(("name", "layer", "kernel", "stride", "padding", "output", "parameters",
+                  "multiply-adds"), [
+        (row.name, row.kind, row.kernel, row.stride, row.padding,
+         "–" if row.output is None else "×".join(map(str, row.output)), f"{row.parameters:,}",
+         f"{row.multiply_adds:,}") for row in layers(network, image_size)], title)
 
 
 def _summary_flags(words):
@@ -1087,7 +1198,8 @@ def _summary_flags(words):
 summary.flags = _summary_flags
 COMMANDS = {"list": list_networks, "summary": summary}
 MEANINGS = {"model": "a network; python network.py list shows all", "classes": "how many classes",
-            "image_size": "side of the images in pixels; none: the network's own"}
+            "image_size": "side of the images in pixels; none: the network's own",
+            "stages": "the stages alone, without their layers"}
 
 if __name__ == "__main__":
     command_line(COMMANDS, meanings=MEANINGS)

@@ -1,6 +1,7 @@
 """Networks: shapes and parameter counts of the papers and reports; checkpoints that stay whole."""
 
 import io
+import os
 import re
 import runpy
 import sys
@@ -250,3 +251,115 @@ def test_an_output_that_is_no_logits_is_said():
                            (nn.MaxPool2d(2, return_indices=True), "a tuple")):
         with pytest.raises(ValueError, match=message):
             network.logits_of(built, images)
+
+
+def test_layers_of_lenet_by_hand():
+    rows = {row.name: row[1:] for row in network.layers(on_meta("lenet"), 32)}
+    assert rows["conv1.0"] == ("Conv2d", "5×5", "1", "0", (6, 28, 28), 456, 28 * 28 * 6 * 75)
+    assert rows["conv2.2"] == ("MaxPool2d", "2×2", "2", "0", (16, 5, 5), 0, 0)
+    assert rows["fc.0"] == ("Linear", "", "", "", (120,), 48_120, 48_000)
+    assert [*rows][:3] == ["conv1.0", "conv1.1", "conv1.2"] and [*rows][-1] == "fc.4"
+
+
+@pytest.mark.parametrize("build", [
+    lambda: network.build("resnet20"), lambda: network.build("speednet"),
+    lambda: torchvision.models.vit_b_16(image_size=32, num_classes=10)])
+def test_layers_add_up_to_the_network(build):
+    with torch.device("meta"):
+        built = build()
+    rows = network.layers(built, 32)
+    assert sum(row.parameters for row in rows) == network.count_parameters(built)
+    assert len({row.name for row in rows}) == len(rows)
+    if isinstance(built, torch.nn.Sequential):
+        assert sum(row.multiply_adds for row in rows) == network.multiply_adds(built, 32)
+
+
+def test_the_whole_maps_maximum_has_the_gradient_of_its_first_place():
+    x = torch.randint(0, 3, (4, 5, 3, 3)).float()  # many equal values
+    pools, gradients = (network.MixedPool(), torch.nn.AdaptiveMaxPool2d(1)), []
+    average = torch.nn.functional.adaptive_avg_pool2d(x, 1)
+    assert torch.allclose(pools[0](x), (pools[1](x) + average) / 2)
+    for pool, rest in zip(pools, (1 / 9, 0)):
+        leaf = x.clone().requires_grad_()
+        pool(leaf).sum().backward()
+        gradients.append(leaf.grad * (2 if rest else 1) - rest)
+    assert torch.allclose(*gradients)
+
+
+@pytest.mark.parametrize("line, shown", [
+    (["simple_cnn", "--channels=32"], "32×16×16"), (["simple_cnn", "--channels=32+64"], "64×7×7"),
+    (["vgg_a", "--batch_norm=false"], "9,750,922"), (["vgg_a", "--batch-norm"], "9,756,426"),
+    (["resnet18", "--width=none"], "11,173,962"), (["--model", "lenet"], "conv1.0"),
+])
+def test_summary_takes_what_training_takes(line, shown, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    network.command_line(network.COMMANDS, argv=["summary", *line])
+    printed = capsys.readouterr().out
+    assert shown in printed and max(map(len, printed.splitlines())) <= 80
+    network.command_line(network.COMMANDS, argv=["summary", *line, "--stages"])
+    assert "conv1.0" not in capsys.readouterr().out
+
+
+def test_list_shows_every_name_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    network.command_line(network.COMMANDS, argv=["list"])
+    printed = capsys.readouterr().out
+    assert all(f" {name} " in printed for name in network.NETWORKS)
+
+
+@pytest.mark.parametrize("name, meant", [
+    ("ResNet18", "resnet18"), ("resnet-18", "resnet18"), ("VGG16_BN", "vgg16_bn"),
+    ("lenet5", "lenet"), ("speed_net", "speednet")])
+def test_a_mistaken_network_is_answered(name, meant):
+    with pytest.raises(ValueError, match=f"model={name}: no such network; did you mean {meant}"):
+        network.build(name)
+
+
+def test_weights_of_another_program_are_told_from_damage(tmp_path):
+    for legacy in (False, True):
+        torch.save({"a": torch.zeros(2)}, tmp_path / "theirs.pth",
+                   _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(OSError, match=r"another program.*`network=torchvision:NAME`"):
+            network.load(tmp_path / "theirs.pth")
+
+
+def test_files_without_end_are_not_read(tmp_path):
+    with open(tmp_path / "sparse.pth", "wb") as file:
+        file.truncate(100 << 30)
+    with pytest.raises(OSError, match=r"sparse\.pth.*too many"):
+        network.load(tmp_path / "sparse.pth")
+    with open(tmp_path / "half.pth", "wb") as file:
+        file.truncate(4 << 30)
+    with pytest.raises(OSError, match=r"half\.pth.*damaged"):
+        network.load(tmp_path / "half.pth")
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(OSError, match=r"pipe\.pth.*not a regular file"):
+        network.load(tmp_path / "pipe.pth")
+    with pytest.raises(OSError, match=r"none\.pth: No such file"):
+        network.load(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("entry", ["settings", "options"])
+def test_settings_nested_without_end_are_refused(entry, tmp_path):
+    deep = {}
+    for _ in range(150):
+        deep = {"a": deep}
+    network.save(tmp_path / "a.pth", {**checkpoint_of(), entry: deep})
+    with pytest.raises(ValueError, match=r"a\.pth.*nested too deeply"):
+        network.load(tmp_path / "a.pth")
+
+
+MODULES = {"leaves": "import sys; print('hello'); sys.exit(3)", "number": "def make(): return 3",
+           "parses": "import argparse; argparse.ArgumentParser().parse_args(['--no'])",
+           "wants": "def make(x): pass", "broken": "def make(:", "raises": "raise KeyError('x')"}
+
+
+@pytest.mark.parametrize("name", [*MODULES, "missing"])
+def test_a_module_that_gives_no_network_is_one_line(name, tmp_path, monkeypatch, capsys):
+    if name in MODULES:
+        (tmp_path / f"odd_{name}.py").write_text(MODULES[name])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=f"^network=odd_{name}:make: [^\n]+$"):
+        network.load(f"odd_{name}:make")
+    printed = capsys.readouterr()
+    assert not printed.out and not printed.err

@@ -814,7 +814,7 @@ def test_a_stranger_s_checkpoint_writes_and_downloads_nothing(source, tmp_path, 
                                       "weights": network.build("lenet", 2).state_dict()})
     for command in (train.evaluate, visualize.predictions, visualize.confusion):
         with (contextlib.nullcontext() if source == "folder" else
-              pytest.raises(FileNotFoundError, match="--root")):
+              pytest.raises(FileNotFoundError, match="`root=FOLDER`")):
             command(str(tmp_path / "a.pth"), **({} if command is train.evaluate else
                                                 {"out": str(tmp_path / "figures")}))
     assert not (tmp_path / "elsewhere").exists()
