@@ -1830,6 +1830,26 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None,
     return [table, Path(out)] if out else table
 
 
+def export(run: str, out: str):
+    """Write the network of the finished run in the folder RUN to the file OUT, to be given away.
+
+    Its filters are in half precision, and what only going on needs is left out. How it was made
+    goes along: the command, accuracies, seconds, hardware and versions.
+    """
+    run = Path(run)
+    result = data.read_json(run / "result.json", dict)
+    checkpoint = networks.read(networks.find_checkpoint(run))
+    checkpoint = {name: value for name, value in checkpoint.items() if name != "training"}
+    config = Config.from_json(checkpoint["settings"])
+    checkpoint["settings"] |= {"name": None, "out": Config.out, "root": Config.root}
+    made = {name: result[name] for name in (
+        "test/accuracy", "test/accuracy_tta", "seconds", "device", "versions", "commit")}
+    made["command"] = command_of(dataclasses.replace(config, name=None, out=Config.out))
+    networks.save(out, {**checkpoint, "weights": networks.in_half(checkpoint["weights"]),
+                        "made": made})
+    return Path(out)
+
+
 def settings_flags(words):
     """{name: `Flag`} of a run's settings, those of the network that is named in `words`."""
     model = data.value_in(words, "model") or Config.model
@@ -1851,7 +1871,8 @@ def settings_flags(words):
 
 
 train_command.flags = settings_flags
-COMMANDS = {"train": train_command, "evaluate": evaluate, "predict": predict_command}
+COMMANDS = {"train": train_command, "evaluate": evaluate, "predict": predict_command,
+            "export": export}
 MOVED = {name: f"python -m lab {now}" for name, now in (
     ("sweep", "sweep"), ("reproduce", "reproduce"), ("benchmark", "benchmark"),
     ("results_table", "results"))}
@@ -1859,7 +1880,8 @@ MOVED |= {f"--{before}": f"--{now}" for before, now in RENAMED.items()}
 MEANINGS = {"ckpt": "a checkpoint, or the folder of a run",
             "paths": "a network, then pictures or folders of them",
             "top": "how many classes of each",
-            "out": "a CSV file for the table",
+            "out": "the file to write",
+            "run": "the folder of a run",
             "data": "other images of the same classes",
             "root": "where data sets are downloaded to and cached",
             "tta": f"views of a test image whose logits are averaged: {' | '.join(TTA)}",

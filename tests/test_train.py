@@ -990,3 +990,17 @@ def test_torchrun_goes_on_after_a_process_was_killed(tmp_path):
     assert "another process of this run is gone" in done.stderr and "Traceback" not in done.stderr
     assert "resuming at step" in done.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_path):
+    config = tiny(tmp_path)
+    result = train.train(config)
+    path = train.export(str(config.folder), str(tmp_path / "given.pth"))
+    assert path.stat().st_size < 0.6 * (config.folder / "best.pth").stat().st_size
+    made = network.read(path)["made"]
+    assert made["test/accuracy"] == result["test/accuracy"]
+    assert "--model=lenet" in made["command"] and str(tmp_path) not in made["command"]
+    images = data.draw_shapes(20, seed=5).images
+    logits = [train.predict(loaded, images, description.preprocessing)
+              for loaded, description in map(train.open_network, (path, config.folder))]
+    assert torch.allclose(*logits, atol=1e-2)
