@@ -291,7 +291,7 @@ def occlude(network, layer, image, preprocessing, unit, label, size, stride):
             square = rows[:, None, :, None] & columns[:, None, None]  # n×1×side×side
             shares = networks.logits_of(network, torch.where(square, grey, pixels)).softmax(1)
             maps = networks.captured_maps(outputs, layer)[:, unit].float()
-            parts.append([maps.flatten(1).sum(1), shares[:, label], shares.argmax(1)])
+            parts.append([maps.reshape(len(chunk), -1).sum(1), shares[:, label], shares.argmax(1)])
     return Occlusion(*(torch.cat(column).view(steps, steps).cpu() for column in zip(*parts)))
 
 

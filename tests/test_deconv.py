@@ -461,6 +461,8 @@ def test_the_papers_figures_of_a_run(run, monkeypatch, capsys):
     assert float(texts[2].split()[-1]) == pytest.approx(2 * float(texts[1].split()[-1]), rel=0.1)
     figure = deconv.occlusion(str(run), index=1, device="cpu")
     assert "true class" in figure.axes[3].get_title() and "conv2" in figure.axes[1].get_title()
+    figure = deconv.occlusion(str(run), layer="fc", stride=8, device="cpu")  # has no maps
+    assert "feature map" in figure.axes[1].get_title()
     figure = deconv.invariance(str(run), 2, device="cpu")
     assert [axes.get_title() for axes in figure.axes[1:4]] == [
         "conv1: Euclidean distance", "fc: Euclidean distance", "probability of the class"]
