@@ -179,7 +179,8 @@ def report_of_run(run, folder, given):
                for index in shown],
         measured=train.figures(logits, test.labels, dataset.classes),
         figures={key: keep_figures(folder, key, *drawn) for key, drawn in figures.items()},
-        settings=settings_tables(config, name, size), structure=structure_table(network, size),
+        settings=settings_tables(config, name, size), stages=networks.stages_table(network, size),
+        structure=networks.layers_table(network, size),
         per_class=per_class_table(matrix, dataset.classes),
         hardware=Table(("what", "value"), [*hardware.items()]), commands=commands_of(config))
 
@@ -269,15 +270,6 @@ def settings_tables(config, data, image_size):
             shown = name in MAIN_SETTINGS or value != usual[name]
             (first if shown else rest).append((name, text_of(value), meanings[name]))
     return [Table(("setting", "value", "meaning"), rows) for rows in (first, rest)]
-
-
-def structure_table(network, image_size):
-    """The stages of a network, and their totals."""
-    rows = [*networks.stages(network, image_size)]
-    rows.append(("total", (), *(sum(row[column] for row in rows) for column in (2, 3))))
-    return Table(("stage", "output", "parameters", "multiply-adds"), [
-        (stage, "×".join(map(str, shape)), *map(thousands, counts))
-        for stage, shape, *counts in rows])
 
 
 def per_class_table(matrix, classes):

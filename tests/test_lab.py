@@ -331,10 +331,11 @@ def test_the_report_of_a_run_has_every_section_and_needs_no_other_file(finished,
     assert len(parsed.links) >= 10 and "of 40 test images of shapes correctly" in page
     assert parsed.code == ["python train.py --model=lenet --data=shapes --limit=40 --epochs=1\n"
                            "python -m lab report runs/lenet"]
-    assert "| total |  | 62\N{NARROW NO-BREAK SPACE}006 |" in text and "| ---: |" in text
-    first, folded = text.split("<details>")
-    assert "| limit | 40 |" in first and "| momentum |" not in first
-    assert "| momentum | 0.9 |" in folded.partition("</details>")[0]
+    assert "| total |  | 62,006 |" in text and "| ---: |" in text
+    first, layers, folded = text.split("<details>")
+    assert "| conv1.0 | Conv2d | 5×5 | 1 |" in layers.partition("</details>")[0]
+    assert "| limit | 40 |" in layers.partition("</details>")[2]
+    assert "| momentum |" not in first + layers and "| momentum | 0.9 |" in folded
 
 
 def test_a_report_means_nothing_but_what_is_in_it():
