@@ -1834,7 +1834,7 @@ def export(run: str, out: str):
     """Write the network of the finished run in the folder RUN to the file OUT, to be given away.
 
     Its filters are in half precision, and what only going on needs is left out. How it was made
-    goes along: the command, accuracies, seconds, hardware and versions.
+    goes along: the command, accuracy, seconds, hardware and versions.
     """
     run = Path(run)
     result = data.read_json(run / "result.json", dict)
@@ -1843,7 +1843,7 @@ def export(run: str, out: str):
     config = Config.from_json(checkpoint["settings"])
     checkpoint["settings"] |= {"name": None, "out": Config.out, "root": Config.root}
     made = {name: result[name] for name in (
-        "test/accuracy", "test/accuracy_tta", "seconds", "device", "versions", "commit")}
+        "test/accuracy", "seconds", "device", "versions", "commit")}
     made["command"] = command_of(dataclasses.replace(config, name=None, out=Config.out))
     networks.save(out, {**checkpoint, "weights": networks.in_half(checkpoint["weights"]),
                         "made": made})
