@@ -1541,7 +1541,8 @@ def parse(commands, words, default=None, moved=None):
     fire.Fire(remember, command=[f"--{name}={text}" for name, text in texts.items()])
     values = {name: parse_value(name, text, own[name].kind) if name in own else text
               for name, text in remembered.items()}
-    missing = [name.upper() for name in own if own[name].default is None and name not in values]
+    missing = [name.upper() if name == next(iter(own)) else f"--{name}={name.upper()}"
+               for name in own if own[name].default is None and name not in values]
     if missing:
         raise ValueError(f"{words[0]}: needs {missing[0]} ({words[0]} --help)")
     return functools.partial(function, *plain, **values)
@@ -1663,9 +1664,10 @@ def help_text(commands, words, default, meanings):
         if takes_list(commands[name]):
             listed = inspect.getfullargspec(commands[name]).varargs
             lines.append(f"  {listed.upper() + ' …':<30} {meanings.get(listed, '')}".rstrip())
-        for flag, (_, value, meaning, words_of) in all_flags(commands[name], words,
-                                                             meanings).items():
-            shown = flag.upper() if value is None else f"--{flag}={value}"
+        for number, (flag, (_, value, meaning, words_of)) in enumerate(
+                all_flags(commands[name], words, meanings).items()):
+            shown = (f"--{flag}={value}" if value is not None  # the first alone goes without a flag
+                     else f"--{flag}={flag.upper()}" if number else flag.upper())
             few = " | ".join(words_of) if len(words_of) < 12 else ""  # not all networks
             text = f"  {shown:<30} {' '.join(filter(None, (meaning, few)))}"
             lines.append(wrapped(text, sys.stdout, " " * 33))

@@ -418,7 +418,9 @@ def build(name, classes=10, image_size=None, **options):
     try:
         return NETWORKS[name](classes=classes, image_size=image_size, **options)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{name} cannot take {image_size}×{image_size} images with {options}: "
+        given = ", ".join(f"{option}={value}" for option, value in options.items())
+        raise ValueError(f"{name} cannot take {image_size}×{image_size} images"
+                         f"{' with ' * bool(given)}{given}: "
                          f"{str(error).splitlines()[0]}") from error
 
 

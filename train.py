@@ -1376,7 +1376,7 @@ def hold(folder, workers):
 def check_folder(config, resume, overwrite):
     """Raise what speaks against a run in `config.folder`, before any work is done."""
     folder = config.folder
-    check_apart(config)
+    check_apart(config, resume)
     if folder.exists() and not is_run(folder) and not (
             folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock"}):
         raise FileExistsError(f"{folder}: is there and is not the folder of a run; a run needs a "
@@ -1388,13 +1388,13 @@ def check_folder(config, resume, overwrite):
                               f"another name (`name=NAME`) or start it anew (`overwrite`)")
 
 
-def check_apart(config):
+def check_apart(config, resume):
     """ValueError when images lie in the run's folder, or it lies among them."""
     folder = config.folder.resolve()
     for name in ("data", "root"):
         path = Path(getattr(config, name)).resolve()
-        if name == "data" and not path.is_dir():
-            continue
+        if not path.is_dir() and (resume or name == "data"):
+            continue  # `resume=.` looks for `root` in the run's folder, where none need be
         if folder in (path, *path.parents) or (name == "data" and path in folder.parents):
             raise ValueError(f"{name}={getattr(config, name)}: images and the run's folder, "
                              f"{config.folder}, must lie apart (`{name}`, `out`, `name`)")
@@ -1416,6 +1416,16 @@ def written_by_a_run(folder):
     found = itertools.chain.from_iterable(map(folder.glob, ("*", "test/*", "test/*/*/*")))
     return [path for path in sorted(found) if path.is_file()
             and WRITTEN.fullmatch(path.relative_to(folder).as_posix())]
+
+
+def check_output(path, suffix):
+    """ValueError unless a command may write a file of the kind `suffix` to `path`: a picture, say,
+    is not replaced, and no file of a run."""
+    path = Path(path)
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"out={path}: must be a file whose name ends in {suffix}")
+    if is_run(path.parent) and path.resolve() in map(Path.resolve, written_by_a_run(path.parent)):
+        raise ValueError(f"out={path}: is a file of a run; it stays as it is")
 
 
 def clear_folder(folder):
@@ -1694,6 +1704,9 @@ def train_command(**flags):
         path = path.parent if path.is_file() else path
         if not (path / "config.json").exists():
             raise FileNotFoundError(f"resume={resume}: no such run")
+        if twice := {"out", "name"} & {*given}:
+            raise ValueError(f"resume={resume}: says which run it is; leave out "
+                             + ", ".join(f"`{name}`" for name in sorted(twice)))
         named = path.name not in ("", "..")  # "." has no name of its own
         given |= {"out": str(path.parent if named else path / ".."), "name": path.resolve().name}
     config = Config.create(**given)
@@ -1809,6 +1822,8 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None,
     files = [file for path in map(Path, paths[1:]) for file in (
         sorted(found for found in path.rglob("*") if found.suffix.lower() in data.IMAGE_SUFFIXES)
         if path.is_dir() else [path])]
+    if out:
+        check_output(out, ".csv")
     if not files:
         raise ValueError(f"{' '.join(paths[1:])}: no picture there "
                          f"({', '.join(data.IMAGE_SUFFIXES)})")
@@ -1837,6 +1852,7 @@ def export(run: str, out: str):
     goes along: the command, accuracy, seconds, hardware and versions.
     """
     run = Path(run)
+    check_output(out, ".pth")
     result = data.read_json(run / "result.json", dict)
     checkpoint = networks.read(networks.find_checkpoint(run))
     checkpoint = {name: value for name, value in checkpoint.items() if name != "training"}

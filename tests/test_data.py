@@ -1,5 +1,6 @@
 """Data: what comes out of each source, and what becomes of it in a batch."""
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -632,3 +633,15 @@ def test_cifar10_from_its_own_files(tmp_path, monkeypatch):
     assert dataset.classes == tuple(names) and len(dataset.train.labels) == 5
     assert torch.equal(dataset.test.images[0].flatten(), torch.from_numpy(pixels[0]))
     assert dataset.test.labels.tolist() == [3]
+
+
+def test_help_and_errors_show_how_the_second_value_is_given(capsys):
+    def command(run: str, out: str):
+        """A command."""
+        return f"{run} {out}"
+
+    for line, said in ((["--help"], "--out=OUT"), (["command", "x"], "needs --out=OUT"),
+                       (["command"], "needs RUN"), (["command", "x", "--out=y"], "x y")):
+        with contextlib.suppress(SystemExit):
+            data.command_line({"command": command}, argv=line)
+        assert said in "".join(capsys.readouterr())

@@ -363,3 +363,10 @@ def test_a_module_that_gives_no_network_is_one_line(name, tmp_path, monkeypatch,
         network.load(f"odd_{name}:make")
     printed = capsys.readouterr()
     assert not printed.out and not printed.err
+
+
+@pytest.mark.parametrize("options, said", [({}, "7×7 images: "),
+                                           ({"dropout": 0.5}, "7×7 images with dropout=0.5: ")])
+def test_images_too_small_are_named_with_the_options_that_were_given(options, said):
+    with pytest.raises(ValueError, match=f"lenet cannot take {said}"):
+        network.build("lenet", image_size=7, **options)

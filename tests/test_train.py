@@ -1004,3 +1004,35 @@ def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_pat
     logits = [train.predict(loaded, images, description.preprocessing)
               for loaded, description in map(train.open_network, (path, config.folder))]
     assert torch.allclose(*logits, atol=1e-2)
+
+
+def test_a_file_to_write_is_neither_a_picture_nor_a_file_of_a_run(tmp_path):
+    config = tiny(tmp_path)
+    train.train(config)
+    last, picture = config.folder / "last.pth", tmp_path / "cat.png"
+    picture.write_bytes(b"a picture")
+    before = last.read_bytes(), picture.read_bytes()
+    (tmp_path / "link").symlink_to(config.folder)
+    for path in (last, tmp_path / "link" / "last.pth", picture):
+        with pytest.raises(ValueError, match=f"out=.*{path.name}"):
+            train.export(str(config.folder), str(path))
+    for path in (picture, config.folder / "metrics.csv"):
+        with pytest.raises(ValueError, match=f"out=.*{path.name}"):
+            train.predict_command(str(config.folder), str(picture), out=str(path))
+    assert (last.read_bytes(), picture.read_bytes()) == before
+    train.export(str(config.folder), str(config.folder / "given.pth"))
+
+
+def test_resume_of_a_folder_takes_no_other_name(tmp_path):
+    train.train(tiny(tmp_path))
+    for flags in ({"name": "other"}, {"out": str(tmp_path / "elsewhere")}):
+        with pytest.raises(ValueError, match=f"leave out `{next(iter(flags))}`"):
+            train.train_command(resume=str(tmp_path / "run"), epochs="3", **flags)
+
+
+def test_a_run_goes_on_from_within_its_folder(tmp_path, monkeypatch):
+    train.train(tiny(tmp_path))
+    monkeypatch.chdir(tmp_path / "run")
+    train.train_command(resume=".", epochs="3")
+    assert len(train.read_metrics(tmp_path / "run")["epoch"]) == 3
+    assert not (tmp_path / "run" / "data").exists()
