@@ -557,7 +557,7 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
     Raises FileExistsError for a run that exists when neither is asked for.
     """
     if isinstance(config, str):
-        config = Config.create(config, **settings)
+        config = Config.create(**parse_flags({"model": config, **settings}))
     elif settings:
         config = dataclasses.replace(config, **settings)
     device = choose_device(config.device)
