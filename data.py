@@ -577,24 +577,25 @@ def ahead(function, items, threads, depth):
 @contextlib.contextmanager
 def _alone(path):
     """Hold the file `path` while others who ask for it wait; without locks, do without."""
-    from filelock import FileLock, Timeout
-
-    held = FileLock(path)
-    try:
-        held.acquire(timeout=0.1)
-    except Timeout:
-        print("waiting for another process that is reading the images", file=sys.stderr)
-        held.acquire()
-    except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.ENOSYS,
-                                                         errno.EOPNOTSUPP):
-            raise
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        held.release()
+    with open(path, "ab") as file:
+        for tries in itertools.count():
+            try:
+                lock_file(file)
+                break
+            except (BlockingIOError, PermissionError):
+                if tries == 1:
+                    print("waiting for another process that is reading the images",
+                          file=sys.stderr)
+                time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                break
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _write_cache(path, key, count, images):

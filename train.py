@@ -65,7 +65,8 @@ MARKER, MARK = ".run", "A run of train.py made this folder.\n"
 STEPS = f"step-{'[0-9]' * 9}.pth"  # checkpoints before the last
 EMPTYING = "emptying"  # in config.json while the files of a run before are being removed
 WRITTEN = re.compile(
-    r"(\.run|\.lock|config\.json|metrics\.csv|result\.json|(last|best|step-\d{9}|snapshot-\d{5})\.pth"
+    r"(\.run|\.lock|config\.json|metrics\.csv|result\.json"
+    r"|(last|best|step-\d{9}|snapshot-\d{5})\.pth"
     r"|events\.out\.tfevents\.\d+\.\d{9}|test/events\.out\.tfevents\.\S+"
     r"|test/projector_config\.pbtxt"
     r"|test/\d{5}/(features|pixels)/(metadata\.tsv|sprite\.png|tensors\.tsv))(\.\d+\.tmp)?")
