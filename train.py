@@ -15,6 +15,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import importlib
 import io
 import itertools
 import json
@@ -484,11 +485,7 @@ class Workers:
         return votes.item() > 0
 
     def meet(self):
-        """Wait until all processes have come here.
-
-        A process that exits right after an exchange may abort, while Gloo's threads let go of its
-        tensors; this exchanges none.
-        """
+        """Wait until all processes have come here: one that leaves takes its connections along."""
         if self.world > 1:
             with together():
                 distributed.barrier()
@@ -535,6 +532,9 @@ def join_workers(device):
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # A restarted torchrun keeps its store, with the addresses of the processes before.
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    # Functions of this module keep the group that exists when PyTorch first imports them, on the
+    # way; Gloo's threads would then outlive the group, and may abort a process that ends.
+    importlib.import_module("torch.distributed.nn")
     on_gpu = device.type == "cuda"
     distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
                                    world_size=world, device_id=device if on_gpu else None)
