@@ -337,19 +337,6 @@ def move_apart(network, layers, images, labels, amounts):
         torch.stack(shares).cpu())
 
 
-def snapshots(run, most=8):
-    """The files with a run's weights as they were at up to `most` times, evenly chosen, in order:
-    its snapshots, or else the checkpoints that it kept."""
-    folder = visualize.folder_of(run)
-    files = sorted(folder.glob("snapshot-*.pth"), key=lambda path: (len(path.name), path.name)) or [
-        *sorted(folder.glob("step-*.pth")), *folder.glob("last.pth")]
-    if len(files) < 2:
-        raise ValueError(f"{run}: not the folder of a run with two snapshots or more (train with "
-                         f"--snapshots=1,2,5,10)")
-    count = min(most, len(files))
-    return [files[index * (len(files) - 1) // (count - 1)] for index in range(count)]
-
-
 # ---------------------------------------------------------------------------- drawing
 
 
@@ -612,7 +599,10 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (6,), ru
 
     Zeiler & Fergus (2014), section 4, figure 4; beside it, the patch. `--units` as in `gallery`.
     """
-    files, cells, titles = snapshots(ckpt), [], []
+    files, cells, titles = visualize.snapshots(ckpt), [], []
+    if not files:
+        raise ValueError(f"{ckpt}: not the folder of a run with two snapshots or more (train with "
+                         f"--snapshots=1,2,5,10)")
     for file in files:
         network, about, test = visualize.open_test(file, **flags)
         chosen = visualize.choose_units(network, layer, about.preprocessing.image_size, units)

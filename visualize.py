@@ -234,6 +234,16 @@ def file_of(out):
     return path
 
 
+def snapshots(run, most=8):
+    """The files with the weights of the run in a folder as they were at up to `most` times, evenly
+    chosen, in order: its snapshots, or else the checkpoints that it kept. One alone is none."""
+    folder = folder_of(run)
+    files = sorted(folder.glob("snapshot-*.pth"), key=lambda path: (len(path.name), path.name)) or [
+        *sorted(folder.glob("step-*.pth")), *folder.glob("last.pth")]
+    count = min(most, len(files)) if len(files) > 1 else 0
+    return [files[index * (len(files) - 1) // (count - 1)] for index in range(count)]
+
+
 def figure_path(ckpt, name, out=None, format="png"):
     """Where figure `name` of `ckpt` goes: its folder's `figures/`, or file or folder `out`."""
     folder = os.path.expanduser(out or folder_of(ckpt) / "figures")
@@ -868,6 +878,35 @@ def draw_activations(statistics, title):
     return figure
 
 
+def draw_activation_history(history, title):
+    """What became of layers: a plot each of mean, spread, share of zeros and of dead units, a line
+    a layer, the first ones dark. `history` is {epoch: `layer_statistics`}."""
+    from matplotlib import colormaps
+
+    layers = [*next(iter(history.values()))]
+    colors = colormaps["viridis"].resampled(10 * len(layers)).colors[::11]  # not as far as yellow
+    figure, entries = new_figure(9, 5.6 + 0.05 * len(layers), title), {}
+    for position, (kind, name) in enumerate((
+            ("mean", "mean"), ("std", "standard deviation"), ("zeros", "share of zeros"),
+            ("dead", "share of dead units, 0 for every image")), 1):
+        axes = plot(figure, (2, 2, position), name, "epoch")
+        lines = {layer: [len(numbers[layer]["dead"]) / numbers[layer]["units"] if kind == "dead"
+                         else numbers[layer][kind] for numbers in history.values()]
+                 for layer in layers}
+        for index, (layer, values) in enumerate(lines.items()):
+            [entries[layer]] = axes.plot([*history], values, color=colors[index], markersize=4,
+                                         marker=MARKERS[index % len(MARKERS)], linewidth=1.4)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if kind == "std":
+            log_scale(axes)
+        elif kind != "mean":
+            high = max(0.05, *map(max, lines.values()))
+            axes.set_ylim(-0.03 * high, 1.05 * high)
+            percent(axes.yaxis)
+    add_legend(figure, entries)
+    return figure
+
+
 # ---------------------------------------------------------------------------- drawing: training
 
 
@@ -1188,14 +1227,24 @@ def where(ckpt: str | None = None, method: typing.Literal[
 def activations(ckpt: str | None = None, layers: tuple[str, ...] = (), images: int = 500,
                 **flags: typing.Unpack[Flags]):
     """Draw and tell each layer's mean, spread, share of zeros and dead units over IMAGES test
-    images. Without `--layers`: all activations, and the last layer."""
-    need(images=images)
+    images; of a run's folder also how they changed, at its snapshots (`train.py --snapshots=1,2,5`)
+    or the checkpoints it kept. Without `--layers`: all activations, and the last layer."""
     network, about, test = open_test(ckpt, **flags)
+    files = snapshots(ckpt) if ckpt and Path(ckpt).is_dir() else []
+    need(flags.get("out") if files else None, images=images)
     test, layers = subset(test, images, seed=0), listed(layers) or rectifiers_of(network)
-    statistics = layer_statistics(network, layers, test.images, about.preprocessing)
     title = f"{about.title}: outputs of its layers for {len(test.labels)} test images"
-    figure = save_figure(draw_activations(statistics, title), ckpt, "activations", **flags)
-    return figure, Table(("layer", "units", "mean", "std", "zeros", "dead units"), [
+    statistics = layer_statistics(network, layers, test.images, about.preprocessing)
+    figures = [save_figure(draw_activations(statistics, title), ckpt, "activations", **flags)]
+    history = {}
+    for file in files:
+        network, before = open_network(str(file), **flags)
+        history[before.epoch] = layer_statistics(network, layers, test.images, before.preprocessing)
+    if len(history) > 1:
+        figures.append(save_figure(draw_activation_history(
+            history, f"{about.model}: outputs of its layers for {len(test.labels)} test images, by "
+            f"epoch"), ckpt, "activations-history", **flags))
+    return *figures, Table(("layer", "units", "mean", "std", "zeros", "dead units"), [
         (layer, str(numbers["units"]), f"{numbers['mean']:.3g}", f"{numbers['std']:.3g}",
          f"{numbers['zeros']:.1%}", ", ".join(map(str, numbers["dead"])) or "none")
         for layer, numbers in statistics.items()], title)

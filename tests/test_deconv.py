@@ -475,11 +475,11 @@ def test_snapshots_are_chosen_evenly_in_the_order_of_training(tmp_path):
     for number in (1, 2, 5, 10, 20, 100, 1000):
         (tmp_path / f"snapshot-{number}.pth").touch()
     (tmp_path / "last.pth").touch()
-    names = [path.name[9:-4] for path in deconv.snapshots(tmp_path, most=4)]
+    names = [path.name[9:-4] for path in visualize.snapshots(tmp_path, most=4)]
     assert names == ["1", "5", "20", "1000"]
     for path in tmp_path.glob("snapshot-*"):
         path.rename(tmp_path / f"step-{int(path.name[9:-4]):09}.pth")
-    names = [path.name for path in deconv.snapshots(tmp_path, most=2)]
+    names = [path.name for path in visualize.snapshots(tmp_path, most=2)]
     assert names == ["step-000000001.pth", "last.pth"]
 
 

@@ -565,6 +565,31 @@ def test_statistics_of_a_layer_by_hand():
     assert visualize.rectifiers_of(model) == ["1", "3"]
 
 
+def test_the_history_of_a_layer_by_hand(tmp_path):
+    """At epoch 5 a LeNet's first layer, of six units, loses one and grows by half; at epoch 9 it
+    loses a second one."""
+    lenet = network.build("lenet").eval()
+    lenet.conv1[0].weight.data.zero_()
+    for epoch, scale, dead in ((1, 1.0, 0), (5, 1.5, 1), (9, 1.5, 2)):
+        lenet.conv1[0].bias.data.fill_(scale)
+        lenet.conv1[0].bias.data[:dead] = 0.0
+        network.save(tmp_path / f"snapshot-{epoch:05}.pth", {
+            "model": "lenet", "options": {}, "classes": list(data.SHAPES), "image_size": 32,
+            "mean": [0.5] * 3, "std": [0.25] * 3, "weights": lenet.state_dict(),
+            "settings": dataclasses.asdict(train.Config(data="shapes", limit=20)),
+            "epoch": epoch, "step": epoch})
+    (tmp_path / "last.pth").write_bytes((tmp_path / "snapshot-00009.pth").read_bytes())
+    _, history, _ = visualize.activations(str(tmp_path), layers="conv1.1", images=5)
+    mean, spread, zeros, dead = (axes.lines[0].get_ydata().tolist() for axes in history.axes)
+    assert history.axes[0].lines[0].get_xdata().tolist() == [1, 5, 9]
+    assert mean == pytest.approx([1, 1.5 * 5 / 6, 1.5 * 4 / 6])
+    assert spread == pytest.approx([0, 1.5 * (5 / 36) ** 0.5, 1.5 * (8 / 36) ** 0.5], abs=1e-6)
+    assert zeros == dead == pytest.approx([0, 1 / 6, 2 / 6])
+    with pytest.raises(ValueError, match="several figures"):
+        visualize.activations(str(tmp_path), out=str(tmp_path / "one.png"))
+    assert len(visualize.activations(str(tmp_path / "last.pth"), out=str(tmp_path), images=5)) == 2
+
+
 def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
     for name, lr, seed in (("a", 0.1, 0), ("b", 0.1, 1), ("c", 0.2, 0)):
         (tmp_path / name).mkdir()
