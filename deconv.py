@@ -248,7 +248,7 @@ def top_reconstructions(network, layer, images, preprocessing, units, top, rule=
     values, images, positions, boxes = visualize.top_fields(network, layer, images, preprocessing,
                                                             units, top)
     device, signals = networks.device_of(network), []
-    # Fewer at a time than in `visualize.layer_batches`: the way back needs all that lies between.
+    # Fewer at a time than in `visualize.map_batches`: the way back needs all that lies between.
     count = max(1, 2**18 // preprocessing.image_size**2)
     for chunk in progress(torch.arange(len(positions)).split(count), f"back from {layer}"):
         batch = preprocessing(images[chunk], device)

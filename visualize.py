@@ -267,28 +267,29 @@ def save_figure(figure, ckpt, name, out=None, format="png", **_others):
 
 
 @torch.no_grad()
-def feature_maps(network, layer, images):
-    """What `layer` makes of normalised images: N×C×H×W, where a vector's H and W are 1.
+def feature_maps(network, layers, images):
+    """{layer: what it makes of normalised images, N×C×H×W, where a vector's H and W are 1}.
 
-    Nothing behind the layer is computed. See `network.captured_maps` for what else there is.
+    Nothing behind the layers is computed. See `network.captured_maps` for what else there is.
     """
-    with networks.capture(network, [layer], stop=True) as outputs:
+    with networks.capture(network, layers, stop=True) as outputs:
         networks.forward(network, images)
-    maps = networks.captured_maps(outputs, layer)
-    if len(maps) != len(images):
-        raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {len(images)} "
-                         f"images")
-    return maps if maps.ndim == 4 else maps[:, :, None, None]
+    found = {layer: networks.captured_maps(outputs, layer) for layer in layers}
+    for layer, maps in found.items():
+        if len(maps) != len(images):
+            raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for "
+                             f"{len(images)} images")
+    return {layer: maps if maps.ndim == 4 else maps[:, :, None, None]
+            for layer, maps in found.items()}
 
 
-def layer_batches(network, layer, images, preprocessing):
-    """Yield (number of the first image, N×C×H×W output of `layer`), through all uint8 `images`."""
-    device = networks.device_of(network)
-    count = train.images_at_once(network, preprocessing.image_size)
-    starts = range(0, len(images), count)
-    for start in progress(starts, f"{layer} of {len(images)} images"):
-        batch = preprocessing(images[start:start + count], device)
-        yield start, feature_maps(network, layer, batch)
+def map_batches(network, layers, images, preprocessing):
+    """Yield (number of the first image, its `feature_maps`), through all uint8 `images`."""
+    # As many images at once as fit where one layer's output is kept; here are several.
+    count = max(1, train.images_at_once(network, preprocessing.image_size) // len(layers))
+    for start in progress(range(0, len(images), count), f"layers of {len(images)} images"):
+        batch = preprocessing(images[start:start + count], networks.device_of(network))
+        yield start, feature_maps(network, layers, batch)
 
 
 def top_activations(network, layer, images, preprocessing, units, top):
@@ -301,7 +302,8 @@ def top_activations(network, layer, images, preprocessing, units, top):
     units, top = torch.as_tensor(units), min(top, len(images))
     best = torch.full((len(units), top), -torch.inf)
     found = torch.zeros(2, len(units), top, dtype=torch.long)  # image, and position in its map
-    for start, maps in layer_batches(network, layer, images, preprocessing):
+    for start, found_maps in map_batches(network, [layer], images, preprocessing):
+        maps = found_maps[layer]
         if max(units) >= maps.shape[1]:
             raise ValueError(f"unit {max(units)}: {layer} has units 0 to {maps.shape[1] - 1}")
         peak, position = maps[:, units.to(maps.device)].flatten(2).max(2)  # N×units
@@ -349,7 +351,7 @@ def choose_units(network, layer, image_size, units):
     all channels; several are the units themselves."""
     device, units = networks.device_of(network), listed(units)
     blank = torch.zeros(1, 3, image_size, image_size, device=device)
-    channels = feature_maps(network, layer, blank).shape[1]
+    channels = feature_maps(network, [layer], blank)[layer].shape[1]
     if len(units) == 1 and units[0] > 0:
         count = min(units[0], channels)
         return [index * channels // count for index in range(count)]
@@ -359,40 +361,29 @@ def choose_units(network, layer, image_size, units):
     return list(units)
 
 
-@torch.no_grad()
-def layer_outputs(network, layers, images, preprocessing):
-    """Yield {layer: its output N×C or N×C×H×W} for one batch of uint8 `images` after the other."""
-    count = max(1, train.images_at_once(network, preprocessing.image_size) // 4)  # many are kept
-    for chunk in progress(images.split(count), "activations"):
-        with networks.capture(network, layers) as outputs:
-            networks.forward(network, preprocessing(chunk, networks.device_of(network)))
-        yield {layer: networks.captured_maps(outputs, layer).float() for layer in layers}
-
-
 def layer_statistics(network, layers, images, preprocessing, bins=40):
     """{layer: numbers} over all outputs for uint8 `images`: "units", "mean", "std", "zeros" (their
     share), "dead" (units that are 0 for every image), and the histogram of what is not 0: "edges"
     (lowest, highest) and "counts"."""
     spans, found = {}, {}
-    for outputs in layer_outputs(network, layers, images, preprocessing):
+    for _, outputs in map_batches(network, layers, images, preprocessing):
         for layer, values in outputs.items():
-            spans[layer] = span_of(torch.stack([*values.aminmax(), *values.new_tensor(
-                spans.get(layer, (math.inf, -math.inf)))]))
+            spans[layer] = span_of(torch.tensor([*values.aminmax(), *spans.get(layer, ())]))
     # A second pass, because the bins have to be known before anything is counted.
-    for outputs in layer_outputs(network, layers, images, preprocessing):
+    for _, outputs in map_batches(network, layers, images, preprocessing):
         for layer, values in outputs.items():
-            moments = [torch.ones_like(values), values, values.square(), values == 0]
-            sums = [*(part.sum(dtype=torch.float64) for part in moments),
+            values = values.float()
+            sums = [values.numel(), values.sum().item(), values.square().sum().item(),
+                    (values == 0).sum().item(),
                     torch.histc(values[values != 0], bins, *spans[layer]),
-                    values.flatten(2).abs().amax(-1).sum(0) if values.ndim == 4
-                    else values.abs().sum(0)]
+                    values.abs().amax((2, 3)).sum(0)]
             found[layer] = [old + new for old, new in zip(found.get(layer, [0] * 6), sums)]
     statistics = {}
     for layer, (count, total, squares, zeros, counts, peaks) in found.items():
-        mean = (total / count).item()
+        mean = total / count
         statistics[layer] = {
-            "units": len(peaks), "mean": mean, "zeros": (zeros / count).item(),
-            "std": max(0, (squares / count).item() - mean**2) ** 0.5,
+            "units": len(peaks), "mean": mean, "zeros": zeros / count,
+            "std": max(0, squares / count - mean**2) ** 0.5,
             "dead": (peaks == 0).nonzero()[:, 0].tolist(),
             "edges": spans[layer], "counts": counts.cpu()}
     return statistics
@@ -479,72 +470,63 @@ def group_runs(runs):
 
 def filter_normalized_direction(network, random):
     """A random direction in weight space, {parameter name: tensor}, each filter of which has the
-    norm of the network's own filter (Li et al. 2018, section 4).
-
-    A linear layer's filters are its rows. Biases and batch norm's parameters do not move.
-    """
+    norm of the network's own filter (Li et al. 2018, section 4)."""
     direction = {}
-    for name, weight in network.named_parameters():
-        direction[name] = torch.zeros_like(weight)
-        if weight.ndim > 1:
-            # One row a filter. Without this, a network whose weights are merely larger, which
-            # batch norm makes possible without any other effect, would look flatter.
-            noise = F.normalize(torch.randn(weight.shape, generator=random).flatten(1))
-            norms = weight.detach().flatten(1).norm(dim=1, keepdim=True)
-            direction[name] = (noise.to(weight.device) * norms).view_as(weight)
+    for name, weight in filters_of(network).items():
+        # One row a filter. Without this, a network whose weights are merely larger, which batch
+        # norm makes possible without any other effect, would look flatter.
+        noise = F.normalize(torch.randn(weight.shape, generator=random).flatten(1))
+        norms = weight.flatten(1).norm(dim=1, keepdim=True)
+        direction[name] = (noise.to(weight.device) * norms).view_as(weight)
     return direction
+
+
+def filters_of(network):
+    """The weights that move over a loss landscape: those of convolutions and, row by row, of linear
+    layers, but no biases and nothing of batch norm."""
+    return {name: weight.detach() for name, weight in network.named_parameters() if weight.ndim > 1}
 
 
 def principal_directions(network, path):
     """The two directions along which the weights of `path`, state dictionaries, vary most.
 
     Returns (two orthonormal directions, the share of the variance along each, the path's
-    coordinates relative to the network, n×2), after Li et al. (2018), section 7.2. Biases and
-    batch norm stay as they are, as in `filter_normalized_direction`.
+    coordinates relative to the network, n×2), after Li et al. (2018), section 7.2.
     """
     if len(path) < 3:
         raise ValueError(f"directions=pca: needs at least 3 checkpoints, there are {len(path)} "
                          f"(train.py --snapshots=1,2,5,10 keeps those of its epochs)")
-    own = dict(network.named_parameters())
-    moving = [name for name, weight in own.items() if weight.ndim > 1]
-    steps = torch.stack([torch.cat([(weights[name] - own[name].detach().cpu()).flatten().float()
-                                    for name in moving]) for weights in path])  # n×weights
-    # The principal axes are combinations of the n centred steps; their factors are eigenvectors
-    # of the small n×n matrix of scalar products, so nothing of weights×weights is ever made.
+    own = filters_of(network)
+    steps = torch.stack([torch.cat([(weights[name] - weight.cpu()).flatten().float()
+                                    for name, weight in own.items()]) for weights in path])
+    # The principal axes are combinations of the n centred steps, n×weights; their factors are
+    # eigenvectors of the small n×n matrix of scalar products, so nothing of weights×weights is
+    # ever made.
     centred = steps - steps.mean(0)
     variance, vectors = torch.linalg.eigh((centred @ centred.T).double())  # rising
     if variance[-2] <= 1e-9 * variance[-1]:
         raise ValueError("directions=pca: the weights of the checkpoints lie in one line")
     axes = F.normalize(vectors[:, [-1, -2]].T.float() @ centred)
-    directions = []
-    for axis in axes:
-        parts = dict(zip(moving, axis.split([own[name].numel() for name in moving])))
-        directions.append({name: parts[name].view_as(weight).to(weight.device) if name in parts
-                           else torch.zeros_like(weight) for name, weight in own.items()})
+    sizes = [weight.numel() for weight in own.values()]
+    directions = [{name: part.view_as(weight).to(weight.device) for (name, weight), part
+                   in zip(own.items(), axis.split(sizes))} for axis in axes]
     return directions, (variance[[-1, -2]] / variance.sum()).tolist(), steps @ axes.T
 
 
 @contextlib.contextmanager
 def moved(network, directions, amounts):
     """While open, the network's weights are moved along `directions` by `amounts`."""
+    weights = filters_of(network)
     # Copies are put back, because subtracting what was added would leave rounding errors.
-    before = [weight.detach().clone() for weight in network.parameters()]
+    before = {name: weight.clone() for name, weight in weights.items()}
     try:
-        with torch.no_grad():
-            for direction, amount in zip(directions, amounts):
-                for name, weight in network.named_parameters():
-                    weight.add_(direction[name], alpha=amount)
+        for direction, amount in zip(directions, amounts):
+            for name, step in direction.items():
+                weights[name].add_(step, alpha=amount)
         yield network
     finally:
-        with torch.no_grad():
-            for weight, old in zip(network.parameters(), before):
-                weight.copy_(old)
-
-
-def loss_at(network, directions, amounts, parts, preprocessing):
-    """`loss_on` all `parts` where the weights are moved along `directions` by `amounts`."""
-    with moved(network, directions, amounts):
-        return loss_on(network, parts, preprocessing)
+        for name, weight in weights.items():
+            weight.copy_(before[name])
 
 
 def loss_on(network, parts, preprocessing, what=""):
@@ -674,23 +656,21 @@ def write_table(path, rows):
 
 
 def evaluate_points(path, points, evaluate, description):
-    """`evaluate(point)`, a dictionary, at each (x, y) of `points`; {(x, y) as text: row}.
+    """`evaluate(point)`, a dictionary, at each (x, y) of `points`; {(x, y): row}.
 
     Rows are kept in the CSV file `path` as they come, and not computed when they are there.
     """
-    # Numbers as text, because they have to be found again after a file has rounded them.
-    keys = {tuple(f"{value:.6g}" for value in point): point for point in points}
-    rows = {tuple(f"{row[axis]:.6g}" for axis in "xy"): row for row in read_table(path)}
-    missing = [key for key in keys if key not in rows]
-    for key in progress(missing, description):
-        rows[key] = {**dict(zip("xy", keys[key])), **evaluate(keys[key])}
+    # Points are found by their numbers: a file has all digits of a float.
+    rows = {(row["x"], row["y"]): row for row in read_table(path)}
+    for point in progress([point for point in points if point not in rows], description):
+        rows[point] = {**dict(zip("xy", point)), **evaluate(point)}
         write_table(path, [*rows.values()])
-    return {key: rows[key] for key in keys}
+    return {point: rows[point] for point in points}
 
 
 def grid_values(rows, xs, ys, column):
     """`column` of `evaluate_points`' rows on the grid, len(ys)×len(xs), NaN where it overflowed."""
-    values = torch.tensor([[rows[f"{x:.6g}", f"{y:.6g}"][column] for x in xs] for y in ys])
+    values = torch.tensor([[rows[x, y][column] for x in xs] for y in ys])
     return values.where(values.isfinite(), math.nan)
 
 
@@ -1304,12 +1284,10 @@ def features(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     layers = listed(layers)
     need(flags.get("out") if len(layers) > 1 else None, maps=maps, layers=len(layers))
     network, about = open_network(ckpt, **flags)
-    for layer in layers:
-        networks.find_layer(network, layer)  # all of them, before the first is drawn
     picture, name = load_image(about, image, index, **flags)
     pixels, figures = about.preprocessing(picture, networks.device_of(network)), []
-    for layer in layers:
-        shown = feature_maps(network, layer, pixels)[0].cpu()  # C×H×W
+    for layer, found in feature_maps(network, layers, pixels).items():
+        shown = found[0].cpu()  # C×H×W
         count, vector = min(maps, len(shown)), shown[0].numel() == 1
         figure = image_grid(
             [*about.preprocessing.pictures(picture), *shown[:count]],
@@ -1365,9 +1343,12 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     key = fingerprint(network, seed, trail, *parts["train"], *parts["test"])
     table = figure_path(ckpt, f"landscape-{directions}-{key}", flags.get("out"), "csv")
 
+    def loss_of(point):
+        with moved(network, axes, point):
+            return loss_on(network, parts, about.preprocessing)
+
     def values_at(points):
-        return evaluate_points(table, points, lambda point: loss_at(
-            network, axes, point, parts, about.preprocessing), f"loss at {len(points)} points")
+        return evaluate_points(table, points, loss_of, f"loss at {len(points)} points")
 
     [centre] = values_at([(0.0, 0.0)]).values()
     if not all(map(math.isfinite, centre.values())):

@@ -285,7 +285,7 @@ def test_figures_are_computed_on_the_device(model, layer, watch):
     about = network.describe(train.describe(config, dataset_of(8))).preprocessing
     images, labels = next(batches.epoch(0))
     watch.clear()
-    maps = visualize.feature_maps(state.network, layer, images)
+    maps = visualize.feature_maps(state.network, [layer], images)[layer]
     assert maps.device.type == DEVICE and watch.waits == []
     for rule in deconv.RULES:
         # It waits at each rectifier, to learn what it does, which a figure may.
