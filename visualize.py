@@ -652,7 +652,8 @@ def read_table(path):
 def write_table(path, rows):
     """Write `rows`, dictionaries with the same names, to the CSV file `path`, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, Table([*rows[0]], [[*row.values()] for row in rows]).csv())
+    columns = [*rows[0]]
+    write_atomically(path, Table(columns, [[row[name] for name in columns] for row in rows]).csv())
 
 
 def evaluate_points(path, points, evaluate, description):

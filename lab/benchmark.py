@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -98,15 +99,20 @@ def package_steps(config, dataset, state, steps, device, folder):
         run.close()
 
 
-def bare_steps(config, state, images, labels, steps, device):
-    """Seconds for `steps` forward and backward passes and updates on one resident batch."""
-    def step():
-        with train.autocast(device, config.precision):
-            logits = state.network(images)
-        state.optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits.float(), labels).backward()
-        state.optimizer.step()
+def take_step(config, state, images, labels):
+    """A forward and backward pass and an update on one batch; returns the loss."""
+    with train.autocast(images.device, config.precision):
+        logits = state.network(images)
+    state.optimizer.zero_grad()
+    loss = F.cross_entropy(logits.float(), labels)
+    loss.backward()
+    state.optimizer.step()
+    return loss
 
+
+def bare_steps(config, state, images, labels, steps, device):
+    """Seconds for `steps` of `take_step` on one resident batch."""
+    step = partial(take_step, config, state, images, labels)
     state.network.train()
     step()  # the first one chooses algorithms and reserves memory
     return timed(step, device, steps) * steps
@@ -146,13 +152,8 @@ def usual_steps(config, dataset, state, steps, device):
 
     def epoch():
         for images, labels in loader:
-            images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
-            with train.autocast(device, config.precision):
-                logits = state.network(images)
-            state.optimizer.zero_grad()
-            loss = F.cross_entropy(logits.float(), labels)
-            loss.backward()
-            state.optimizer.step()
+            loss = take_step(config, state, images.to(device, non_blocking=True),
+                             labels.to(device, non_blocking=True))
             loss.item()  # the tutorial's running loss
 
     state.network.to(memory_format=torch.contiguous_format)

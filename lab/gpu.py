@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,17 +40,17 @@ def gpu(device: str = "auto", data: str = "cifar10", root: str = "data",
     base = {"device": chosen.type, "root": root, "limit": limit}
     rows = []
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
-        attempts = {"killed and resumed, bit for bit": lambda: killed(base, Path(out))}
+        attempts = {"killed and resumed, bit for bit": partial(killed, base, Path(out))}
         if tests:
-            attempts["tests on the device"] = lambda: run_tests(chosen.type)
+            attempts["tests on the device"] = partial(run_tests, chosen.type)
         for seed in (0, 1):
-            attempts[f"speednet, seed {seed}"] = lambda seed=seed: speednet(
-                base, data, epochs, seed, out)
+            attempts[f"speednet, seed {seed}"] = partial(speednet, base, data, epochs, seed, out)
         # Nothing is compiled in a rehearsal: it may have no compiler, and has no time.
         for model, precision, compiled in itertools.product(
                 models, ("fp32", "bf16"), (False, True) if chosen.type != "cpu" else (False,)):
             name = f"{model}, {precision}{', compiled' * compiled}"
-            attempts[name] = bench(model, precision, compiled, rounds, seconds, chosen.type)
+            attempts[name] = partial(bench, model, precision, compiled, rounds, seconds,
+                                     chosen.type)
         for name, attempt in attempts.items():
             started = time.perf_counter()
             try:
@@ -64,13 +65,11 @@ def gpu(device: str = "auto", data: str = "cifar10", root: str = "data",
 
 
 def bench(model, precision, compiled, rounds, seconds, device):
-    """A function that measures the training loop of `model` and tells images/s and ratios."""
-    def measure():
-        table, ratios = benchmark(model, rounds=rounds, seconds=seconds, device=device,
-                                  precision=precision, compile=compiled)
-        rates = ", ".join(f"{row[0][0]} {row[1]}" for row in table.rows[:3])
-        return f"images/s: {rates}; {ratios}"
-    return measure
+    """Images/s of the training loop of `model`, and what `benchmark` compares it with."""
+    table, ratios = benchmark(model, rounds=rounds, seconds=seconds, device=device,
+                              precision=precision, compile=compiled)
+    rates = ", ".join(f"{row[0][0]} {row[1]}" for row in table.rows[:3])
+    return f"images/s: {rates}; {ratios}"
 
 
 def run_tests(device):

@@ -15,23 +15,8 @@ from torch import nn
 
 import network as networks
 import train
+import visualize
 from data import Batches, load, progress
-from visualize import (
-    COLORS,
-    Format,
-    add_legend,
-    batch_loss,
-    figure_path,
-    fingerprint,
-    listed,
-    log_scale,
-    need,
-    new_figure,
-    plot,
-    read_table,
-    save_figure,
-    write_table,
-)
 
 MEASURES = ("loss_low", "loss_high", "change_low", "change_high", "beta")
 
@@ -62,12 +47,11 @@ def along_gradient(loss_of, weights, sizes):
     return dict(zip(MEASURES, (min(losses), max(losses), min(changes), max(changes), max(betas))))
 
 
-def short_run(model, lr, dataset, device, steps, batch_size, seed, measure=None, every=0):
+def short_run(model, lr, dataset, device, steps, batch_size, seed, every=0):
     """Train `model` for `steps` with SGD (momentum 0.9, constant `lr`): a row for each step.
 
-    With `every`, `measure(network, images, labels)` is called each so many steps, on the very
-    mini-batch of the step and before it is taken: a dictionary of numbers for the row; the other
-    rows have NaN there.
+    With `every`, each so many steps a row has `along_gradient`'s measures, for eight step sizes,
+    on the very mini-batch of the step and before it is taken; all else has NaN there.
     """
     torch.manual_seed(seed)
     size = networks.image_size_of(model)
@@ -76,105 +60,96 @@ def short_run(model, lr, dataset, device, steps, batch_size, seed, measure=None,
                       size, device)
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9)
     stream = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
+    # From half to four times `lr`, evenly in their logarithm.
+    sizes = [lr / 2 * 8 ** (index / 7) for index in range(8)]
     rows, losses = [], []
     for step in progress(range(steps), f"{model}, learning rate {lr:g}"):
         images, labels = next(stream)
-        measured = measure(network, images, labels) if every and step % every == 0 else {}
+        rows.append({"model": model, "lr": lr, "step": step, "loss": math.nan,
+                     **dict.fromkeys(MEASURES, math.nan)})
+        if every and step % every == 0:
+            rows[-1] |= along_gradient(visualize.batch_loss(network, images, labels),
+                                       dict(network.named_parameters()), sizes)
         loss = F.cross_entropy(network(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rows.append({"model": model, "lr": lr, "step": step, "loss": None, **measured})
         losses.append(loss.detach())
-    for row, loss in zip(rows, torch.stack(losses).tolist()):
-        row["loss"] = loss
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name, math.nan) for name in names} for row in rows]
-
-
-def smoothness_rows(model, lr, dataset, device, steps, batch_size, seed, every=0):
-    """`short_run`'s rows; with `every`, each so many steps one has `along_gradient`'s
-    measures on that step's very mini-batch, for eight step sizes; all else has NaN there."""
-    # From half to four times `lr`, evenly in their logarithm.
-    sizes = [lr / 2 * 8 ** (index / 7) for index in range(8)]
-
-    def measure(network, images, labels):
-        return along_gradient(batch_loss(network, images, labels),
-                              dict(network.named_parameters()), sizes)
-
-    rows = short_run(model, lr, dataset, device, steps, batch_size, seed, measure, every)
-    return [{**row, **{name: row.get(name, math.nan) for name in MEASURES}} for row in rows]
+    # Only here the GPU waits for the losses.
+    return [row | {"loss": loss} for row, loss in zip(rows, torch.stack(losses).tolist())]
 
 
 def draw_smoothness(rows, models, title):
-    """Four plots of `smoothness_rows`, all `models` in each (Santurkar et al. 2018, figure 4): the
+    """Four plots of `short_run`'s rows, all `models` in each (Santurkar et al. 2018, figure 4): the
     band of losses over separate runs, and the three measures along the gradient."""
-    figure = new_figure(11, 7.4, title)
+    figure = visualize.new_figure(11, 7.4, title)
     losses, ahead, gradients, beta = (
-        plot(figure, (2, 2, position), name, "step", unit) for position, (name, unit) in enumerate((
+        visualize.plot(figure, (2, 2, position), name, "step", unit)
+        for position, (name, unit) in enumerate((
             ("loss over separate runs, one for each learning rate", "training loss"),
             ("variation of the loss along the gradient", "loss ahead"),
             ("gradient predictiveness: change of the gradient", "l2 distance"),
             ("effective β-smoothness along the gradient", "largest change / distance moved")), 1))
     for index, model in enumerate(models):
         own = [row for row in rows if row["model"] == model]
-        draw_loss_band(losses, own, index)
         measured = [row for row in own if not math.isnan(row["beta"])]
-        columns = {name: [row[name] for row in measured] for name in ("step", *MEASURES)}
-        draw_band(ahead, columns["step"], columns["loss_low"], columns["loss_high"], index)
-        draw_band(gradients, columns["step"], columns["change_low"], columns["change_high"], index)
-        beta.plot(columns["step"], columns["beta"], ("-", "--", ":")[index % 3],
-                  color=COLORS[index % len(COLORS)])
-    add_legend(figure, dict(zip(models, ahead.collections)))
+        steps, *columns = ([row[name] for row in measured] for name in ("step", *MEASURES))
+        loss_low, loss_high, change_low, change_high, largest = columns
+        draw_band(losses, *loss_range(own), index)
+        draw_band(ahead, steps, loss_low, loss_high, index)
+        draw_band(gradients, steps, change_low, change_high, index)
+        beta.plot(steps, largest, ("-", "--", ":")[index % 3],
+                  color=visualize.COLORS[index % len(visualize.COLORS)])
+    visualize.add_legend(figure, dict(zip(models, ahead.collections)))
     for axes in figure.axes:
-        log_scale(axes)
+        visualize.log_scale(axes)
     return figure
 
 
-def draw_loss_band(axes, rows, index):
-    """A band from the lowest to the highest loss of all runs at each step."""
+def loss_range(rows):
+    """The steps, and the lowest and the highest loss of all runs at each of them."""
     losses = {}
     for row in rows:  # a loss that is NaN has gone beyond all bounds
         loss = math.inf if math.isnan(row["loss"]) else row["loss"]
         losses.setdefault(row["step"], []).append(loss)
-    draw_band(axes, [*losses], [*map(min, losses.values())], [*map(max, losses.values())], index)
+    return [*losses], [*map(min, losses.values())], [*map(max, losses.values())]
 
 
 def draw_band(axes, steps, low, high, index):
     """The band of model number `index`, told from others in grey print by its hatching."""
-    axes.fill_between(steps, low, high, alpha=0.45, linewidth=0.8,
-                      color=COLORS[index % len(COLORS)], hatch=("", "////", "....")[index % 3])
+    axes.fill_between(steps, low, high, alpha=0.45, linewidth=0.8, hatch=("", "////", "....")[
+        index % 3], color=visualize.COLORS[index % len(visualize.COLORS)])
 
 
 def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cifar10",
                root: str = "data", steps: int = 500, every: int = 10, batch_size: int = 128,
                lrs: tuple[float, ...] = (1e-3, 2e-3, 1e-4, 5e-4), seed: int = 0,
-               out: str | None = None, format: Format = "png", device: str = "auto"):
+               out: str | None = None, format: visualize.Format = "png", device: str = "auto"):
     """Compare how smooth MODELS' losses are while they train: two measures, not one.
 
     The band between the highest and lowest training loss of separate runs at LRS, step by step;
     and Santurkar et al.'s (2018) three measures along the gradient of a step, taken each EVERY
     steps of the run at the first of LRS. Finished runs are kept in a CSV file beside the figure.
     """
-    models, lrs = listed(models), listed(lrs)
-    need(steps=steps, every=every, batch_size=batch_size, models=len(models), lrs=len(lrs),
-         lr=min(lrs, default=0))
+    models, lrs = visualize.listed(models), visualize.listed(lrs)
+    visualize.need(steps=steps, every=every, batch_size=batch_size, models=len(models),
+                   lrs=len(lrs), lr=min(lrs, default=0))
     for model in models:
         networks.options_of(model)
     dataset = load(data, root, val=0)
-    key = fingerprint(*dataset.train, seed, steps, every, batch_size, lrs[0])
-    table = figure_path(None, "smoothness", out).with_name(f"smoothness-{key}.csv")
-    rows = read_table(table)
+    key = visualize.fingerprint(*dataset.train, seed, steps, every, batch_size, lrs[0])
+    table = visualize.figure_path(None, "smoothness", out).with_name(f"smoothness-{key}.csv")
+    rows = visualize.read_table(table)
     done = {(row["model"], row["lr"]) for row in rows}
     for model, lr in (run for run in itertools.product(models, lrs) if run not in done):
-        rows += smoothness_rows(model, lr, dataset, train.choose_device(device), steps, batch_size,
-                                seed, every if lr == lrs[0] else 0)
-        write_table(table, rows)
+        rows += short_run(model, lr, dataset, train.choose_device(device), steps, batch_size, seed,
+                          every if lr == lrs[0] else 0)
+        visualize.write_table(table, rows)
     title = (f"{Path(data).name}, batches of {batch_size}; bands: learning rates "
              f"{', '.join(f'{lr:g}' for lr in sorted(lrs))}; along the gradient: at {lrs[0]:g}, "
              f"steps of {lrs[0] / 2:g} to {4 * lrs[0]:g}")
     figure = draw_smoothness([row for row in rows if row["lr"] in lrs], models, title)
-    return save_figure(figure, None, "smoothness", out, format), table
+    return visualize.save_figure(figure, None, "smoothness", out, format), table
 
 
 COMMANDS = {"smoothness": smoothness}
