@@ -14,7 +14,6 @@ import collections
 import contextlib
 import csv
 import difflib
-import errno
 import functools
 import hashlib
 import html
@@ -69,6 +68,8 @@ class Rows:
     it is asked for. So the training images of a large folder stay a part of a mapped file."""
 
     def __init__(self, images, numbers):
+        if isinstance(images, Rows):
+            images, numbers = images.images, images.numbers[numbers]
         self.images, self.numbers = images, numbers
         self.shape, self.device = (len(numbers), *images.shape[1:]), images.device
 
@@ -148,8 +149,10 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
     labels = source.labels["train"]
     rest, held = held_out(labels, len(labels) // 10 if val is None else val, seed)
     parts = [rows[balanced(labels[rows], limit, seed)] for rows in (rest, held)]
-    images = source.read("train", parts)
-    train, val = (Split(part, labels[rows]) for part, rows in zip(images, parts))
+    wanted = torch.cat(parts).sort().values
+    images = source.read("train", wanted)
+    train, val = (Split(rows_of(images, torch.searchsorted(wanted, rows)), labels[rows])
+                  for rows in parts)
     test = _limited(source, "test", limit, seed)
     if train.images.shape[1:] != test.images.shape[1:] and not image_size:
         raise ValueError(f"{data}: images for training and test of different sizes: an image_size "
@@ -168,8 +171,7 @@ def load_split(part, data="cifar10", root="data", image_size=None, seed=0, limit
 
 def _limited(source, part, limit, seed):
     rows = balanced(source.labels[part], limit, seed)
-    images, = source.read(part, [rows])
-    return Split(images if torch.is_tensor(images) else images[:], source.labels[part][rows])
+    return Split(source.read(part, rows)[:], source.labels[part][rows])
 
 
 def held_out(labels, count, seed):
@@ -248,8 +250,9 @@ def _channels_last(images):
 
 @dataclass
 class _Source:
-    """Where images come from: class names, the labels of each part, and `read(part, groups)`, the
-    images of several lists of row numbers of a part."""
+    """Where images come from: class names, the labels of each part, and `read(part, rows)`, the
+    images of some of its rows, which are sorted numbers. Labels cost nothing; so the rows to hold
+    out or to keep are chosen by them, and no other image is read."""
 
     classes: tuple[str, ...]
     labels: dict[str, Tensor]
@@ -267,8 +270,7 @@ def _source(parts, data, root, image_size, skip_bad, writes):
     else:
         classes, splits = _cifar(data, root, parts, writes)
     return _Source(tuple(classes), {part: split.labels for part, split in splits.items()},
-                   lambda part, groups: [rows_of(splits[part].images, rows) for rows in groups],
-                   data)
+                   lambda part, rows: rows_of(splits[part].images, rows)[:], data)
 
 
 def _cifar(name, root, parts, writes):
@@ -407,12 +409,8 @@ def _folder(folder, root, image_size, skip_bad, parts, writes):
         return _images_of(items, image_size, skip_bad, part,
                           root / f"folder-{name}.cache", writes)
 
-    def read(part, groups):
-        if part in whole:
-            return [rows_of(whole[part], rows) for rows in groups]
-        wanted = torch.cat(groups).unique()  # sorted
-        images, _ = decoded(part, wanted.tolist())
-        return [rows_of(images, torch.searchsorted(wanted, rows)) for rows in groups]
+    def read(part, rows):
+        return rows_of(whole[part], rows) if part in whole else decoded(part, rows.tolist())[0]
 
     whole = {}
     for part in parts if skip_bad else ():
@@ -484,27 +482,43 @@ def _list_class(folder, label, left_out):
 def _images_of(items, image_size, skip_bad, title, cache, writes):
     """(N×3×H×W images, numbers of the `items` that they are), by way of the file `cache`.
 
-    The first process makes it, image by image, while others wait; all map it into memory, where
-    they share its pages. Where it cannot be written the images are held in memory.
+    The first process makes it, image by image, while others wait. All map it into memory: they
+    share its pages, which the system drops and reads again as it needs room, so that a data set may
+    be larger than the memory. Where the file cannot be written the images are held in memory.
     """
     key = _digest(items)
-    found = _map_cache(cache, key, len(items), complains=not writes)
+
+    def write(file, free, medium):
+        for only_larger in (True, False):  # if their sizes differ, once more from the start
+            file.seek(0)
+            file.truncate()
+            with contextlib.suppress(_Mixed):
+                images = _decode(items, image_size, skip_bad, title, only_larger)
+                return _write_images(file, key, len(items), images, free, medium)
+
+    found = _map_images(cache, key, len(items), complains=not writes)
     if found is None and writes:
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
+            with writing(cache.parent):
+                cache.parent.mkdir(parents=True, exist_ok=True)
             with _alone(cache.with_suffix(".lock")):
-                found = _map_cache(cache, key, len(items))
+                found = _map_images(cache, key, len(items))
                 if found is None:
-                    _uniform(functools.partial(_write_cache, cache, key, len(items)),
-                             items, image_size, skip_bad, title)
-                    found = _map_cache(cache, key, len(items))
+                    for partial in cache.parent.glob(f"{cache.name}.*.tmp"):
+                        partial.unlink(missing_ok=True)  # a killed process left it
+                    free = shutil.disk_usage(cache.parent).free
+                    write_atomically(cache, lambda file: write(file, free, "disk"))
+                    found = _map_images(cache, key, len(items))
         except BadImage:
             raise
         except OSError as error:
-            print(f"{cache}: cannot be written ({error.strerror or error}); the images are held "
-                  f"in memory and will be read again the next time", file=sys.stderr)
-    return found or _uniform(functools.partial(_hold, cache.parent, len(items)),
-                             items, image_size, skip_bad, title)
+            print(f"{error}; the images are held in memory and will be read again the next time",
+                  file=sys.stderr)
+    if found is None:
+        file = io.BytesIO()
+        write(file, free_memory(), "memory")
+        found = _read_images(file.getbuffer(), key, len(items))
+    return found
 
 
 class BadImage(OSError):
@@ -515,24 +529,15 @@ class _Mixed(Exception):
     """Images that are not all of one size."""
 
 
-def _uniform(consume, items, image_size, skip_bad, title):
-    """What `consume` makes of the images of `items`, all brought to one size.
+def _decode(items, image_size, skip_bad, title, only_larger):
+    """Yield (number of the item, H×W×3 pixels) of `items` in order, decoded in threads.
 
-    Images larger than `image_size`, or not square, are resized to it. Smaller square ones are kept
-    as they are when all have one size, and enlarged batch by batch on the device.
+    All have one size, else `_Mixed`. With `only_larger` small square images stay as they are: they
+    take less memory, and are enlarged batch by batch on the device.
     """
-    try:
-        return consume(_decode(items, image_size, skip_bad, title, enlarge=False))
-    except _Mixed:
-        return consume(_decode(items, image_size, skip_bad, title, enlarge=True))
-
-
-def _decode(items, image_size, skip_bad, title, enlarge):
-    """Yield (number of the item, H×W×3 pixels) of `items` in order, decoded in threads."""
     def read(item):
         try:
-            image = read_image(item[0], image_size, only_larger=True)
-            return _resize(image, image_size) if enlarge else image
+            return read_image(item[0], image_size, only_larger)
         except OSError as error:
             if skip_bad:
                 return error
@@ -559,6 +564,63 @@ def _decode(items, image_size, skip_bad, title, enlarge):
         raise ValueError(f"{title}: not one image could be read")
 
 
+def _write_images(file, key, count, images, free, medium):
+    """Write at most `count` `images`, (number, pixels), one by one to the binary `file`, where
+    `free` bytes of `medium` are free.
+
+    It holds their pixels; a JSON text with `key`, shape and numbers; its length in 16 decimal
+    digits; and the CRC-32 of all that in 8 hexadecimal ones.
+    """
+    rows, checksum = [], 0
+    for number, pixels in images:
+        need = count * pixels.numel()
+        if not rows and need > free:
+            raise OSError(f"the images need {need / 1e9:.2f} GB of {medium}, {free / 1e9:.2f} GB "
+                          f"are free: take fewer (`limit`), smaller ones (`image_size`), or "
+                          f"another `root`")
+        content = pixels.contiguous().numpy()
+        file.write(content)
+        checksum = zlib.crc32(content, checksum)
+        rows.append(number)
+    about = json.dumps({"key": key, "shape": [len(rows), *content.shape], "rows": rows}).encode()
+    about += b"%016d" % len(about)
+    file.write(about + b"%08x" % zlib.crc32(about, checksum))
+
+
+def _read_images(content, key, count):
+    """(N×3×H×W images, their numbers among `count`) of what `_write_images` wrote, in the buffer
+    `content`, without a copy; None for another `key`, ValueError for what is damaged."""
+    length, checksum = bytes(content[-24:-8]), bytes(content[-8:])
+    if zlib.crc32(memoryview(content)[:-8]) != int(checksum, 16):
+        raise ValueError("its checksum is wrong")
+    end = len(content) - 24 - int(length)
+    about = json.loads(bytes(content[end:-24]))
+    if about["key"] != key:
+        return None
+    shape, rows = about["shape"], torch.tensor(about["rows"])
+    if not (math.prod(shape) == end and len(shape) == 4 and shape[3] == 3
+            and shape[0] == len(rows) and rows.min() >= 0 and rows.max() < count):
+        raise ValueError("its description does not fit it")
+    pixels = torch.frombuffer(content, dtype=torch.uint8, count=end)
+    return _channels_last(pixels.view(shape)), rows
+
+
+def _map_images(path, key, count, complains=True):
+    """`_read_images` of the file `path`, mapped into memory: None too without such a file, or for
+    one that is damaged."""
+    try:
+        check_regular(path, most=math.inf)
+        with open(path, "rb") as file:
+            # A private copy of each page that is written to: the file itself never changes.
+            return _read_images(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), key, count)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if complains:
+            print(f"{path}: damaged ({error}); the images are read again", file=sys.stderr)
+        return None
+
+
 def ahead(function, items, threads, depth):
     """Yield function(item) of `items` in order, up to `depth` of them computed ahead in threads."""
     waiting = collections.deque()
@@ -576,104 +638,19 @@ def ahead(function, items, threads, depth):
 
 @contextlib.contextmanager
 def _alone(path):
-    """Hold the file `path` while others who ask for it wait; without locks, do without."""
+    """Hold the file `path` while others who ask for it wait."""
     with open(path, "ab") as file:
         for tries in itertools.count():
-            try:
-                lock_file(file)
+            if lock_file(file):
                 break
-            except (BlockingIOError, PermissionError):
-                if tries == 1:
-                    print("waiting for another process that is reading the images",
-                          file=sys.stderr)
-                time.sleep(0.1)
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                break
+            if tries == 1:
+                print("waiting for another process that is reading the images", file=sys.stderr)
+            time.sleep(0.1)
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def _write_cache(path, key, count, images):
-    """Write at most `count` `images`, (number, pixels), one by one to the file `path`.
-
-    It holds their pixels; a JSON text with `key`, shape, numbers and a CRC-32 of each image; the
-    SHA-256 of that text in 64 hexadecimal digits, and its length in 16 decimal ones.
-    """
-    for partial in path.parent.glob(f"{path.name}.*.tmp"):  # a killed process left it
-        partial.unlink(missing_ok=True)
-    partial, rows, sums = path.with_name(f"{path.name}.{os.getpid()}.tmp"), [], []
-    try:
-        with open(partial, "wb") as file:
-            for number, pixels in images:
-                if not rows and shutil.disk_usage(path.parent).free < count * pixels.numel():
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                content = pixels.contiguous().numpy()
-                file.write(content)
-                sums.append(zlib.crc32(content))
-                rows.append(number)
-            about = json.dumps({"key": key, "shape": [len(rows), *content.shape], "rows": rows,
-                                "crc32": sums}).encode()
-            file.write(about + hashlib.sha256(about).hexdigest().encode() + b"%016d" % len(about))
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _map_cache(path, key, count, complains=True):
-    """(N×3×H×W images, their numbers among `count`) of what `_write_cache` wrote, mapped into
-    memory; None without such a file, for another `key`, or for one that is damaged."""
-    try:
-        check_regular(path, most=math.inf)
-        with open(path, "rb") as file:
-            file.seek(-80, os.SEEK_END)
-            digest, length = file.read(64), int(file.read(16))
-            end = file.seek(-80 - length, os.SEEK_END)
-            about = file.read(length)
-            if hashlib.sha256(about).hexdigest().encode() != digest:
-                raise ValueError("the checksum of its description is wrong")
-            about = json.loads(about)
-            if about["key"] != key:
-                return None
-            shape, rows, sums = about["shape"], torch.tensor(about["rows"]), about["crc32"]
-            if not (math.prod(shape) == end and len(shape) == 4 and shape[3] == 3
-                    and shape[0] == len(rows) == len(sums) and rows.min() >= 0
-                    and rows.max() < count):
-                raise ValueError("its description does not fit it")
-            file.seek(0)
-            if any(zlib.crc32(file.read(end // shape[0])) != checksum for checksum in sums):
-                raise ValueError("the checksum of an image is wrong")
-            pixels = torch.frombuffer(mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY),
-                                      dtype=torch.uint8)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if complains:
-            print(f"{path}: damaged ({error}); the images are read again", file=sys.stderr)
-        return None
-    return _channels_last(pixels.view(shape)), rows
-
-
-def _hold(root, count, images):
-    """What `_map_cache` returns, of at most `count` `images`, in memory."""
-    held, rows = None, []
-    for number, pixels in images:
-        if held is None:
-            need, free = count * pixels.numel(), free_memory()
-            if need > free:
-                raise OSError(
-                    f"the images need {need / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free: "
-                    f"take fewer (limit), smaller ones (image_size), or a root that can be written "
-                    f"(it is {str(root)!r})")
-            held = torch.empty(count, *pixels.shape, dtype=torch.uint8)
-        held[len(rows)] = pixels
-        rows.append(number)
-    return _channels_last(held[:len(rows)]), torch.tensor(rows)
 
 
 def free_memory(device="cpu"):
@@ -724,13 +701,6 @@ def _text(path):
         return Path(path).read_text()
     except OSError:
         return ""
-
-
-def _resize(image, size):
-    if image.shape[1:] == (size, size):
-        return image
-    resized = F.interpolate(image[None].float(), (size, size), mode="bicubic", antialias=True)
-    return resized[0].round().clamp(0, 255).byte()
 
 
 @functools.lru_cache(maxsize=4)
@@ -1083,7 +1053,8 @@ def mix(images, labels, augment, seed, step):
 
 
 def write_atomically(path, content, older=None):
-    """Replace the file `path` by bytes or text `content`, all or nothing.
+    """Replace the file `path` by bytes or text `content`, or what the function `content` writes to
+    the open file it is given: all or nothing.
 
     A reader of `path` sees the old file or the new one, also after a crash or on a full disk. The
     old file becomes the file `older`, if that is given. OSError names the file and the cause.
@@ -1091,18 +1062,20 @@ def write_atomically(path, content, older=None):
     path = Path(path)
     partial_file = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(partial_file, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        if older and path.exists():
-            os.replace(path, older)
-        os.replace(partial_file, path)
-    except OSError as error:
+        with writing(path, "; the file before it, if any, is unchanged"):
+            with open(partial_file, "wb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            if older and path.exists():
+                os.replace(path, older)
+            os.replace(partial_file, path)
+    finally:
         with contextlib.suppress(OSError):
             partial_file.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror}); "
-                      f"the file before it, if any, is unchanged") from error
     with contextlib.suppress(OSError):  # only now the new name is on the disk; not all systems can
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -1112,12 +1085,14 @@ def write_atomically(path, content, older=None):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """A context whose OSErrors say that `path` cannot be written, and why."""
+def writing(path, also=""):
+    """A context whose OSErrors say that `path` cannot be written, why, and `also`."""
     try:
         yield
+    except BadImage:  # read on the way to the file; it has a name of its own
+        raise
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}){also}") from error
 
 
 def append(path, content):
@@ -1166,13 +1141,8 @@ def lock(folder):
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
-        try:
-            lock_file(file)
-        except (BlockingIOError, PermissionError):
-            raise Busy(f"{folder}: another process is training this run") from None
-        except OSError as error:
-            print(f"{folder}: nothing keeps other processes from this run, since its file system "
-                  f"has no locks ({error.strerror})", file=sys.stderr)
+        if not lock_file(file):
+            raise Busy(f"{folder}: another process is training this run")
         try:
             yield
         finally:
@@ -1184,16 +1154,23 @@ def lock(folder):
 
 
 def lock_file(file):
-    """Lock an open file until it is closed; BlockingIOError or PermissionError when another process
-    has it, another OSError where there are no locks."""
-    if os.name == "nt":
-        import msvcrt
+    """Lock an open file until it is closed; False while another process has it. Where there are no
+    locks this says so, and is True."""
+    try:
+        if os.name == "nt":
+            import msvcrt
 
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        print(f"{file.name}: keeps no other process away, since its file system has no locks "
+              f"({error.strerror})", file=sys.stderr)
+    return True
 
 
 class Busy(ValueError):

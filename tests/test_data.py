@@ -1,7 +1,6 @@
 """Data: what comes out of each source, and what becomes of it in a batch."""
 
 import contextlib
-import hashlib
 import os
 import pickle
 import resource
@@ -11,6 +10,7 @@ import sys
 import time
 import types
 import typing
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -268,7 +268,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path, monke
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=70_000))
     assert torch.equal(pixels_of(folder, tmp_path / "small"), whole)
     assert not [*(tmp_path / "full").iterdir(), *(tmp_path / "small").iterdir()]
-    assert capsys.readouterr().err.count("cannot be written") == 6
+    assert capsys.readouterr().err.count("are held in memory") == 6
     monkeypatch.setattr(data, "free_memory", lambda: 70_000)
     with pytest.raises(OSError, match="GB are free"):
         pixels_of(folder, tmp_path / "small")
@@ -279,10 +279,9 @@ def test_a_damaged_cache_is_made_again(tmp_path, capsys):
     whole = pixels_of(folder, tmp_path / "cache")
     cache = max((tmp_path / "cache").iterdir())
     good = cache.read_bytes()
-    about = good[6 * 192:-80]
-    other = about.replace(b'"rows": [0', b'"rows": [9')
+    other = good[:-8].replace(b'"rows": [0', b'"rows": [9')
     damages = [b"", good[:-1], good[1:], good + b"x", bytes([good[0] ^ 1]) + good[1:], bytes(300),
-               good[:6 * 192] + other + hashlib.sha256(other).hexdigest().encode() + good[-16:]]
+               other + b"%08x" % zlib.crc32(other)]
     for damaged in damages:
         cache.write_bytes(damaged)
         assert torch.equal(pixels_of(folder, tmp_path / "cache"), whole)
