@@ -262,6 +262,8 @@ class _Source:
 
 def _source(parts, data, root, image_size, skip_bad, writes):
     """The `_Source` that `data` names."""
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size={image_size}: must be at least 1")
     if data not in ("cifar10", "cifar100", "shapes"):
         return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes)
     if data == "shapes":
@@ -1363,7 +1365,13 @@ def text_of(value):
 
 
 def closest(word, known):
-    """A question after the one of `known` that `word` may stand for, or "" if none is like it.
+    """A question after the one of `known` that `word` may stand for, or "" if none is like it."""
+    meant = nearest(word, known)
+    return f"; did you mean {meant}?" if meant else ""
+
+
+def nearest(word, known):
+    """The one of `known` that `word` may stand for, or None.
 
     Case and punctuation do not count (ResNet-18), and initials may be meant (learning_rate: lr).
     """
@@ -1374,10 +1382,11 @@ def closest(word, known):
         return "".join(part[0] for part in re.split("[-_ ]+", text.lower()) if part)
 
     names = {plain(name): name for name in known}
+    if word.lower() == "gpu" and "cuda" in names:
+        return "cuda"
     short = {initials(name): name for name in known if "_" in name}
     found = difflib.get_close_matches(plain(word), names, 1)
-    meant = names[found[0]] if found else names.get(initials(word)) or short.get(plain(word))
-    return f"; did you mean {meant}?" if meant else ""
+    return names[found[0]] if found else names.get(initials(word)) or short.get(plain(word))
 
 
 def flags_of(function, meanings=None):
@@ -1447,14 +1456,17 @@ def canonical(words, known, listed):
     while words:
         word = words.pop(0)
         if not is_flag(word):
+            if "=" in word and not Path(word).exists() and (meant := dashed(word, known)):
+                raise ValueError(f"{word}: did you mean {meant}?")
             plain.append(word)
             continue
         name, equals, text = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
         name = name if name in known else SAME.get(name, name)
         if name not in known or word.startswith("---"):
-            hint = closest(name, known).replace("mean ", "mean --")
-            raise ValueError(f"--{name}: no such flag{hint} (--help lists all)")
+            hint = dashed(word.lstrip("-").partition("=")[0], known)
+            raise ValueError(f"--{name}: no such flag{f'; did you mean {hint}?' if hint else ''} "
+                             f"(--help lists all)")
         if not equals:
             text = _value_after(name, known[name].kind, words)
         if not text and typing.get_origin(known[name].kind) is not tuple:
@@ -1472,6 +1484,13 @@ def canonical(words, known, listed):
         raise ValueError(f"{plain[0]}: a word too many")
     return plain, {name: os.path.expanduser(text) if re.match("~(/|$)", text) else text
                    for name, text in values.items()}
+
+
+def dashed(word, known):
+    """The flag that `word`, with its `=value` if it has one, may stand for, or ""."""
+    name, equals, text = word.partition("=")
+    meant = nearest(name, known) if re.fullmatch(r"[\w-]+", name) else None
+    return f"--{meant}{equals}{text}" if meant else ""
 
 
 def _value_after(name, kind, words):
@@ -1533,11 +1552,14 @@ def _no_command(words, commands, default, moved):
         return f"{word} has moved: {moved[word]}"
     hint = closest(word, commands)
     if default and not hint:  # a value of one of the default's flags: lenet for --model=lenet
-        hints = {f"--{name}={choice}": choice
-                 for name, flag in all_flags(commands[default], ()).items()
-                 for choice in flag.choices}
-        found = closest(word, hints.values()).removeprefix("; did you mean ").rstrip("?")
-        hint = next((f"; did you mean {flag}?" for flag in hints if hints[flag] == found), "")
+        flags = all_flags(commands[default], ())
+        if "=" in word:
+            meant = dashed(word, flags)
+        else:
+            choices = {choice: f"--{name}={choice}" for name, flag in [*flags.items()][::-1]
+                       for choice in flag.choices}
+            meant = choices.get(nearest(word, choices))
+        hint = f"; did you mean {meant}?" if meant else ""
     return f"no command {word!r}{hint or f'; commands: {chr(44).join(commands)}'}"
 
 
@@ -1621,7 +1643,10 @@ def wrapped(text, stream, indent=""):
 
 
 def show(result):
-    """Print what a command has made: tables, the paths of files; of a list each."""
+    """Print what a command has made: tables, the paths of files; of a list each. An error that is
+    among them, of what could not be made, is raised."""
+    if isinstance(result, OSError):
+        raise result
     if isinstance(result, Table):
         result.print()
     elif isinstance(result, (list, tuple)):

@@ -543,7 +543,7 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     return visualize.save_figure(figure, ckpt, name, **flags)
 
 
-def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...] = (16,),
+def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...] = (),
             top: int = 9, rule: str = "deconvnet", bn: str = "through",
             **flags: typing.Unpack[visualize.Flags]):
     """Draw, for each of LAYER's units, its TOP strongest test-image patches and what comes back.
@@ -592,7 +592,7 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     return visualize.save_figure(figure, ckpt, "occlusion", **flags)
 
 
-def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (6,), rule: str =
+def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (), rule: str =
               "deconvnet", bn: str = "through", **flags: typing.Unpack[visualize.Flags]):
     """Draw how LAYER's units came to be: of each the strongest activation over the test images,
     back in the pixels, at each snapshot of the run CKPT (`train.py --snapshots=1,2,5,10`).
@@ -605,7 +605,7 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (6,), ru
                          f"--snapshots=1,2,5,10)")
     for file in files:
         network, about, test = visualize.open_test(file, **flags)
-        chosen = visualize.choose_units(network, layer, about.preprocessing.image_size, units)
+        chosen = visualize.choose_units(network, layer, about.preprocessing.image_size, units, 6)
         patches, back, values = top_reconstructions(
             network, layer, test.images, about.preprocessing, chosen, 1, rule, bn)
         gap = torch.ones(len(chosen), 3, patches.shape[3], max(1, patches.shape[4] // 12))
@@ -614,7 +614,8 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (6,), ru
     figure = visualize.image_grid(
         [cell for row in zip(*cells) for cell in row], [text for row in zip(*titles)
          for text in row], len(files), f"{about.model}: {layer}, {rule}, bn {bn}\nthe strongest "
-        f"activation of {len(test.labels)} test images: what comes back, and its patch", cell=1.5,
+        f"activation of {len(test.labels)} test images, what comes back, and its patch",
+        cell=1.5,
         row_titles=[f"unit {unit}" for unit in chosen])
     return visualize.save_figure(figure, ckpt, f"evolution-{layer}", **flags)
 
@@ -653,6 +654,7 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
 COMMANDS = {"reconstruct": reconstruct, "gallery": gallery, "occlusion": occlusion,
             "evolution": evolution, "invariance": invariance}
 MEANINGS = visualize.MEANINGS | {
+    "units": f"{visualize.MEANINGS['units']} (evolution: 6), or all there are",
     "unit": "strongest, all, or the number of a feature map or neuron",
     "rule": f"what a rectifier passes on: {' | '.join(RULES)}",
     "bn": "batch norms: through | skip, or both (reconstruct)",

@@ -1036,9 +1036,11 @@ def load(source, weights=None, image_size=None, device="cpu"):
     function without arguments. `weights` is a file with a state dict for these, `image_size` the
     side of their images (224). Nothing is downloaded. Raises ValueError or OSError.
     """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size={image_size}: must be at least 1")
     if re.fullmatch(r"[\w.]+:\w+", str(source)) and not Path(source).exists():
         return _load_elsewhere(str(source), weights, image_size, device)
-    if weights or image_size:
+    if weights or image_size is not None:
         raise ValueError("`weights` and `image_size` are for networks from elsewhere, such as "
                          "torchvision:resnet18")
     path = find_checkpoint(source)
@@ -1140,11 +1142,18 @@ def parse_options(model, texts):
     return options
 
 
-def option_flags(model):
-    """{option: `Flag`} of network `model`, for its command line."""
+def option_flags(model, words=()):
+    """{option: `Flag`} of network `model`, for its command line; ValueError when the line's `words`
+    give an option that only other networks have."""
+    known = options_of(model)
+    for word in words:
+        name = word.lstrip("-").partition("=")[0]
+        if word.startswith("--") and name in OPTION_MEANINGS and name not in known:
+            raise ValueError(f"--{name}: {model} has no such option; its options are "
+                             f"{', '.join(known)}")
     return {name: Flag(kind, text_of(value), OPTION_MEANINGS[name],
                        [*ACTIVATIONS] if name == "activation" else ())
-            for name, (kind, value) in options_of(model).items()}
+            for name, (kind, value) in known.items()}
 
 
 def list_networks():
@@ -1194,7 +1203,7 @@ def layers_table(network, image_size, title=None):
 
 def _summary_flags(words):
     model = value_in(words, "model") or next((word for word in words[1:] if word in NETWORKS), None)
-    return option_flags(model) if model else {}
+    return option_flags(model, words) if model else {}
 
 
 summary.flags = _summary_flags

@@ -1362,6 +1362,9 @@ def read_metrics(run):
     """
     rows = read_rows(run)
     if not rows:
+        path = Path(run) / "metrics.csv"
+        if path.exists() and len(path.read_bytes().split()) > 1:
+            raise ValueError(f"{path}: damaged (not one row is whole)")
         raise FileNotFoundError(f"{run}: no run with a finished epoch (no rows in metrics.csv)")
     try:
         return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
@@ -1815,22 +1818,31 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None,
                     device: str = "auto"):
     """The likeliest classes of pictures: CKPT PICTURE …, files or folders of them.
 
-    `--top` classes of each with their probabilities; `--out` is a CSV file of them.
+    `--top` classes of each with their probabilities; `--out` is a CSV file of them. Pictures that
+    cannot be read are named at the end.
     """
     if len(paths) < 2:
         raise ValueError("give a checkpoint or the folder of a run, then pictures or folders")
     network, description = open_network(paths[0], device)
     files = [file for path in map(Path, paths[1:]) for file in (
-        sorted(found for found in path.rglob("*") if found.suffix.lower() in data.IMAGE_SUFFIXES)
+        sorted(found for found in path.rglob("*") if found.suffix.lower() in data.IMAGE_SUFFIXES
+               and not found.with_name("tensors.tsv").exists())  # no sprites of the Projector
         if path.is_dir() else [path])]
     if out:
         check_output(out, ".csv")
     if not files:
         raise ValueError(f"{' '.join(paths[1:])}: no picture there "
                          f"({', '.join(data.IMAGE_SUFFIXES)})")
-    size = description.preprocessing.image_size
-    logits = finite_logits(network, torch.stack([data.read_image(file, size) for file in files]),
-                           description.preprocessing)
+    size, pictures, errors = description.preprocessing.image_size, {}, []
+    for file in files:
+        try:
+            pictures[file] = data.read_image(file, size)
+        except OSError as error:
+            errors.append(error)
+    bad = OSError("; ".join(map(str, errors)))
+    if not pictures:
+        raise bad
+    logits = finite_logits(network, torch.stack([*pictures.values()]), description.preprocessing)
     names = description.classes or [str(number) for number in range(logits.shape[1])]
     if not 1 <= top <= len(names):
         raise ValueError(f"top={top}: must be from 1 to {len(names)}")
@@ -1838,12 +1850,12 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None,
              for shares, indices in zip(*logits.softmax(1).topk(top))]
     if out:
         write_atomically(out, Table(("image", "rank", "class", "probability"), [
-            (str(file), str(rank), name, f"{share:.6f}") for file, row in zip(files, found)
+            (str(file), str(rank), name, f"{share:.6f}") for file, row in zip(pictures, found)
             for rank, (name, share) in enumerate(row, 1)]).csv())
     table = Table(("image", *map(str, range(1, top + 1))), [
         (str(file), *(f"{name} {share:.1%}" for name, share in row))
-        for file, row in zip(files, found)])
-    return [table, Path(out)] if out else table
+        for file, row in zip(pictures, found)])
+    return [table, *([Path(out)] if out else []), *([bad] if errors else [])]
 
 
 def export(run: str, out: str):
@@ -1884,7 +1896,7 @@ def settings_flags(words):
                                                 "run began"),
             **{entry.name: flag(entry) for entry in dataclasses.fields(Config)
                if entry.name != "options"},
-            **networks.option_flags(model)}
+            **networks.option_flags(model, words)}
 
 
 train_command.flags = settings_flags

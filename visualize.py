@@ -346,18 +346,18 @@ def top_fields(network, layer, images, preprocessing, units, top):
     return values, images[chosen.flatten()], positions, fields.flatten(0, 2)[positions]
 
 
-def choose_units(network, layer, image_size, units):
+def choose_units(network, layer, image_size, units, most=16):
     """Channel numbers of `layer` from the flag `units`: one number is how many, evenly spread over
-    all channels; several are the units themselves."""
+    all channels; several are the units themselves; none: `most`, or all that there are."""
     device, units = networks.device_of(network), listed(units)
     blank = torch.zeros(1, 3, image_size, image_size, device=device)
     channels = feature_maps(network, [layer], blank)[layer].shape[1]
-    if len(units) == 1 and units[0] > 0:
-        count = min(units[0], channels)
+    if not units or (len(units) == 1 and 1 <= units[0] <= channels):
+        count, = units or (min(most, channels),)
         return [index * channels // count for index in range(count)]
     if len(units) < 2 or min(units) < 0 or max(units) >= channels:
-        raise ValueError(f"units={','.join(map(str, units))}: must be how many, or several from "
-                         f"0 to {channels - 1}")
+        raise ValueError(f"units={','.join(map(str, units))}: must be how many of the {channels}, "
+                         f"or several from 0 to {channels - 1}")
     return list(units)
 
 
@@ -865,7 +865,7 @@ def draw_activation_history(history, title):
     from matplotlib import colormaps
 
     layers = [*next(iter(history.values()))]
-    colors = colormaps["viridis"].resampled(10 * len(layers)).colors[::11]  # not as far as yellow
+    colors = colormaps["viridis"](torch.linspace(0, 0.9, len(layers)).numpy())  # no pale yellow
     figure, entries = new_figure(9, 5.6 + 0.05 * len(layers), title), {}
     for position, (kind, name) in enumerate((
             ("mean", "mean"), ("std", "standard deviation"), ("zeros", "share of zeros"),
@@ -1227,7 +1227,9 @@ def activations(ckpt: str | None = None, layers: tuple[str, ...] = (), images: i
             f"epoch"), ckpt, "activations-history", **flags))
     return *figures, Table(("layer", "units", "mean", "std", "zeros", "dead units"), [
         (layer, str(numbers["units"]), f"{numbers['mean']:.3g}", f"{numbers['std']:.3g}",
-         f"{numbers['zeros']:.1%}", ", ".join(map(str, numbers["dead"])) or "none")
+         f"{numbers['zeros']:.1%}", ", ".join(map(str, numbers["dead"][:20])) + (
+             f" and {len(numbers['dead']) - 20} more" if len(numbers["dead"]) > 20 else "")
+         or "none")
         for layer, numbers in statistics.items()], title)
 
 
@@ -1300,7 +1302,7 @@ def features(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     return figures
 
 
-def patches(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...] = (16,),
+def patches(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...] = (),
             top: int = 9, **flags: typing.Unpack[Flags]):
     """Draw the TOP test-image patches that excite each of LAYER's units most, cut exactly at
     their receptive fields. `--units=16` are 16 units of all; `--units=3,17` are those two."""
@@ -1451,7 +1453,7 @@ MEANINGS = {
     "layers": "dotted paths of layers, separated by commas",
     "channel": "rgb, or the number of an input channel; none: rgb, or 0",
     "maps": "at most so many feature maps of a layer",
-    "units": "how many channels, or the numbers of several, separated by commas",
+    "units": "how many channels, or the numbers of several, separated by commas; none: 16",
     "top": "patches of a unit",
     "directions": "at random, or where the run's checkpoints lie:",
     "images": "how many training and how many test images; of activations: test images",

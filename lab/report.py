@@ -250,7 +250,7 @@ def draw_commands(run, folder, layers, shown, given):
 def draw_gallery(network, layer, test, description):
     """A figure for each of three units of `layer`: its strongest patches and what comes back."""
     seen = description.preprocessing
-    units = visualize.choose_units(network, layer, seen.image_size, (3,))
+    units = visualize.choose_units(network, layer, seen.image_size, (), 3)
     found = deconv.top_reconstructions(network, layer, test.images, seen, units, 9)
     return [deconv.draw_gallery(*(part[index:index + 1] for part in (*found, units)), "")
             for index in range(len(units))]

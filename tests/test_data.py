@@ -453,6 +453,8 @@ def test_bad_images_are_named(tmp_path):
     (["stats", "--root", "--image-size=8"], "--root: needs a value"),
     (["stats", "--skip_bad", "no"], "--data=no"), (["stats", "--skip_bad=no"], "--skip_bad=no"),
     (["stats", "---data=a"], "--data: no such flag"), (["stats", "-x"], "--x: no such flag"),
+    (["stats", "data=shapes"], "data=shapes: did you mean --data=shapes?"),
+    (["stats", "dta=shapes"], "dta=shapes: did you mean --data=shapes?"),
     (["stats", "--order=Up"], "--order=Up: must be one of up, down; did you mean up?"),
 ])
 def test_a_mistyped_line_never_starts_work(line, complaint, capsys):

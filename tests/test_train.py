@@ -287,6 +287,40 @@ def test_predict_names_the_likeliest_classes(tmp_path):
             train.predict_command(str(config.folder), *images, top=top)
 
 
+def test_predict_goes_on_past_what_is_no_picture(tmp_path, capsys):
+    config = tiny(tmp_path)
+    train.train(config)
+    pictures = Path(image_folder(tmp_path / "ab", "ab"), "test")
+    (pictures / "a" / "broken.png").write_bytes(b"no picture")
+    (pictures / "sprite.png").write_bytes(next(pictures.rglob("*.png")).read_bytes())
+    (pictures / "tensors.tsv").touch()  # the sprites of TensorBoard's Projector lie beside one
+    table, error = train.predict_command(str(config.folder), str(pictures))
+    assert len(table.rows) == 8 and "broken.png: cannot be read" in str(error)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leave:
+        data.command_line(train.COMMANDS, argv=["predict", str(config.folder), str(pictures)])
+    shown = capsys.readouterr()
+    assert leave.value.code == 2 and "broken.png" in shown.err and "test image" not in shown.err
+    assert shown.out.count("%") == 3 * 8
+
+
+@pytest.mark.parametrize("line, answer", [
+    ("--model=resnet18 --dropout=0.2", "--dropout: resnet18 has no such option; its options are"),
+    ("data=shapes", "did you mean --data=shapes?"), ("epoch=3", "did you mean --epochs=3?"),
+    ("--device=gpu", "--device=gpu: must be of auto, cpu, cuda, mps; did you mean cuda?"),
+])
+def test_a_mistyped_setting_is_answered_with_what_was_meant(line, answer, capsys):
+    with pytest.raises(SystemExit) as leave:
+        data.command_line(train.COMMANDS, "train", line.split())
+    assert leave.value.code == 2 and answer in capsys.readouterr().err
+
+
+def test_metrics_that_are_no_text_are_damaged(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes("epoch,step\n1,2\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"metrics\.csv: damaged"):
+        train.read_metrics(tmp_path)
+
+
 def test_the_arrays_of_cifar_10_1_and_cifar_10_c_are_measured(tmp_path):
     import numpy
     random = numpy.random.default_rng(0)

@@ -588,6 +588,11 @@ def test_the_history_of_a_layer_by_hand(tmp_path):
     with pytest.raises(ValueError, match="several figures"):
         visualize.activations(str(tmp_path), out=str(tmp_path / "one.png"))
     assert len(visualize.activations(str(tmp_path / "last.pth"), out=str(tmp_path), images=5)) == 2
+    numbers = {"mean": -1.0, "std": 0.5, "zeros": 1.0, "dead": [0, 1], "units": 2}
+    many = {epoch: {f"layer{index}": numbers for index in range(50)} for epoch in (1, 2)}
+    colors = {line.get_color().tobytes() for line
+              in visualize.draw_activation_history(many, "").axes[0].lines}
+    assert len(colors) == 50
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
@@ -912,6 +917,10 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
     (["confusion", "RUN", "--format=gif"], "gif.*png, svg, pdf"),
     (["confusion", "RUN/config.json"], "config.json"),
     (["patches", "RUN", "--layer=conv2", "--units=3,16"], "units=3,16.*0 to 15"),
+    (["patches", "RUN", "--layer=conv2", "--units=17"], "units=17: must be how many of the 16"),
+    (["patches", "RUN", "--layer=conv2", "units=4"], "units=4: did you mean --units=4"),
+    (["filters", "torchvision:resnet18", "--image_size=0"], "image_size=0: must be at least 1"),
+    (["filters", "RUN", "--device=GPU"], "device=GPU: not available here"),
     (["landscape", "RUN", "--out=one.png"], "several figures"),
     (["patches", "RUN", "--layer=conv2", "--top=0"], "top=0"),
     (["predictions", "RUN", "--only=most"], "most.*all, wrong, right"),
