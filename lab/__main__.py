@@ -5,8 +5,8 @@ import sys
 from data import command_line
 from lab.benchmark import benchmark
 from lab.gpu import gpu
-from lab.report import report
-from lab.reproduce import reproduce, results
+from lab.report import report, results
+from lab.reproduce import reproduce
 from lab.smoothness import smoothness
 from lab.sweep import sweep
 from train import settings_flags

@@ -2,18 +2,19 @@
 
     python -m lab report runs/convnet
     python -m lab report 4.1
+    python -m lab results
 
-What is computed and drawn is here; what is said of it, and in which order, in run.j2 and
-experiments.j2; how it looks in report.html.j2, report.md.j2 and report.css.
+What is computed and drawn is here; what is said of it, and in which order, in run.j2,
+experiments.j2 and results.j2; how it looks in report.html.j2, report.md.j2 and report.css.
 """
 
-import base64
 import collections
 import dataclasses
 import html
 import re
 import shlex
 import textwrap
+from base64 import b64encode
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from lab.reproduce import duration
 PAGES = ("report.html", "report.md")
 WRITTEN_BY = "<!-- Written by python -m lab report -->"
 MAIN_SETTINGS = ("model", "data", "image_size", "epochs", "batch_size", "optimizer", "lr", "seed")
+RESULTS_SIGN = "Written by `python -m lab results` from lab/results.csv"
+
 
 def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
            data: str | None = None, root: str | None = None, device: str = "auto"):
@@ -53,24 +56,31 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
 # ---------------------------------------------------------------------------- any report
 
 
-def write_report(folder, template, **content):
-    """Write `template` with its `content` as report.html and report.md; return their paths."""
+def render(template, sign, parts=None, **content):
+    """The text of a page: `template` with its `content`, and `sign` to know it by. `parts` is the
+    template of the parts that it is made of, report.html.j2 or report.md.j2."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    counts = collections.Counter()
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True,
+                        lstrip_blocks=True, undefined=StrictUndefined,
+                        autoescape=parts == "report.html.j2")
+    pages.globals |= {"sign": sign,  # and which table or figure this is
+                      "number": lambda kind: counts.update([kind]) or counts[kind]}
+    pages.filters |= {function.__name__: function for function in (
+        plain, fence, width, base64, thousands, duration)}
+    if parts:
+        content["page"] = pages.get_template(parts).module
+    text = pages.get_template(template).render(**content)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def write_report(folder, template, **content):
+    """Write `template` with its `content` as report.html and report.md; return their paths."""
     paths = [folder / name for name in PAGES]
     for path in paths:
-        pages = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True,
-                            lstrip_blocks=True, undefined=StrictUndefined,
-                            autoescape=path.suffix == ".html")
-        counts = collections.Counter()
-        pages.globals["sign"] = WRITTEN_BY
-        pages.globals["number"] = lambda kind, counts=counts: counts.update([kind]) or counts[kind]
-        pages.filters |= {function.__name__: function for function in (
-            plain, fence, width, thousands, duration)}
-        pages.filters["base64"] = lambda png: base64.b64encode(png.read_bytes()).decode()
-        parts = pages.get_template(f"{path.name}.j2").module
-        text = pages.get_template(template).render(page=parts, **content)
-        reproduce.replace(path, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", WRITTEN_BY)
+        reproduce.replace(path, render(template, WRITTEN_BY, f"{path.name}.j2", **content),
+                          WRITTEN_BY)
     return paths
 
 
@@ -107,6 +117,11 @@ def plain(text):
 def fence(text):
     """Backticks, more than `text` has in a row: what begins and ends a block of code."""
     return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def base64(png):
+    """A PNG file as text, for an address that holds its data."""
+    return b64encode(png.read_bytes()).decode()
 
 
 def width(png):
@@ -163,8 +178,10 @@ def report_of_run(run, folder, given):
     size = description.preprocessing.image_size
     layers = layers_to_show(network, size)
     *bins, _ = train.calibration(logits, test.labels)
-    figures = {"curves": draw_curves([run]),
-               "confusion": [draw_confusion(matrix, dataset.classes)],
+    confusion = visualize.draw_confusion(matrix, dataset.classes, "")
+    figures = {"curves": [draw_curves([run])],
+               # The accuracy of each class, which stands beside it there, is in a table here.
+               "confusion": [arranged(confusion, confusion.axes[:1], 5.4, 5.2)],
                "reliability": [visualize.draw_reliability(*bins, "")],
                **draw_predictions(test, description, logits, right),
                **draw_commands(run, folder, layers, shown, given),
@@ -203,26 +220,21 @@ def layers_to_show(network, image_size):
 
 
 def draw_curves(runs):
-    """[loss above accuracy of `runs`]."""
+    """Loss above accuracy of `runs`."""
     figure = visualize.draw_curves(visualize.group_runs(runs))
-    return [arranged(figure, figure.axes, 5.2, 6.2)]
-
-
-def draw_confusion(matrix, classes):
-    """The confusion matrix; the accuracy of each class is in a table."""
-    figure = visualize.draw_confusion(matrix, classes, "")
-    return arranged(figure, figure.axes[:1], 5.4, 5.2)
+    return arranged(figure, figure.axes, 5.2, 6.2)
 
 
 def draw_predictions(test, description, logits, right):
     """{"right": figures, "wrong": figures}: four predictions of each, drawn at random."""
-    drawn, order = {}, torch.randperm(len(right), generator=generator(0, "predictions"))
+    order, drawn = torch.randperm(len(right), generator=generator(0, "predictions")), {}
     for name, kept in (("right", right), ("wrong", ~right)):
-        if some := order[kept[order]][:4].split(1):
-            drawn[name] = [visualize.draw_predictions(
-                description.preprocessing.pictures(test.images[one]), test.labels[one], logits[one],
-                description.classes, "", columns=1) for one in some if len(one)]
-    return {name: figures for name, figures in drawn.items() if figures}
+        figures = [visualize.draw_predictions(
+            description.preprocessing.pictures(test.images[[index]]), test.labels[[index]],
+            logits[[index]], description.classes, "", columns=1)
+            for index in order[kept[order]][:4].tolist()]
+        drawn |= {name: figures} if figures else {}
+    return drawn
 
 
 def draw_commands(run, folder, layers, shown, given):
@@ -354,7 +366,7 @@ def figures_of(experiment, runs, folder):
         found |= dict.fromkeys(sorted(drawn.glob(f"{command}*.png")), drawn.parent.name)
     folders = [one for first in plotted for one in with_seeds(first) if train.read_rows(one)]
     if folders:
-        path, = keep_figures(folder, f"{experiment.id}-curves", *draw_curves(folders))
+        path, = keep_figures(folder, f"{experiment.id}-curves", draw_curves(folders))
         captions[path] = "loss and accuracy after each epoch"
     for path, name in found.items():
         copy = folder / "figures" / f"report-{experiment.id}-{path.name}"
@@ -362,3 +374,24 @@ def figures_of(experiment, runs, folder):
         write_atomically(copy, path.read_bytes())
         captions[copy] = f"{path.stem}, {name}"
     return captions
+
+
+# ---------------------------------------------------------------------------- all results
+
+
+def results(path: str | None = None, out: str = "docs/results.md"):
+    """Write the measured results in the CSV file PATH beside the reported ones, as Markdown."""
+    reproduce.replace(out, results_markdown(path or reproduce.RESULTS), RESULTS_SIGN)
+    return Path(out)
+
+
+def results_markdown(path):
+    """All runs of the experiments with what the CSV file `path` says of them, as Markdown."""
+    measured, reports = reproduce.read_results(path), []
+    for report, title in reproduce.book().reports.items():
+        experiments = reproduce.choose(report)
+        rows = [measured.get((row.id, row.run, row.accuracy), row) for experiment in experiments
+                for run in experiment.runs.values() for row in reproduce.claims(run)]
+        if rows:
+            reports.append((title, reproduce.comparison(rows), experiments))
+    return render("results.j2", RESULTS_SIGN, reports=reports)

@@ -145,10 +145,10 @@ def choose(what, kind="experiment", others=()):
     chosen = [experiment for experiment in known.values()
               if first in ("all", experiment.id, experiment.report)]
     if not chosen:
-        names = ["all", *book().reports, *known, *others]
-        near = difflib.get_close_matches(what, names, cutoff=0.5)
-        raise ValueError(f"{what}: no such {kind}{'; did you mean ' * bool(near)}"
-                         f"{', '.join(near)}{'?' * bool(near)} (python -m lab reproduce lists the "
+        near = difflib.get_close_matches(
+            what, ["all", *book().reports, *known, *others], cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"{what}: no such {kind}{hint} (python -m lab reproduce lists the "
                          f"experiments)")
     if not run:
         return chosen
@@ -340,16 +340,6 @@ COLUMNS = dict([*typing.get_type_hints(Row).items()][:-1])  # of results.csv, an
 HEADER = ("id", "run", "accuracy", "reported %", "measured %", "difference", "seeds", "epochs",
           "time", "images", "threads", "precision", "commit")
 ON_SCREEN, ON_PAGE = HEADER[:6], HEADER[:10]
-WRITTEN_BY = "Written by `python -m lab results` from lab/results.csv"
-RESULTS_HEAD = f"""# Results
-
-{WRITTEN_BY}. Accuracies in per cent, reported by the five lab reports beside
-measured; of several seeds the mean ± standard deviation. Time is that of one run's steps. Epochs
-say so where fewer were run than planned. What takes days on a CPU waits for a GPU. Training
-accuracy is counted while the network learns, over its last epoch. A row is measured by `python -m
-lab reproduce ID/RUN --results=lab/results.csv`.
-"""
-
 
 def claims(run, state=None):
     """A `Row` for each accuracy that is reported of a run, with nothing measured yet."""
@@ -446,23 +436,3 @@ def keep_results(path, rows):
     write_atomically(path, Table([*COLUMNS], [
         ["" if (value := getattr(row, name)) is None else str(value) for name in COLUMNS]
         for row in sorted(kept.values(), key=lambda row: order.get(row.id, len(order)))]).csv())
-
-
-def results(path: str | None = None, out: str = "docs/results.md"):
-    """Write the measured results in the CSV file PATH beside the reported ones, as Markdown."""
-    replace(out, results_markdown(path or RESULTS), WRITTEN_BY)
-    return Path(out)
-
-
-def results_markdown(path):
-    """All runs of the experiments with what the CSV file `path` says of them, as Markdown."""
-    measured, parts = read_results(path), [RESULTS_HEAD]
-    for report, title in book().reports.items():
-        experiments = choose(report)
-        rows = [measured.get((row.id, row.run, row.accuracy), row) for experiment in experiments
-                for run in experiment.runs.values() for row in claims(run)]
-        notes = "".join(f"- {experiment.id}: {experiment.note}\n" for experiment in experiments
-                        if experiment.note and experiment.runs)
-        if rows:
-            parts += [f"## {title}\n", comparison(rows).markdown(), notes]
-    return "\n".join(filter(None, parts))

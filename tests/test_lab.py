@@ -134,7 +134,7 @@ def test_what_waits_for_a_gpu_is_left_out_unless_named(tmp_path, monkeypatch):
 
 def test_the_page_of_results_shows_what_was_measured():
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert text == reproduce.results_markdown(ROOT / "lab" / "results.csv")
+    assert text == report.results_markdown(ROOT / "lab" / "results.csv")
     claims = [row for entry in EXPERIMENTS for run in entry.runs.values()
               for row in reproduce.claims(run)]
     assert len(re.findall(r"^\| \d", text, re.MULTILINE)) == len(claims)
@@ -148,11 +148,11 @@ def test_results_are_written_and_never_over_another_file(tmp_path, capsys):
     path = tmp_path / "a folder" / "results.md"
     for _ in range(2):
         lab("results", f"--out={path}")
-        assert path.read_text() == reproduce.results_markdown(reproduce.RESULTS)
+        assert path.read_text() == report.results_markdown(reproduce.RESULTS)
     assert capsys.readouterr().out == f"{path}\n{path}\n"
     path.write_text("my own results")
     with pytest.raises(FileExistsError, match=r"results\.md: is not from here"):
-        reproduce.results(out=str(path))
+        report.results(out=str(path))
     assert path.read_text() == "my own results" and len([*path.parent.iterdir()]) == 1
 
 
@@ -173,7 +173,7 @@ def test_a_row_says_how_and_on_what_it_was_measured(tmp_path):
     reproduce.keep_results(path, [row])
     assert reproduce.read_results(path) == {("1.1", "lenet", "test"): row}
     assert ("| 57.20 | 50.00 | −7.20 | 1 | 1 of 2 | 9.0 s | cifar10 | 1 | bf16 | abc |"
-            in reproduce.results_markdown(path))
+            in report.results_markdown(path))
 
 
 def test_other_images_than_the_reports_are_not_compared(tmp_path):
@@ -181,7 +181,7 @@ def test_other_images_than_the_reports_are_not_compared(tmp_path):
                            "cifar10-jpeg"), ({"limit": 40}, "cifar10, limit 40")):
         reproduce.keep_results(tmp_path / "results.csv", [measured(**values)])
         assert (f"| 57.20 | 50.00 | other images | 1 | 1 of 2 | 9.0 s | {images} |"
-                in reproduce.results_markdown(tmp_path / "results.csv"))
+                in report.results_markdown(tmp_path / "results.csv"))
     planned = reproduce.book().experiments["1.3"].runs["vgg16_1x1"].config
     assert reproduce.images_of(planned) == "cifar10, limit 8000"  # the report's own limit
     row = reproduce.Row("1.3", "vgg16_1x1", "test", 24.5, 30.0, epochs=3,
@@ -199,7 +199,7 @@ def test_results_are_kept_in_place_of_older_ones_of_the_same_run(tmp_path):
     assert path.read_bytes() == before
     reproduce.keep_results(path, [dataclasses.replace(rows[0], measured=99.0, std=0.5, seeds=2)])
     assert path.read_text().splitlines()[1].startswith("1.1,lenet,test,57.2,99.0,0.5,2,2,,")
-    assert "| 57.20 | 99.00 ± 0.50 | +41.80 | 2 |" in reproduce.results_markdown(path)
+    assert "| 57.20 | 99.00 ± 0.50 | +41.80 | 2 |" in report.results_markdown(path)
     for foreign in ("a,b\n1,2\n", "", ",".join(reproduce.COLUMNS) + "\n1.1,x\n", '"' + 9 * "a"):
         path.write_text(foreign)
         for change in (lambda: reproduce.keep_results(path, rows),
