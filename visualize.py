@@ -117,11 +117,12 @@ def log_ticks(low, high, most=8):
 
 
 def distinct(numbers, error=0.2):
-    """`numbers` as short texts, each off by less than `error` of the smallest step between them."""
-    step = min(map(abs, map(operator.sub, numbers[1:], numbers)), default=math.inf)
+    """`numbers` as short texts, each off by less than `error` of the step to the next of them."""
+    steps = [math.inf, *map(abs, map(operator.sub, numbers[1:], numbers)), math.inf]
     for digits in range(3, 17):
-        texts = [f"{number:.{digits}g}" for number in numbers]
-        if all(abs(float(text) - number) <= error * step for text, number in zip(texts, numbers)):
+        texts = [f"{float(f'{number:.{digits}g}'):.15g}" for number in numbers]  # 1000, not 1e+03
+        if all(abs(float(text) - number) <= error * min(both)
+               for text, number, *both in zip(texts, numbers, steps, steps[1:])):
             break
     return texts
 
@@ -1398,6 +1399,7 @@ def line_to(to, ckpt, network, about, parts, points, title, **flags):
     rows = evaluate_points(
         table, [(x, 0.0) for x in spaced(-0.25, 1.25, 6 * thirds + 1)],
         lambda point: loss_between(between, ends, point[0], parts), f"loss on the way to {to}")
+    title = f"{title.removeprefix(f'{about.title}: ')}, on the straight line between two networks"
     figure = draw_landscape_line(rows.values(), title, f"from {about.title} (0) to {its.title} (1)")
     return save_figure(figure, ckpt, "landscape-to", **flags), table
 

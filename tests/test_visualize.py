@@ -306,6 +306,7 @@ def test_ticks_of_decades():
     assert [*visualize.log_ticks(1, 2.1).values()] == ["1", "1.25", "1.5", "1.75", "2"]
     assert visualize.distinct([2.301, 2.302, 2.312]) == ["2.301", "2.302", "2.312"]
     assert visualize.log_ticks(0.01, 10) == {0.01: "0.01", 0.1: "0.1", 1: "1", 10: "10"}
+    assert visualize.distinct([1.1, 2.0432, 1000]) == ["1.1", "2.04", "1000"]
     assert [*visualize.log_ticks(1, 12).values()] == ["1", "2", "5", "10"]
     axes = visualize.draw_landscape_line([{"x": x, "test/loss": 2.3 + x / 100, "test/accuracy": 0.5}
                                           for x in (0.0, 1.0)], "").axes[0]
