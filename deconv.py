@@ -381,11 +381,8 @@ def draw_reconstructions(picture, descents, title, classes=()):
         panels |= {f"back, batch norm {bn}" if both else "what comes back":
                    as_pictures(way.signal)[0].cpu() for bn, way in ways.items()}
         for column, (text, panel) in enumerate(panels.items()):
-            axes = figure.add_subplot(grid[row, column])
             cut = panel[:, top:top + side, left:left + side] if column else panel
-            axes.imshow(cut.permute(1, 2, 0), interpolation="nearest")
-            axes.set_title(text, fontsize=9)
-            axes.set_axis_off()
+            visualize.show(figure.add_subplot(grid[row, column]), cut, text)
         figure.axes[-len(panels)].add_patch(Rectangle(
             (left - 0.5, top - 0.5), side, side, fill=False, color=visualize.COLORS[1],
             linewidth=1.5))
@@ -530,8 +527,7 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     """
     layers = visualize.listed(layers)
     visualize.need(layers=len(layers))
-    network, about = visualize.open_network(ckpt, **flags)
-    picture, name = visualize.load_image(about, image, index, **flags)
+    network, about, picture, _, name = visualize.open_picture(ckpt, image, index, **flags)
     images = about.preprocessing(picture, networks.device_of(network))
     ways = ("through", "skip") if bn == "both" else (bn,)
     descents = {layer: {way: descend(network, layer, images, unit, rule, way) for way in ways}
@@ -567,8 +563,7 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     Zeiler & Fergus (2014), section 4.2. Without `--layer` the last that makes maps, of which the
     one with the strongest response is taken.
     """
-    network, about = visualize.open_network(ckpt, **flags)
-    picture, source = visualize.load_image(about, image, index, **flags)
+    network, about, picture, label, source = visualize.open_picture(ckpt, image, index, **flags)
     side = about.preprocessing.image_size
     size, stride = (max(1, side // part) if value is None else value
                     for value, part in ((size, 4), (stride, 16)))
@@ -576,10 +571,9 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     images = about.preprocessing(picture, networks.device_of(network))
     logits = train.predict(network, picture, about.preprocessing)[0]
     classes = about.classes or [f"number {label}" for label in range(len(logits))]
-    label, kind = logits.argmax().item(), "class predicted at first"
-    if image is None and about.classes:
-        test = train.open_test(about, flags.get("data"), flags.get("root"))
-        label, kind = test.labels[index].item(), "true class"
+    kind = "true class"
+    if label is None:
+        label, kind = logits.argmax().item(), "class predicted at first"
     layer = layer or networks.grad_cam(network, images, label)[1]  # the last with maps
     descent = descend(network, layer, images, watched=())
     unit = descent.positions[0].item() // descent.activations[0, 0].numel()

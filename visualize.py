@@ -100,6 +100,14 @@ def plot(figure, position, title, xlabel="", ylabel=""):
     return axes
 
 
+def show(axes, image, title="", **options):
+    """Draw an image 3×H×W, or a map H×W in colours, with its pixels as squares and no axes."""
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+    image = image if image.ndim == 2 else image.permute(1, 2, 0)
+    return axes.imshow(image, interpolation="nearest", **options)
+
+
 def log_ticks(low, high, most=8):
     """{number: text} for a logarithmic axis from `low` to `high`: no two texts are the same."""
     from matplotlib.ticker import MaxNLocator
@@ -713,10 +721,9 @@ def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10)
     for index, (image, label, scores) in enumerate(zip(images, labels.tolist(), logits)):
         row, column = divmod(index, columns)
         predicted = scores.argmax().item()
-        right = predicted == label
         picture = figure.add_subplot(grid[row, 2 * column])
-        picture.imshow(image.permute(1, 2, 0), interpolation="nearest")
-        picture.axis("off")
+        show(picture, image)
+        right = predicted == label
         verdict = "right" if right else f"taken for {classes[predicted]}"
         picture.set_title(f"{classes[label]}\n{verdict}", fontsize=9, loc="left",
                           color="black" if right else COLORS[1])
@@ -797,24 +804,21 @@ def draw_reliability(images, confidence, accuracy, title):
     `train.calibration` returns them (Guo et al. 2017, figure 1, upside down)."""
     figure, bins = new_figure(5.2, 5.6, title), len(images)
     edges, width = [number / bins for number in range(bins)], 1 / bins
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.bar(edges, accuracy.nan_to_num(), width, align="edge", color=COLORS[0],
-              edgecolor="white", label="accuracy")
-    upper.bar(edges, (confidence - accuracy).nan_to_num(), width, accuracy.nan_to_num(),
-              align="edge", color="none", edgecolor=COLORS[1], hatch="////", linewidth=0.8,
-              label="gap to the mean confidence")
-    upper.plot((0, 1), (0, 1), "--", color="black", linewidth=1, label="perfect calibration")
+    upper = plot(figure, (4, 1, (1, 3)), "", ylabel="accuracy")
+    lower = plot(figure, (4, 1, 4), "", "confidence: probability of the predicted class",
+                 "of the images")
+    add_legend(figure, {
+        "accuracy": upper.bar(edges, accuracy.nan_to_num(), width, align="edge", color=COLORS[0],
+                              edgecolor="white"),
+        "gap to the mean confidence": upper.bar(
+            edges, (confidence - accuracy).nan_to_num(), width, accuracy.nan_to_num(),
+            align="edge", color="none", edgecolor=COLORS[1], hatch="////", linewidth=0.8),
+        "perfect calibration": upper.plot((0, 1), (0, 1), "--", color="black", linewidth=1)[0]})
     lower.bar(edges, images / images.sum(), width, align="edge", color="#999999", edgecolor="white")
-    upper.set_ylabel("accuracy", fontsize=9)
-    lower.set_ylabel("of the images", fontsize=9)
-    lower.set_xlabel("confidence: probability of the predicted class", fontsize=9)
-    upper.set(xlim=(0, 1), ylim=(0, 1))
-    add_legend(figure, dict(zip(*upper.get_legend_handles_labels()[::-1])))
-    for axes in (upper, lower):
-        percent(axes.yaxis)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    percent(lower.xaxis)
+    upper.set(xlim=(0, 1), ylim=(0, 1), xticklabels=())
+    lower.set(xlim=(0, 1))
+    for axis in (upper.yaxis, lower.yaxis, lower.xaxis):
+        percent(axis)
     return figure
 
 
@@ -822,16 +826,12 @@ def draw_relevance(picture, panels, title):
     """A picture 3×S×S beside {name: S×S relevance}, each laid over it in grey, on its own scale."""
     figure = new_figure(2.6 * (len(panels) + 1) + 0.5, 2.75, title)
     axes = figure.subplots(1, len(panels) + 1)
-    axes[0].imshow(picture.permute(1, 2, 0), interpolation="nearest")
-    axes[0].set_title("image", fontsize=9)
+    show(axes[0], picture, "image")
     for axis, (name, values) in zip(axes[1:], panels.items()):
-        axis.imshow(picture.mean(0), "gray", vmin=0, vmax=1, interpolation="nearest")
+        show(axis, picture.mean(0), cmap="gray", vmin=0, vmax=1)
         # One pixel in a hundred may be beyond the scale, so that few do not hide all others.
         values = values / values.flatten().quantile(0.99).clamp(min=1e-30)
-        drawn = axis.imshow(values, "inferno", vmin=0, vmax=1, alpha=0.7, interpolation="nearest")
-        axis.set_title(name, fontsize=9)
-    for axis in axes:
-        axis.set_axis_off()
+        drawn = show(axis, values, name, cmap="inferno", vmin=0, vmax=1, alpha=0.7)
     bar = figure.colorbar(drawn, ax=axes, aspect=25, pad=0.02)
     bar.set_ticks([0, 1], labels=["nothing", "most"], fontsize=8)
     return figure
@@ -1058,17 +1058,20 @@ def open_test(ckpt, **flags):
     return network, about, train.open_test(about, flags.get("data"), flags.get("root"))
 
 
-def load_image(about, image=None, index=0, data=None, root=None, **_others):
-    """One picture for a network, 1×3×S×S uint8, and what to call it: the file `image`, or test
-    image `index` of the data it was trained on or of `data`."""
+def open_picture(ckpt, image=None, index=0, **flags):
+    """The network that a command's flags name, its `Description`, a picture 1×3×S×S uint8, its
+    class's number (None where that is not known) and what to call it: the file `image`, or number
+    `index` of the test images."""
     if image is not None:
-        return read_image(image, about.preprocessing.image_size)[None], Path(image).name
-    test = train.open_test(about, data, root)
+        network, about = open_network(ckpt, **flags)
+        picture = read_image(image, about.preprocessing.image_size)[None]
+        return network, about, picture, None, Path(image).name
+    network, about, test = open_test(ckpt, **flags)
     if not 0 <= index < len(test.labels):
         raise ValueError(f"index={index}: must be from 0 to {len(test.labels) - 1}")
     label = test.labels[index].item()
-    name = about.classes[label] if about.classes else label
-    return test.images[index:index + 1], f"test image {index}, class {name}"
+    name = f"test image {index}, class {about.classes[label] if about.classes else label}"
+    return network, about, test.images[index:index + 1], label if about.classes else None, name
 
 
 def predicted(network, about, test):
@@ -1188,8 +1191,7 @@ def where(ckpt: str | None = None, method: typing.Literal[
     2017, section 3).
     """
     name = flags.pop("class", None)
-    network, about = open_network(ckpt, **flags)
-    picture, source = load_image(about, image, index, **flags)
+    network, about, picture, _, source = open_picture(ckpt, image, index, **flags)
     shares = train.predict(network, picture, about.preprocessing)[0].softmax(0)
     classes = about.classes or [*map(str, range(len(shares)))]
     if name is not None and name not in classes:
@@ -1287,8 +1289,7 @@ def features(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     """Draw the first MAPS feature maps of each of LAYERS for one picture, one figure a layer."""
     layers = listed(layers)
     need(flags.get("out") if len(layers) > 1 else None, maps=maps, layers=len(layers))
-    network, about = open_network(ckpt, **flags)
-    picture, name = load_image(about, image, index, **flags)
+    network, about, picture, _, name = open_picture(ckpt, image, index, **flags)
     pixels, figures = about.preprocessing(picture, networks.device_of(network)), []
     for layer, found in feature_maps(network, layers, pixels).items():
         shown = found[0].cpu()  # C×H×W
