@@ -305,14 +305,14 @@ def top_activations(network, layer, images, preprocessing, units, top):
     """The `top` uint8 images that excite each of the `units` (channel numbers) of `layer` most.
 
     An image counts by its strongest position. One pass over the images keeps only the best.
-    Returns values units×top, falling, image numbers units×top, and (rows, columns), each
-    units×top, in the feature map.
+    Returns values units×top, falling, the images' numbers and the positions in the H·W of the
+    feature map, each units×top.
     """
     units, top = torch.as_tensor(units), min(top, len(images))
     best = torch.full((len(units), top), -torch.inf)
-    found = torch.zeros(2, len(units), top, dtype=torch.long)  # image, and position in its map
-    for start, found_maps in map_batches(network, [layer], images, preprocessing):
-        maps = found_maps[layer]
+    found = torch.zeros(2, len(units), top, dtype=torch.long)  # images, and positions
+    for start, outputs in map_batches(network, [layer], images, preprocessing):
+        maps = outputs[layer]
         if max(units) >= maps.shape[1]:
             raise ValueError(f"unit {max(units)}: {layer} has units 0 to {maps.shape[1] - 1}")
         peak, position = maps[:, units.to(maps.device)].flatten(2).max(2)  # N×units
@@ -321,8 +321,7 @@ def top_activations(network, layer, images, preprocessing, units, top):
         best, order = torch.cat([best, peak.T.float().cpu()], 1).topk(top, 1)
         found = torch.cat([found, torch.stack([index, position.T.cpu()])], 2)
         found = found.gather(2, order.expand(2, -1, -1))
-        width = maps.shape[3]
-    return best, found[0], (found[1] // width, found[1] % width)
+    return best, *found
 
 
 def cut_patches(images, boxes):
@@ -347,11 +346,9 @@ def top_fields(network, layer, images, preprocessing, units, top):
     Returns the activations, units×top, and for each of these units·top the uint8 image, the
     position in C·H·W of the feature maps, and the receptive field (see `network.receptive_fields`).
     """
-    values, chosen, (rows, columns) = top_activations(network, layer, images, preprocessing,
-                                                      units, top)
-    fields = networks.receptive_fields(network, layer, preprocessing.image_size)
-    height, width = fields.shape[1:3]
-    positions = ((torch.tensor(units)[:, None] * height + rows) * width + columns).flatten()
+    values, chosen, inside = top_activations(network, layer, images, preprocessing, units, top)
+    fields = networks.receptive_fields(network, layer, preprocessing.image_size)  # C×H×W×4
+    positions = (torch.tensor(units)[:, None] * fields[0, :, :, 0].numel() + inside).flatten()
     return values, images[chosen.flatten()], positions, fields.flatten(0, 2)[positions]
 
 
@@ -689,12 +686,13 @@ def fingerprint(*settings):
     what else there is by its text."""
     digest = hashlib.blake2b(digest_size=4)
     for part in settings:
-        tensors = part.state_dict().values() if isinstance(part, nn.Module) else [part]
-        for tensor in tensors:
-            content = tensor if isinstance(tensor, torch.Tensor) else torch.frombuffer(
-                bytearray(f"{tensor!r};", "utf-8"), dtype=torch.uint8)
-            # As bytes, because not every type of number has one in numpy.
-            digest.update(content.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for value in part.state_dict().values() if isinstance(part, nn.Module) else (part,):
+            if isinstance(value, torch.Tensor):
+                # As bytes, because not every type of number has one in numpy.
+                value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            else:
+                value = f"{value!r};".encode()
+            digest.update(value)
     return digest.hexdigest()
 
 

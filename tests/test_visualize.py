@@ -218,12 +218,12 @@ def test_top_activations_are_those_of_brute_force(opened):
     with network.capture(lenet, ["conv2"]) as outputs, torch.no_grad():
         lenet(about.preprocessing(images))
     maps = outputs["conv2"][:, [3, 0]]
-    values, numbers, (rows, columns) = visualize.top_activations(
+    values, numbers, positions = visualize.top_activations(
         lenet, "conv2", images, about.preprocessing, [3, 0], 5)
     for unit in range(2):
         peaks = maps[:, unit].amax((1, 2))
         assert numbers[unit].tolist() == peaks.argsort(descending=True)[:5].tolist()
-        found = maps[numbers[unit], unit, rows[unit], columns[unit]]
+        found = maps.flatten(2)[numbers[unit], unit, positions[unit]]
         assert torch.allclose(found, values[unit]) and torch.allclose(found, peaks[numbers[unit]])
     with pytest.raises(ValueError, match=r"16.*0 to 15"):
         visualize.top_activations(lenet, "conv2", images, about.preprocessing, [16], 5)
