@@ -170,43 +170,27 @@ def project(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
     positions in C·H·W. `rule` and `bn`: see `BackwardRule`. ValueError for a layer or unit there
     is not.
     """
-    return descend(network, layer, images, unit, rule, bn, watched=()).signal
+    return descend(network, layer, images, unit, rule, bn, watch=False).signal
 
 
-def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="through",
-            watched=None):
-    """What `project` does, as a `Descent`, with the norms at the `watched` modules (None: all).
+def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="through", watch=True):
+    """What `project` does, as a `Descent`, with the norms at all modules where it shall `watch`.
 
     A layer that is called several times counts with its first call. The network runs in
     evaluation mode and is afterwards as it was, also after an exception.
     """
     networks.refuse_opaque(network)
-    if watched is None:
-        watched = [name for name, _ in network.named_modules() if name]
     images = images.detach().to(torch.promote_types(images.dtype, torch.float32), copy=True)
     images.requires_grad_()
     with networks.evaluation(network), torch.enable_grad(), BackwardRule(rule, bn) as mode:
-        # `kept` has the modules up to the layer, where the innermost context stops the network.
-        with (_Watch(mode), networks.capture(network, watched) as kept,
-              networks.capture(network, [layer], stop=True) as outputs):
-            try:
-                networks.forward(network, images.clone())  # a clone: it may work in place at once
-            except ValueError:
-                if not mode.hidden:
-                    raise
-        if mode.hidden:
-            raise ValueError(f"{mode.hidden[0]} rectifies where rule={rule} cannot replace it (in "
-                             f"an autograd.Function, a scripted function, vmap, checkpointing or "
-                             f"without gradients, or in place): call torch.relu there, or take "
-                             f"rule=gradient")
-        found = networks.captured_maps(outputs, layer)
+        outputs, found = forward_to(network, layer, images, mode, rule, watch)
         start = found.detach().flatten(1)
         positions = unit if isinstance(unit, Tensor) else strongest(found.detach(), unit)
         if positions is not None:
             start = start * torch.nn.functional.one_hot(positions, start.shape[1])
         # One backward pass gives the signal everywhere: what is kept is in the graph, so the
         # "gradient" of the start with respect to it is the signal there.
-        below = {name: output for name, output in reversed(kept.items())
+        below = {name: output for name, output in reversed(outputs.items())
                  if isinstance(output, Tensor) and output.requires_grad}
         try:
             *signals, signal = torch.autograd.grad(found, [*below.values(), images],
@@ -219,12 +203,33 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
                          f"depend on them, or something on the way computes none)")
     if not signal.isfinite().all():
         raise ValueError(f"layer={layer}: the signal overflows {str(found.dtype)[6:]} on its way")
-    # A module that is called several times, as a shared rectifier, counts with its last call below
-    # the layer, at the position of its first. What the layer does not look at has no signal.
-    norms = {name: part.flatten(1).float().norm(dim=1) for name, part in zip(below, signals)
-             if part is not None}
-    norms["image"] = signal.flatten(1).norm(dim=1)
+    # What the layer does not look at has no signal.
+    norms = {name: part.flatten(1).float().norm(dim=1)
+             for name, part in zip([*below, "image"], [*signals, signal]) if part is not None}
     return Descent(signal, found.detach(), positions, norms)
+
+
+def forward_to(network, layer, images, mode, rule, watch):
+    """({module: output} of all modules up to `layer` where it shall `watch`, the layer's maps), in
+    a graph whose rectifiers follow the open `mode`; ValueError where one of them does not.
+
+    A module that is called several times, as a shared rectifier, counts with its last call below
+    the layer, at the position of its first.
+    """
+    names = [name for name, _ in network.named_modules() if name and watch]
+    # The innermost context stops the network at the layer.
+    with (_Watch(mode), networks.capture(network, names) as outputs,
+          networks.capture(network, [layer], stop=True) as reached):
+        try:
+            networks.forward(network, images.clone())  # a clone: it may work in place at once
+        except ValueError:
+            if not mode.hidden:
+                raise
+    if mode.hidden:
+        raise ValueError(f"{mode.hidden[0]} rectifies where rule={rule} cannot replace it (in an "
+                         f"autograd.Function, a scripted function, vmap, checkpointing or without "
+                         f"gradients, or in place): call torch.relu there, or take rule=gradient")
+    return outputs, networks.captured_maps(reached, layer)
 
 
 def strongest(activations, unit="strongest"):
@@ -575,7 +580,7 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     if label is None:
         label, kind = logits.argmax().item(), "class predicted at first"
     layer = layer or networks.grad_cam(network, images, label)[1]  # the last with maps
-    descent = descend(network, layer, images, watched=())
+    descent = descend(network, layer, images, watch=False)
     unit = descent.positions[0].item() // descent.activations[0, 0].numel()
     found = occlude(network, layer, picture, about.preprocessing, unit, label, size, stride)
     figure = draw_occlusion(
