@@ -432,39 +432,34 @@ def _list_folder(folder):
         raise FileNotFoundError(
             f"data={str(folder)!r}: no such data set or folder (cifar10, cifar100, shapes, or a "
             f"folder with train/<class>/* and test/<class>/*)")
-    classes, files = {}, {"train": [], "test": []}
-    left_out = collections.Counter()
-    for part in files:
+    classes, left_out = {}, collections.Counter()
+    for part in ("train", "test"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder}: has no folder {part!r} (needed: train/<class>/*, "
                                     f"test/<class>/*)")
-        found = [entry.name for entry in (folder / part).iterdir() if entry.is_dir()]
-        classes[part] = sorted(name for name in found if not name.startswith("."))
-        if hidden := len(found) - len(classes[part]):
-            left_out["hidden folders beside the classes"] += hidden
-    odd = sorted(set(classes["train"]) ^ set(classes["test"]))
-    if odd or not classes["train"]:
+        found = {entry.name for entry in (folder / part).iterdir() if entry.is_dir()}
+        classes[part] = {name for name in found if not name.startswith(".")}
+        left_out["hidden folders beside the classes"] += len(found - classes[part])
+    names, odd = sorted(classes["train"]), sorted(classes["train"] ^ classes["test"])
+    if odd or not names:
         raise ValueError(f"{folder}: train and test must have the same classes, and at least one; "
                          f"in one of them only: {', '.join(odd) or 'none at all'}")
-    for name in classes["train"]:
+    for name in names:
         if not name.isprintable():
             raise ValueError(f"{folder}: the class {name!r} has characters that cannot be shown")
-    for part, label in itertools.product(files, range(len(classes["train"]))):
-        class_folder = folder / part / classes["train"][label]
-        found = _list_class(class_folder, label, left_out)
-        if not found:
-            raise ValueError(f"{class_folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
-        files[part] += found
-    if left_out:
-        print(f"{folder}: left out " + ", ".join(f"{what} ({count})" for what, count
-                                                 in sorted(left_out.items())), file=sys.stderr)
-    return files, classes["train"]
+    files = {part: [file for label, name in enumerate(names)
+                    for file in _list_class(folder / part / name, label, left_out)]
+             for part in classes}
+    told = [f"{what} ({count})" for what, count in sorted(left_out.items()) if count]
+    if told:
+        print(f"{folder}: left out {', '.join(told)}", file=sys.stderr)
+    return files, names
 
 
 def _list_class(folder, label, left_out):
     """The rows of `_list_folder` of one class, by path; counts in `left_out` what is no image."""
     found = []
-    with os.scandir(folder) as entries:
+    with os.scandir(folder) as entries:  # which knows sizes and times without opening a file
         for entry in entries:
             suffix = Path(entry.name).suffix.lower()
             if os.path.isdir(entry.path):
@@ -478,6 +473,8 @@ def _list_class(folder, label, left_out):
                     found.append((entry.path, label, 0, 0))
             elif not entry.name.startswith("."):
                 left_out[f"files of type {suffix or 'unknown'}"] += 1
+    if not found:
+        raise ValueError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
     return sorted(found)
 
 
@@ -895,22 +892,25 @@ class Batches:
         self.way = way or self._choose_way()
         self.images = split.images if self.way == "host" else self._store(split.images)
 
-    def _need(self, way):
-        """The bytes that `way` takes on the device."""
-        side, copies = (self.side, 1 + self.flips) if way == "store" else (self.size, 1)
-        return 0 if way == "host" else copies * len(self.labels) * side**2 * 3
+    def _needs(self):
+        """{way: the bytes that it takes on the device}, the fastest way first."""
+        count = 3 * len(self.labels)
+        return {"store": count * self.side**2 * (1 + self.flips), "device": count * self.size**2,
+                "host": 0}
 
     def _choose_way(self):
-        on_cpu = self.device.type == "cpu"  # where "device" would only be another copy
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) if on_cpu else 1
+        needs, sharing = self._needs(), 1
+        if self.device.type == "cpu":  # the processes of a machine share its memory, and images
+            sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+            if needs["store"] == needs["device"]:  # as they are would only be copied
+                del needs["store"]
+            del needs["device"]
         room = free_memory(self.device) / sharing / 2
-        ways = [way for way in ("store", "device") if self._need(way) <= room
-                and not (on_cpu and self._need(way) <= self._need("device"))]
-        return (*ways, "host")[0]
+        return next(way for way, need in needs.items() if need <= room)
 
     def describe_way(self):
         """A few words on where the images are."""
-        size = f"{self._need(self.way) / 1e6:,.0f} MB on the {self.device.type}"
+        size = f"{self._needs()[self.way] / 1e6:,.0f} MB on the {self.device.type}"
         return {"store": f"images and their mirror images: {size}" if self.flips
                 else f"images with margins: {size}",
                 "device": f"images: {size}; cropped and flipped batch by batch",
@@ -995,28 +995,23 @@ class Batches:
 
     def _fetch(self, plan, steps):
         """Yield each step's images, B×S×S×3, on the device."""
-        if self.way == "device":
-            for mine in steps:
-                yield self.images.index_select(0, plan.order[mine])
-            return
-
         def gathered(mine):
             numbers = plan.order[mine]
+            if self.way == "device":
+                return self.images.index_select(0, numbers)
+            # The GPU copies from pinned memory while it computes; from other memory it waits.
             out = torch.empty(len(numbers), self.size, self.size, 3, dtype=torch.uint8,
                               pin_memory=self.device.type == "cuda")
             return gather(self.images, numbers, out)
 
-        if self.device.type == "cpu":
+        if self.way == "device" or self.device.type == "cpu":
             yield from map(gathered, steps)
             return
-        copied = None  # the copy of the next batch is under way while one is computed with
-        for pixels in ahead(gathered, steps, threads=1, depth=2):
-            following = pixels.to(self.device, non_blocking=True)
-            if copied is not None:
-                yield copied
-            copied = following
-        if copied is not None:
-            yield copied
+        copies = (pixels.to(self.device, non_blocking=True)
+                  for pixels in ahead(gathered, steps, threads=1, depth=2))
+        # In pairs, as the copy of the next batch shall be under way while one is computed with.
+        for pixels, _following in itertools.pairwise(itertools.chain(copies, [None])):
+            yield pixels
 
     def _cutout_mask(self, corner):
         """B×S×S×1: 0 in a square around each of the 2×B `corner` points, 1 elsewhere."""
@@ -1325,25 +1320,25 @@ class Flag(typing.NamedTuple):
 def parse_value(name, text, kind):
     """The value that `text` stands for as type `kind`; ValueError names flag, value and kind.
 
-    Lists are separated by `,` or `+`; `none` is None, or an empty list.
+    Lists are separated by `,` or `+`; `none` is None, or an empty list. Of `A | B` the first is
+    taken that `text` can be.
     """
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        if type(None) in typing.get_args(kind) and text.lower() == "none":
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in parts and text.lower() == "none":
             return None
-        kinds = [option for option in typing.get_args(kind) if option is not type(None)]
-        for option in kinds[:-1]:
+        *others, last = (part for part in parts if part is not type(None))
+        for other in others:
             with contextlib.suppress(ValueError):
-                return parse_value(name, text, option)
-        return parse_value(name, text, kinds[-1])
-    if typing.get_origin(kind) is typing.Literal:
-        allowed = typing.get_args(kind)
-        if text not in allowed:
-            raise ValueError(f"{name}={text}: must be one of {', '.join(allowed)}"
-                             f"{closest(text, allowed)}")
-        return text
-    if typing.get_origin(kind) is tuple:
-        parts = [] if text.lower() in ("", "none") else re.split("[,+]", text)
-        return tuple(parse_value(name, part, typing.get_args(kind)[0]) for part in parts)
+                return parse_value(name, text, other)
+        return parse_value(name, text, last)
+    if origin is tuple:
+        items = [] if text.lower() in ("", "none") else re.split("[,+]", text)
+        return tuple(parse_value(name, item, parts[0]) for item in items)
+    if origin is typing.Literal:
+        if text in parts:
+            return text
+        raise ValueError(f"{name}={text}: must be one of {', '.join(parts)}{closest(text, parts)}")
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -1360,18 +1355,23 @@ def parse_value(name, text, kind):
 
 def text_of(value):
     """A flag's value as one would type it."""
-    return ",".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else (
-        str(value).lower() if value is None or isinstance(value, bool) else str(value))
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def closest(word, known):
-    """A question after the one of `known` that `word` may stand for, or "" if none is like it."""
-    meant = nearest(word, known)
+def did_you_mean(meant):
+    """A question after `meant`, or "" if that is nothing."""
     return f"; did you mean {meant}?" if meant else ""
 
 
+def closest(word, known):
+    """A question after the `nearest` of `known`, or "" if none is like `word`."""
+    return did_you_mean(nearest(word, known))
+
+
 def nearest(word, known):
-    """The one of `known` that `word` may stand for, or None.
+    """The one of `known` that `word` may stand for, or None if none is like it.
 
     Case and punctuation do not count (ResNet-18), and initials may be meant (learning_rate: lr).
     """
@@ -1385,8 +1385,9 @@ def nearest(word, known):
     if word.lower() == "gpu" and "cuda" in names:
         return "cuda"
     short = {initials(name): name for name in known if "_" in name}
-    found = difflib.get_close_matches(plain(word), names, 1)
-    return names[found[0]] if found else names.get(initials(word)) or short.get(plain(word))
+    for name in difflib.get_close_matches(plain(word), names, 1):
+        return names[name]
+    return names.get(initials(word)) or short.get(plain(word))
 
 
 def flags_of(function, meanings=None):
@@ -1420,12 +1421,6 @@ def all_flags(function, words, meanings=None):
     """`flags_of` a command, and what it takes beyond its signature: its attribute `flags`, a
     function of the line's `words`, tells these."""
     return flags_of(function, meanings) | getattr(function, "flags", lambda _words: {})(words)
-
-
-def takes_list(function):
-    """Whether a command takes any number of words without a flag."""
-    return any(parameter.kind is parameter.VAR_POSITIONAL
-               for parameter in inspect.signature(function).parameters.values())
 
 
 def value_in(words, flag):
@@ -1464,24 +1459,22 @@ def canonical(words, known, listed):
         name = name.replace("-", "_")
         name = name if name in known else SAME.get(name, name)
         if name not in known or word.startswith("---"):
-            hint = dashed(word.lstrip("-").partition("=")[0], known)
-            raise ValueError(f"--{name}: no such flag{f'; did you mean {hint}?' if hint else ''} "
+            raise ValueError(f"--{name}: no such flag{did_you_mean(dashed(name, known))} "
                              f"(--help lists all)")
+        kind = known[name].kind
         if not equals:
-            text = _value_after(name, known[name].kind, words)
-        if not text and typing.get_origin(known[name].kind) is not tuple:
+            text = _value_after(words, kind)
+        if not text and typing.get_origin(kind) is not tuple:  # a list may be empty
             raise ValueError(f"--{name}: needs a value")
         if name in values:
             raise ValueError(f"--{name}: is given twice")
         values[name] = text
-    if plain and known and not listed:
-        first = next(iter(known))
-        if len(plain) > 1 or first in values:
+    if plain and not listed:
+        first = next(iter(known), None)
+        if len(plain) > 1 or first is None or first in values:
             raise ValueError(f"{plain[-1]}: a word too many; values follow their flag, several of "
                              f"them with commas between")
         values[first] = plain.pop()
-    elif plain and not listed:
-        raise ValueError(f"{plain[0]}: a word too many")
     return plain, {name: os.path.expanduser(text) if re.match("~(/|$)", text) else text
                    for name, text in values.items()}
 
@@ -1493,16 +1486,18 @@ def dashed(word, known):
     return f"--{meant}{equals}{text}" if meant else ""
 
 
-def _value_after(name, kind, words):
-    """The value of a flag without `=`: the next of `words`, which is taken from there."""
-    kinds = typing.get_args(kind) or (kind,)
+def _value_after(words, kind):
+    """The value of a flag without `=`: the next of `words`, taken from there, unless it is a flag.
+
+    `--skip_bad` alone means true: so a bool takes the next word only if that is true or false, and
+    `--skip_bad FOLDER` leaves the folder alone; `bool | str` (`--resume RUN`) takes any.
+    """
     follows = bool(words) and not is_flag(words[0])
-    if bool in kinds and not (follows and (kind is not bool
-                                           or words[0].lower() in ("true", "false"))):
-        return "true"
-    if not follows:
-        raise ValueError(f"--{name}: needs a value")
-    return words.pop(0)
+    if kind is bool and follows:
+        follows = words[0].lower() in ("true", "false")
+    if follows:
+        return words.pop(0)
+    return "true" if bool in (kind, *typing.get_args(kind)) else ""
 
 
 def parse(commands, words, default=None, moved=None):
@@ -1534,7 +1529,7 @@ def parse(commands, words, default=None, moved=None):
         if (flag := word.partition("=")[0]) in moved:
             raise ValueError(f"{flag}: is now called {moved[flag]}")
     own, known = flags_of(function), all_flags(function, words)
-    plain, texts = canonical(words[1:], known, takes_list(function))
+    plain, texts = canonical(words[1:], known, inspect.getfullargspec(function).varargs)
     fire.Fire(remember, command=[f"--{name}={text}" for name, text in texts.items()])
     values = {name: parse_value(name, text, own[name].kind) if name in own else text
               for name, text in remembered.items()}
@@ -1554,12 +1549,11 @@ def _no_command(words, commands, default, moved):
     if default and not hint:  # a value of one of the default's flags: lenet for --model=lenet
         flags = all_flags(commands[default], ())
         if "=" in word:
-            meant = dashed(word, flags)
+            hint = did_you_mean(dashed(word, flags))
         else:
             choices = {choice: f"--{name}={choice}" for name, flag in [*flags.items()][::-1]
                        for choice in flag.choices}
-            meant = choices.get(nearest(word, choices))
-        hint = f"; did you mean {meant}?" if meant else ""
+            hint = did_you_mean(choices.get(nearest(word, choices)))
     return f"no command {word!r}{hint or f'; commands: {chr(44).join(commands)}'}"
 
 
@@ -1664,8 +1658,7 @@ def help_text(commands, words, default, meanings):
              f"commands: {', '.join(commands)}"]
     for name in chosen:
         lines += ["", name, inspect.getdoc(commands[name]) or ""]
-        if takes_list(commands[name]):
-            listed = inspect.getfullargspec(commands[name]).varargs
+        if listed := inspect.getfullargspec(commands[name]).varargs:
             lines.append(f"  {listed.upper() + ' …':<30} {meanings.get(listed, '')}".rstrip())
         for number, (flag, (_, value, meaning, words_of)) in enumerate(
                 all_flags(commands[name], words, meanings).items()):

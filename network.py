@@ -426,10 +426,8 @@ def build(name, classes=10, image_size=None, **options):
 
 def check_size(network, size):
     """ValueError unless `network` takes images of size×size as well as those it was built for."""
-    images = torch.zeros(1, 3, size, size, device=device_of(network))
     try:
-        with torch.no_grad(), evaluation(network):
-            forward(network, images)
+        outputs_of(network, [], size)
     except ValueError as error:
         raise ValueError(f"the network was built for images of another size and cannot take "
                          f"{size}×{size} ones") from error
@@ -501,8 +499,9 @@ def capture(network, layers, stop=False):
 
     What is kept is the layer's own output, which gradients reach; a clone of it is handed on, so
     that an activation in place behind the layer does not change it. A layer that is called
-    several times leaves its last output. `stop` ends the block, quietly, as soon as all the
-    layers have been reached. The hooks come off whatever happens.
+    several times leaves its last output; the layer "" is the network itself. `stop` ends the
+    block, quietly, as soon as all the layers have been reached. The hooks come off whatever
+    happens.
     """
     outputs = {}
 
@@ -514,7 +513,8 @@ def capture(network, layers, stop=False):
 
     with contextlib.ExitStack() as hooks:
         for layer in layers:
-            hooks.enter_context(find_layer(network, layer).register_forward_hook(
+            module = find_layer(network, layer) if layer else network
+            hooks.enter_context(module.register_forward_hook(
                 lambda _module, _inputs, output, layer=layer: keep(layer, output)))
         with contextlib.suppress(_Reached):
             yield outputs
@@ -804,22 +804,40 @@ def grad_cam(network, images, label, layer=None):
 # ---------------------------------------------------------------------------- summary
 
 
-def stages(network, image_size):
-    """One row a stage: (name, output shape C×H×W, parameters, multiply-adds an image).
+def outputs_of(network, names, image_size, compiled=True):
+    """{name: output} of the modules called `names`, in the order in which they end, for one black
+    image; on the meta device only shapes are computed. `compiled` see `forward`."""
+    images = torch.zeros(1, 3, image_size, image_size, device=device_of(network))
+    with torch.no_grad(), evaluation(network), capture(network, names) as outputs:
+        forward(network, images, compiled=compiled)
+    return outputs
 
-    A network on the meta device is enough: then nothing is computed.
+
+def shapes_and_counts(network, names, image_size):
+    """({name: shape of the output for one image, without the batch}, {name: multiply-adds, those of
+    the modules inside included}) of modules; what was not called, or computes nothing, is absent.
+
+    Of several outputs the first tensor counts. A network on the meta device is enough.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    with FlopCounterMode(display=False) as counter:
+        outputs = outputs_of(network, names, image_size)
+    shapes = {}
+    for name, output in outputs.items():
+        parts = output if isinstance(output, (tuple, list)) else (output,)
+        shapes[name] = next((tuple(part.shape[1:]) for part in parts if torch.is_tensor(part)), ())
+    # The counter says Sequential.conv1.0 for our conv1.0, and counts a multiply-add as two.
+    return shapes, {name.partition(".")[2]: sum(kinds.values()) // 2
+                    for name, kinds in counter.get_flop_counts().items()}
+
+
+def stages(network, image_size):
+    """One row a stage: (name, output shape C×H×W, parameters, multiply-adds an image)."""
     children = dict(network.named_children())
-    images = torch.zeros(1, 3, image_size, image_size, device=device_of(network))
-    with (torch.no_grad(), evaluation(network), capture(network, children) as outputs,
-          FlopCounterMode(display=False) as counter):
-        forward(network, images)
-    operations = {name.rpartition(".")[2]: sum(counts.values()) // 2
-                  for name, counts in counter.get_flop_counts().items() if name.count(".") == 1}
-    return [(name, tuple(outputs[name].shape[1:]), count_parameters(stage),
-             operations.get(name, 0)) for name, stage in children.items()]
+    shapes, counts = shapes_and_counts(network, children, image_size)
+    return [(name, shapes[name], count_parameters(stage), counts.get(name, 0))
+            for name, stage in children.items()]
 
 
 class Layer(typing.NamedTuple):
@@ -839,26 +857,10 @@ def layers(network, image_size):
     """A `Layer` for each module of any network that holds no others, or has parameters or
     operations of its own beside them, in the order in which they are done.
 
-    `output` is without the batch, None for a module that was not called. As for `stages`, a network
-    on the meta device is enough.
+    `output` is without the batch, None for a module that was not called.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    modules, shapes = dict(network.named_modules()), {}
-
-    def note(name, output):
-        parts = output if isinstance(output, (tuple, list)) else (output,)
-        shapes[name] = next((tuple(part.shape[1:]) for part in parts if torch.is_tensor(part)), ())
-
-    images = torch.zeros(1, 3, image_size, image_size, device=device_of(network))
-    with contextlib.ExitStack() as hooks, torch.no_grad(), evaluation(network):
-        for name, module in modules.items():
-            hooks.enter_context(module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: note(name, output)))
-        counter = hooks.enter_context(FlopCounterMode(display=False))
-        forward(network, images)
-    counts = {name.partition(".")[2]: sum(kinds.values()) // 2
-              for name, kinds in counter.get_flop_counts().items()}
+    modules = dict(network.named_modules())
+    shapes, counts = shapes_and_counts(network, modules, image_size)
     rows = []
     for name in [*shapes, *(name for name in modules if name not in shapes)]:
         module = modules[name]
@@ -884,18 +886,10 @@ def _sides(value):
 
 def largest_output(network, image_size):
     """The number of values in the largest output of a layer, for one image of that side."""
-    counts = [3 * image_size**2]
-
-    def note(_layer, _inputs, output):
-        if isinstance(output, Tensor):
-            counts.append(output.numel())
-
-    images = torch.zeros(1, 3, image_size, image_size, device=device_of(network))
-    with contextlib.ExitStack() as hooks, torch.no_grad(), evaluation(network):
-        for layer in network.modules():
-            hooks.enter_context(layer.register_forward_hook(note))
-        forward(network, images, compiled=False)
-    return max(counts)
+    names = [name for name, _ in network.named_modules() if name]
+    outputs = outputs_of(network, names, image_size, compiled=False).values()
+    return max([3 * image_size**2, *(output.numel() for output in outputs
+                                     if isinstance(output, Tensor))])
 
 
 def count_parameters(network):
