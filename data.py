@@ -192,7 +192,8 @@ def balanced(labels, count, seed):
         raise ValueError(f"limit={count}: at least one image is needed")
     if count is None or count >= len(labels):
         return torch.arange(len(labels))
-    # Each class is shuffled; then images are dealt in turn, one of every class a round.
+    # Each class is shuffled; then images are dealt in turn, one of every class a round: of classes
+    # aaab the turns are 0 2 4 and 1, so the first two dealt are one a and the b.
     order = torch.randperm(len(labels), generator=generator(seed, "val"))
     turn, classes = torch.empty_like(order), labels.unique()
     for number, label in enumerate(classes):
@@ -212,6 +213,7 @@ def pixel_statistics(images):
 
     For CIFAR-10's 50 000 training images: mean .4914 .4822 .4465, std .2470 .2435 .2616.
     """
+    # Whole numbers, whose sums do not depend on their order, as those of 150 million floats would.
     levels, counts = torch.arange(256, dtype=torch.float64) / 255, torch.zeros(3, 256).long()
     for numbers in in_chunks(images):
         for channel, pixels in enumerate(gather(images, numbers).flatten(0, 2).T):
@@ -220,7 +222,7 @@ def pixel_statistics(images):
     for share in counts.double() / counts.sum(1, keepdim=True):
         mean.append((share * levels).sum().item())
         variance = (share * (levels - mean[-1]) ** 2).sum().item()
-        std.append(max(variance**0.5, 1e-3))
+        std.append(max(variance**0.5, 1e-3))  # one colour everywhere: it is divided by
     return tuple(mean), tuple(std)
 
 
@@ -236,6 +238,7 @@ def mean_of_image_stds(images):
 
 def generator(*keys):
     """A CPU random generator whose stream is a pure function of `keys`."""
+    # Not `hash`, which differs from process to process for text.
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -373,7 +376,7 @@ def read_image(path, size=None, only_larger=False):
                 if image.mode == "F":
                     raise ValueError("pixels that are floating-point numbers")
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):
+                if image.mode.startswith("I"):  # 0…65535 = 257·255
                     image = image.convert("I").point(lambda value: value / 257).convert("L")
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
@@ -404,6 +407,8 @@ def _folder(folder, root, image_size, skip_bad, parts, writes):
              for part in files for path, _, size, _ in files[part]]
     labels = {part: torch.tensor([label for _, label, _, _ in files[part]]) for part in parts}
 
+    # A cache is named for what was asked for, so that another question has another file, and holds
+    # a key of the files' times and sizes, so that changed images take the place of the old ones.
     def decoded(part, rows):
         items = [files[part][row] for row in rows]
         which = "" if len(items) == len(files[part]) else items
@@ -721,16 +726,20 @@ def _draw_chunk(labels, random):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=random)
 
+    # Each pixel's centre in the shape's own coordinates: moved, turned, and in units of its radius.
+    # All below are n×32×32, with one number an image where it says (1, 1), a colour where 1, 1, 3.
     grid = torch.arange(32) + 0.5
     y, x = (grid[:, None] - uniform(11, 21, 1, 1)), (grid[None, :] - uniform(11, 21, 1, 1))
     angle, radius = uniform(0, 2 * math.pi, 1, 1), uniform(7, 12, 1, 1)
     u = (x * angle.cos() + y * angle.sin()) / radius
     v = (y * angle.cos() - x * angle.sin()) / radius
     inside = _shape_fields(u, v)[labels, torch.arange(n)]
+    # `inside · radius` is about the distance to the edge in pixels: an edge is two pixels soft.
     mask = torch.sigmoid(inside * radius * 3)[..., None]
 
     # The background: a colour, a gradient, and three discs of clutter smaller than any shape.
     back, fore = uniform(0, 1, 1, 1, 3), uniform(0, 1, 1, 1, 3)
+    # Where two colours could be taken for one, each channel is 0 or 1, whichever is further off.
     fore = torch.where((fore - back).abs().amax(-1, keepdim=True) < 0.4, 1 - back.round(), fore)
     image = back + uniform(-0.3, 0.3, 1, 1, 3) * (x / 16)[..., None]
     for _ in range(3):
@@ -742,9 +751,14 @@ def _draw_chunk(labels, random):
 
 
 def _shape_fields(u, v):
-    """Ten fields over the unit disc, positive inside the shape, in the order of `SHAPES`."""
+    """Ten fields over the unit disc, positive inside the shape, in the order of `SHAPES`.
+
+    Each is about the distance to the nearest edge. Of two shapes `minimum` is what both cover,
+    `maximum` what either does.
+    """
     r = (u**2 + v**2).sqrt()
     box = torch.maximum(u.abs(), v.abs())
+    # How far a point lies in the directions of a triangle's three sides, 30°, 150° and 270°.
     sides = [u * math.cos(a) + v * math.sin(a) for a in (0.5236, 2.618, 4.7124)]
     arms = torch.maximum(torch.minimum(0.28 - u.abs(), 1 - v.abs()),
                          torch.minimum(0.28 - v.abs(), 1 - u.abs()))
@@ -798,7 +812,11 @@ class Preprocessing:
 
 @functools.lru_cache(maxsize=8)
 def _row_constants(mean, std, width, device):
-    """x ↦ x·scale + shift for a row of `width` RGB pixels, as two vectors of width·3 values."""
+    """x ↦ x·scale + shift for a row of `width` RGB pixels, as two vectors of width·3 values.
+
+    Three values would do, but a loop over the last three values of a tensor is short and slow. A
+    vector is made once: to copy it to the device in each step would make the GPU wait.
+    """
     scale = torch.tensor([1 / (255 * s) for s in std]).repeat(width)
     shift = torch.tensor([-m / s for m, s in zip(mean, std)]).repeat(width)
     return scale.to(device), shift.to(device)
@@ -922,6 +940,7 @@ class Batches:
         followed by their mirror images if any flip is on. Built in parts, with no second copy."""
         count, stored = len(images), self.way == "store"
         side, mirrors = (self.side, self.flips) if stored else (self.size, False)
+        # Mirror images are the numbers from `count` on: a flip is then a choice of a number.
         store = torch.empty(count * (1 + mirrors), side, side, 3, dtype=torch.uint8,
                             device=self.device)
         done = 0
@@ -939,6 +958,8 @@ class Batches:
 
     def plan(self, epoch, crop=True):
         """The whole epoch's choices as a `Plan`, on the device; the order on the CPU for "host"."""
+        # Everything is drawn, whether this augmentation uses it or not, and on the CPU: so the same
+        # seed means the same order with every augmentation and on every device.
         random, count = generator(self.seed, epoch), len(self.labels)
         order = torch.randperm(count, generator=random)
         mirrored = torch.rand(count, generator=random) < 0.5
@@ -973,6 +994,7 @@ class Batches:
 
     def _crops_of_store(self, plan, steps):
         """Yield each step's crops as `crops_of` does, from images that have margins and mirrors."""
+        # The number of pixel (y, x) of an image among all the pixels of all images.
         image = plan.order + len(self.labels) * plan.mirrored
         first = (image * self.side + plan.shift[0]) * self.side + plan.shift[1]
         for mine in steps:
@@ -1017,6 +1039,7 @@ class Batches:
         """B×S×S×1: 0 in a square around each of the 2×B `corner` points, 1 elsewhere."""
         line = torch.arange(self.size, device=self.device)
         half = self.size * CUTOUT / 2
+        # 2×B×S: the lines, of rows and of columns, whose centres are near enough.
         near = (line - corner[..., None] + 0.5).abs() <= half
         return ~(near[0][:, :, None] & near[1][:, None, :])[..., None]
 
@@ -1036,6 +1059,8 @@ def mix(images, labels, augment, seed, step):
     if kind == "mixup":
         images = images.lerp(others, 1 - share)
     else:
+        # A rectangle of the images' form that covers a share 1 − share of them; at the border it is
+        # cut off, and the share is what is left.
         size = images.shape[3]
         half = size * (1 - share) ** 0.5 / 2
         top, bottom, left, right = (round(min(max(size * middle + side, 0), size))
@@ -1119,7 +1144,7 @@ def read_json(path, meaning):
 def nested(value, depth=20, most=100_000):
     """Whether lists and dictionaries stand in each other deeper than `depth`, or hold more than
     `most` things at one depth: what walks through them would not come back."""
-    level = [value]
+    level = [value]  # all that stands at one depth: a loop, as a recursion would not come back
     for _ in range(depth):
         parts = (part.values() if isinstance(part, dict) else part for part in level
                  if isinstance(part, (dict, list, tuple)))

@@ -253,7 +253,8 @@ class WhiteningConv(nn.Conv2d):
         What is added to the eigenvalues keeps directions that hold next to nothing small, such
         as the fine colour that JPEG leaves out.
         """
-        # In float64, on the CPU: MPS has no float64.
+        # With the covariance C = V·Λ·Vᵀ of the patches p, the outputs Λ^(−½)·Vᵀ·p have the
+        # covariance Λ^(−½)·Vᵀ·C·V·Λ^(−½) = 1. In float64, on the CPU: MPS has no float64.
         patches = F.unfold(images.cpu(), 2).permute(0, 2, 1).flatten(0, 1).double()
         values, vectors = torch.linalg.eigh(patches.T.cov())
         filters = (vectors / (values + 5e-2).sqrt()).T.reshape(-1, *self.weight.shape[1:])
@@ -303,6 +304,8 @@ def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (48, 128,
     network.pool = MixedPool()
     network.flatten = nn.Flatten()
     network.fc = nn.Linear(inputs, classes, bias=False)
+    # The first filters pass their channel on as it is, so that the gradient finds its way from the
+    # first step on (Jordan 2024).
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.weight.requires_grad:
             nn.init.dirac_(module.weight[:module.in_channels])
@@ -367,6 +370,7 @@ def options_of(name):
                          f"{closest(str(name), NETWORKS) or '; known: ' + ', '.join(NETWORKS)}")
     constructor = NETWORKS[name]
     function = getattr(constructor, "func", constructor)
+    # What is annotated is an option, but for what this row of NETWORKS has settled already.
     hints = typing.get_type_hints(function)
     return {option: (hints[option], parameter.default)
             for option, parameter in inspect.signature(constructor).parameters.items()
@@ -693,11 +697,12 @@ def receptive_fields(network, layer, image_size):
     with (evaluation(network), torch.enable_grad(), Connections(network),
           capture(network, [layer], stop=True) as outputs):
         forward(network, noise.expand(-1, 3, -1, -1), dtype)
-    maps = captured_maps(outputs, layer)[0]
+    maps = captured_maps(outputs, layer)[0]  # C×H×W, or C for a linear layer
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
     maps = maps if maps.ndim == 3 else maps[:, None, None]
     height, width = maps.shape[1:]
+    # Channels with the same values look at the same pixels: one of each kind is asked.
     kinds, kind = maps.detach().flatten(1).unique(dim=0, return_inverse=True)
     first = [(kind == number).nonzero()[0, 0] for number in range(len(kinds))]
 
@@ -713,6 +718,8 @@ def receptive_fields(network, layer, image_size):
                     box[axis], box[axis + 2] = lines[0, 0], lines[-1, 0] + 1
         return boxes
 
+    # A box's rows depend on the unit's row alone, its columns on the column: so the units of
+    # the diagonal tell all.
     fields = filled_in(fields_at, max(height, width)).transpose(0, 1)  # kinds×n×4
     rows, columns = fields[:, :height, None], fields[:, None, :width]
     top, bottom = (rows[..., side].expand(-1, -1, width) for side in (0, 2))
@@ -789,6 +796,7 @@ def grad_cam(network, images, label, layer=None):
     scores, _, outputs = class_scores(network, images, label, names)
     kept = {name: output for name, output in outputs.items()
             if isinstance(output, Tensor) and output.requires_grad}
+    # Images do not mix, so the gradient of the sum is that of each image's own score.
     slopes = torch.autograd.grad(scores.sum(), [*kept.values()], allow_unused=True)
     for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
         with contextlib.suppress(ValueError):  # no output of its kind
@@ -935,7 +943,7 @@ def check_archive(path):
 
 def save(path, checkpoint, older=None):
     """Write `checkpoint` (see `REQUIRED`) to `path`, all or nothing (see `write_atomically`)."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # not the file: the checksum is of all of it
     torch.save(checkpoint, buffer)
     content = bytearray(buffer.getbuffer())
     content[-2:] = (32).to_bytes(2, "little")  # the end record's length of the comment
