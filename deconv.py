@@ -26,6 +26,7 @@ The paper's other three experiments follow from it: `occlusion` (section 4.2), `
 `invariance` (section 4). Sections are those of the preprint, arXiv:1311.2901.
 """
 
+import itertools
 import math
 import typing
 
@@ -422,6 +423,12 @@ def draw_norms(figure, position, norms):
     axes.legend(fontsize=8)
 
 
+def beside(left, right):
+    """Images …×H×W and …×H×V beside each other, with white between them."""
+    gap = torch.ones(*left.shape[:-1], max(1, left.shape[-1] // 16))
+    return torch.cat([left, gap, right], -1)
+
+
 def draw_gallery(patches, back, values, units, title):
     """A figure: for each unit its patches as a block, and beside it their reconstructions.
 
@@ -429,12 +436,10 @@ def draw_gallery(patches, back, values, units, title):
     """
     from torchvision.utils import make_grid
 
-    blocks = []
-    for tiles in zip(patches, back):
-        left, right = (make_grid(part, math.ceil(len(part) ** 0.5), padding=1, pad_value=1)
-                       for part in tiles)
-        gap = torch.ones(3, left.shape[1], left.shape[2] // 24)
-        blocks.append(torch.cat([left, gap, right], 2))
+    def block(tiles):
+        return make_grid(tiles, math.ceil(len(tiles) ** 0.5), padding=1, pad_value=1)
+
+    blocks = [beside(block(own), block(signals)) for own, signals in zip(patches, back)]
     title += "\nactivations, strongest patches, what comes back of each (0 is grey, own scale)"
     titles = [f"unit {unit}: {high:.2g} … {low:.2g}"
               for unit, (high, low) in zip(units, values[:, [0, -1]])]
@@ -458,11 +463,7 @@ def draw_occlusion(picture, found, signal, size, unit, label, classes, title):
                    for step in divmod(found.probabilities.argmin().item(), steps))
     shown = picture.clone()
     shown[:, max(row, 0):row + size, max(column, 0):column + size] = 0.5
-    numbers, ranks, counts = found.predictions.unique(return_inverse=True, return_counts=True)
-    order = counts.argsort(descending=True)  # the most frequent class has the first colour
-    ranks = order.argsort()[ranks].clamp(max=len(colors) - 1)
-    texts = [classes[number] for number in numbers[order].tolist()]
-    texts = texts if len(texts) <= len(colors) else [*texts[:len(colors) - 1], "others"]
+    ranks, names = ranked(found.predictions, classes, len(colors))
     figure = visualize.new_figure(17, 4.5, title)
     panels = [
         (shown.permute(1, 2, 0), f"the grey square, {size}×{size},\nwhere it does most", {}),
@@ -479,34 +480,30 @@ def draw_occlusion(picture, found, signal, size, unit, label, classes, title):
             bar = axes.inset_axes((0.1, -0.1, 0.8, 0.04))
             figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=MaxNLocator(5))
             bar.tick_params(labelsize=8)
-    axes.legend(handles=[Patch(color=color, label=text) for color, text in zip(colors, texts)],
+    axes.legend(handles=[Patch(color=color, label=text) for color, text in zip(colors, names)],
                 fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.02))
     return figure
+
+
+def ranked(predictions, classes, most):
+    """Class numbers as ranks by their frequency, and the names of the ranks; all classes from the
+    last of `most` ranks on are "others"."""
+    numbers, which, counts = predictions.unique(return_inverse=True, return_counts=True)
+    order = counts.argsort(descending=True)
+    names = [classes[number] for number in numbers[order].tolist()]
+    names = names if len(names) <= most else [*names[:most - 1], "others"]
+    return order.argsort()[which].clamp(max=most - 1), names
 
 
 def draw_invariance(rows, classes, title):
     """A figure after figure 5 of Zeiler & Fergus (2014): a row for each of {name: (amounts,
     pictures amounts×N×3×S×S, distances, probabilities)} (see `move_apart`); `classes` N names."""
-    from torchvision.utils import make_grid
-
     layers = next(iter(rows.values()))[2]
     figure = visualize.new_figure(5 + 3.4 * (len(layers) + 1), 3.1 * len(rows) + 0.5, title)
     grid = figure.add_gridspec(len(rows), len(layers) + 2, width_ratios=[1.4, *[1] * (
         len(layers) + 1)])
     for row, (name, (amounts, pictures, distances, shares)) in enumerate(rows.items()):
-        axes = figure.add_subplot(grid[row, 0])
-        chosen = [index * (len(amounts) - 1) // 6 for index in range(7)]
-        strip = make_grid(pictures[chosen].transpose(0, 1).flatten(0, 1), 7, padding=1, pad_value=1)
-        axes.imshow(strip.permute(1, 2, 0), interpolation="nearest")
-        axes.set_title(name, fontsize=10)
-        axes.set_xticks([(index + 0.5) * strip.shape[2] / 7 for index in range(7)],
-                        [f"{amounts[index]:.3g}" for index in chosen], fontsize=8)
-        axes.set_yticks([(number + 0.5) * strip.shape[1] / len(classes)
-                         for number in range(len(classes))], classes, fontsize=8)
-        for number, text in enumerate(axes.get_yticklabels()):
-            text.set_color(visualize.COLORS[number % 7])
-        axes.set_frame_on(False)
-        axes.tick_params(length=0)
+        draw_moved(figure.add_subplot(grid[row, 0]), name, amounts, pictures, classes)
         plots = {f"{layer}: Euclidean distance": values
                  for layer, values in distances.items()} | {"probability of the class": shares}
         for column, (text, values) in enumerate(plots.items(), 1):
@@ -516,6 +513,23 @@ def draw_invariance(rows, classes, title):
                           markevery=4, markersize=4, color=visualize.COLORS[number % 7])
             axes.set_ylim(0, 1.02 if values is shares else None)
     return figure
+
+
+def draw_moved(axes, name, amounts, pictures, classes, count=7):
+    """A row for each of `classes`: its image moved by `count` of the `amounts`, evenly chosen."""
+    from torchvision.utils import make_grid
+
+    chosen = [index * (len(amounts) - 1) // (count - 1) for index in range(count)]
+    strip = make_grid(pictures[chosen].transpose(0, 1).flatten(0, 1), count, padding=1, pad_value=1)
+    axes.imshow(strip.permute(1, 2, 0), interpolation="nearest", extent=(0, count, len(classes), 0))
+    axes.set_title(name, fontsize=10)
+    axes.set_xticks([index + 0.5 for index in range(count)],
+                    [f"{amounts[index]:.3g}" for index in chosen], fontsize=8)
+    axes.set_yticks([row + 0.5 for row in range(len(classes))], classes, fontsize=8)
+    for text, color in zip(axes.get_yticklabels(), itertools.cycle(visualize.COLORS)):
+        text.set_color(color)
+    axes.set_frame_on(False)
+    axes.tick_params(length=0)
 
 
 # ---------------------------------------------------------------------------- commands
@@ -570,8 +584,8 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     """
     network, about, picture, label, source = visualize.open_picture(ckpt, image, index, **flags)
     side = about.preprocessing.image_size
-    size, stride = (max(1, side // part) if value is None else value
-                    for value, part in ((size, 4), (stride, 16)))
+    size = max(1, side // 4) if size is None else size
+    stride = max(1, side // 16) if stride is None else stride
     visualize.need(size=size, stride=stride)
     images = about.preprocessing(picture, networks.device_of(network))
     logits = train.predict(network, picture, about.preprocessing)[0]
@@ -607,15 +621,13 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (), rule
         chosen = visualize.choose_units(network, layer, about.preprocessing.image_size, units, 6)
         patches, back, values = top_reconstructions(
             network, layer, test.images, about.preprocessing, chosen, 1, rule, bn)
-        gap = torch.ones(len(chosen), 3, patches.shape[3], max(1, patches.shape[4] // 12))
-        cells.append(torch.cat([back[:, 0], gap, patches[:, 0]], 3))
+        cells.append(beside(back[:, 0], patches[:, 0]))
         titles.append([f"epoch {about.epoch}: {value:.2g}" for value in values[:, 0]])
-    figure = visualize.image_grid(
-        [cell for row in zip(*cells) for cell in row], [text for row in zip(*titles)
-         for text in row], len(files), f"{about.model}: {layer}, {rule}, bn {bn}\nthe strongest "
-        f"activation of {len(test.labels)} test images, what comes back, and its patch",
-        cell=1.5,
-        row_titles=[f"unit {unit}" for unit in chosen])
+    title = (f"{about.model}: {layer}, {rule}, bn {bn}\nthe strongest activation of "
+             f"{len(test.labels)} test images, what comes back, and its patch")
+    cells, titles = ([*itertools.chain(*zip(*columns))] for columns in (cells, titles))  # by units
+    figure = visualize.image_grid(cells, titles, len(files), title, cell=1.5,
+                                  row_titles=[f"unit {unit}" for unit in chosen])
     return visualize.save_figure(figure, ckpt, f"evolution-{layer}", **flags)
 
 
