@@ -1466,11 +1466,11 @@ def is_flag(word):
     return bool(re.match("--?[^\\W\\d]|--", word))
 
 
-def canonical(words, known, listed):
+def canonical(words, known, listed, first):
     """(`words` without flags, {name: text} of the flags): nothing is lost, nothing guessed.
 
-    `known` has the command's flags. The first word without a flag is the value of the first of
-    them, or all are, if the command has a list of them (`listed`). `--` says nothing.
+    `known` has the command's flags. A word without a flag is the value of the flag `first` (None:
+    of none), or all are kept, if the command has a list of them (`listed`). `--` says nothing.
     """
     words, plain, values = [word for word in words if word != "--"], [], {}
     while words:
@@ -1495,7 +1495,6 @@ def canonical(words, known, listed):
             raise ValueError(f"--{name}: is given twice")
         values[name] = text
     if plain and not listed:
-        first = next(iter(known), None)
         if len(plain) > 1 or first is None or first in values:
             raise ValueError(f"{plain[-1]}: a word too many; values follow their flag, several of "
                              f"them with commas between")
@@ -1554,7 +1553,8 @@ def parse(commands, words, default=None, moved=None):
         if (flag := word.partition("=")[0]) in moved:
             raise ValueError(f"{flag}: is now called {moved[flag]}")
     own, known = flags_of(function), all_flags(function, words)
-    plain, texts = canonical(words[1:], known, inspect.getfullargspec(function).varargs)
+    plain, texts = canonical(words[1:], known, inspect.getfullargspec(function).varargs,
+                             next(iter(own), None))
     fire.Fire(remember, command=[f"--{name}={text}" for name, text in texts.items()])
     values = {name: parse_value(name, text, own[name].kind) if name in own else text
               for name, text in remembered.items()}

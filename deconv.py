@@ -44,7 +44,9 @@ from data import command_line, progress, subset
 RULES = {"deconvnet": lambda signal, positive: signal.clamp(min=0),
          "guided": lambda signal, positive: signal.clamp(min=0) * positive,
          "gradient": None}
+Rule = typing.Literal["deconvnet", "guided", "gradient"]
 BATCH_NORMS = {"through": None, "skip": lambda signal, positive: signal}
+BatchNorm = typing.Literal["through", "skip"]
 
 
 # ---------------------------------------------------------------------------- the rule
@@ -537,7 +539,8 @@ def draw_moved(axes, name, amounts, pictures, classes, count=7):
 
 def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
                 image: str | None = None, index: int = 0, unit: int | str = "strongest",
-                rule: str = "deconvnet", bn: str = "through",
+                rule: Rule = "deconvnet",
+                bn: typing.Literal["through", "skip", "both"] = "through",
                 **flags: typing.Unpack[visualize.Flags]):
     """Draw what comes back from a unit of each of LAYERS: the strongest, one by number, or all.
 
@@ -559,7 +562,7 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
 
 
 def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...] = (),
-            top: int = 9, rule: str = "deconvnet", bn: str = "through",
+            top: int = 9, rule: Rule = "deconvnet", bn: BatchNorm = "through",
             **flags: typing.Unpack[visualize.Flags]):
     """Draw, for each of LAYER's units, its TOP strongest test-image patches and what comes back.
 
@@ -605,8 +608,9 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     return visualize.save_figure(figure, ckpt, "occlusion", **flags)
 
 
-def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (), rule: str =
-              "deconvnet", bn: str = "through", **flags: typing.Unpack[visualize.Flags]):
+def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (),
+              rule: Rule = "deconvnet", bn: BatchNorm = "through",
+              **flags: typing.Unpack[visualize.Flags]):
     """Draw how LAYER's units came to be: of each the strongest activation over the test images,
     back in the pixels, at each snapshot of the run CKPT (`train.py --snapshots=1,2,5,10`).
 
@@ -667,8 +671,8 @@ COMMANDS = {"reconstruct": reconstruct, "gallery": gallery, "occlusion": occlusi
 MEANINGS = visualize.MEANINGS | {
     "units": f"{visualize.MEANINGS['units']} (evolution: 6), or all there are",
     "unit": "strongest, all, or the number of a feature map or neuron",
-    "rule": f"what a rectifier passes on: {' | '.join(RULES)}",
-    "bn": "batch norms: through | skip, or both (reconstruct)",
+    "rule": "what a rectifier passes on:",
+    "bn": "batch norms:",
     "size": "side of the grey square in pixels; none: a quarter of the image's",
     "stride": "pixels from one square to the next; none: a sixteenth of the image's side",
 }

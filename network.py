@@ -27,6 +27,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import typing
 import zipfile
 from collections import OrderedDict
@@ -415,10 +416,9 @@ def build(name, classes=10, image_size=None, **options):
     """
     check_options(name, options)
     image_size = image_size_of(name) if image_size is None else image_size
-    if not (isinstance(image_size, int) and 1 <= image_size <= 1024
-            and isinstance(classes, int) and 1 <= classes <= 100_000):
-        raise ValueError(f"image_size={image_size}, classes={classes}: must be whole numbers from "
-                         f"1 to 1024, and from 1 to 100000")
+    for what, value, most in (("image_size", image_size, 1024), ("classes", classes, 100_000)):
+        if not (isinstance(value, int) and 1 <= value <= most):
+            raise ValueError(f"{what}={value}: must be a whole number from 1 to {most}")
     try:
         return NETWORKS[name](classes=classes, image_size=image_size, **options)
     except (RuntimeError, ValueError) as error:
@@ -1040,7 +1040,7 @@ def load(source, weights=None, image_size=None, device="cpu"):
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
-    if re.fullmatch(r"[\w.]+:\w+", str(source)) and not Path(source).exists():
+    if re.fullmatch(r"[\w.]+:[\w-]+", str(source)) and not Path(source).exists():
         return _load_elsewhere(str(source), weights, image_size, device)
     if weights or image_size is not None:
         raise ValueError("`weights` and `image_size` are for networks from elsewhere, such as "
@@ -1070,12 +1070,16 @@ def _load_elsewhere(source, weights, image_size, device):
             raise TypeError(f"{name}() returns a {type(network).__name__}, which is no nn.Module")
         if weights:
             check_regular(weights, MOST_BYTES)
-            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            if isinstance(state, dict) and REQUIRED.keys() <= state.keys():
+                raise ValueError("is a checkpoint of this package; name it alone")
+            network.load_state_dict(state)
         network.eval().to(device)
     except (Exception, SystemExit) as error:  # anybody's code and files: whatever they raise
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
         weights = f", weights={weights}" if weights else ""
-        raise ValueError(f"network={source}{weights}: {told:.300}") from error
+        raise ValueError(f"network={source}{weights}: "
+                         f"{textwrap.shorten(told, 300, placeholder=' …')}") from error
     imagenet = Preprocessing(image_size or 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return network, Description(source, (), imagenet)
 

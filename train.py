@@ -398,7 +398,10 @@ def choose_device(name="auto"):
                  "cpu": True}
     if name == "auto":
         name = next(name for name in available if available[name])
-    if not available.get(name):
+    if name not in available:
+        raise ValueError(f"device={name}: must be of auto, {', '.join(available)}"
+                         f"{closest(name, available)}")
+    if not available[name]:
         raise ValueError(f"device={name}: not available here; there is "
                          f"{', '.join(name for name in available if available[name])}")
     if name != "cuda":
@@ -1780,8 +1783,8 @@ def read_config(path):
     return data.read_json(path, Config.from_json)
 
 
-def evaluate(ckpt: str, data: str | None = None, root: str | None = None, tta: str = "none",
-             device: str = "auto"):
+def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
+             tta: typing.Literal["none", "flip", "full"] = "none", device: str = "auto"):
     """Measure the network in CKPT (a file or a run folder) on the test images of its data set.
 
     `--data` takes another data set of the same classes, the images of CIFAR-10.1 (the file
@@ -1913,7 +1916,7 @@ MEANINGS = {"ckpt": "a checkpoint, or the folder of a run",
             "run": "the folder of a run",
             "data": "other images of the same classes",
             "root": "where data sets are downloaded to and cached",
-            "tta": f"views of a test image whose logits are averaged: {' | '.join(TTA)}",
+            "tta": "views of a test image whose logits are averaged:",
             "device": "auto | cpu | cuda | mps"}
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import network as networks
 import train
 from data import (
     Table,
+    closest,
     command_line,
     generator,
     load,
@@ -1193,7 +1194,8 @@ def where(ckpt: str | None = None, method: typing.Literal[
     shares = train.predict(network, picture, about.preprocessing)[0].softmax(0)
     classes = about.classes or [*map(str, range(len(shares)))]
     if name is not None and name not in classes:
-        raise ValueError(f"class={name}: must be of {', '.join(classes[:100])}")
+        raise ValueError(f"class={name}: must be of {', '.join(classes[:100])}"
+                         f"{closest(name, classes)}")
     label = shares.argmax().item() if name is None else classes.index(name)
     pixels = about.preprocessing(picture, networks.device_of(network))
     panels = {}

@@ -306,6 +306,7 @@ def test_predict_goes_on_past_what_is_no_picture(tmp_path, capsys):
 
 @pytest.mark.parametrize("line, answer", [
     ("--model=resnet18 --dropout=0.2", "--dropout: resnet18 has no such option; its options are"),
+    ("--batch_size 8 16", "16: a word too many"), ("evaluate x --tta=flp", "did you mean flip?"),
     ("data=shapes", "did you mean --data=shapes?"), ("epoch=3", "did you mean --epochs=3?"),
     ("--device=gpu", "--device=gpu: must be of auto, cpu, cuda, mps; did you mean cuda?"),
 ])
