@@ -503,9 +503,11 @@ def _images_of(items, image_size, skip_bad, title, cache, writes):
     found = _map_images(cache, key, len(items), complains=not writes)
     if found is None and writes:
         try:
-            with writing(cache.parent):
+            lock_path = cache.with_suffix(".lock")
+            with writing(cache):
                 cache.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(cache.with_suffix(".lock")):
+                lock_path.touch()
+            with _alone(lock_path):
                 found = _map_images(cache, key, len(items))
                 if found is None:
                     for partial in cache.parent.glob(f"{cache.name}.*.tmp"):

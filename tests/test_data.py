@@ -340,6 +340,16 @@ def test_folder_of_other_sizes_is_resized(tmp_path):
     assert data.load(str(folder), tmp_path, 16, val=0).train.images.shape == (6, 3, 16, 16)
 
 
+def test_small_images_are_enlarged_where_sizes_differ(tmp_path):
+    folder = write_images(tmp_path / "images")
+    assert data.load(str(folder), tmp_path, 16, val=0).train.images.shape == (6, 3, 8, 8)
+    Image.new("RGB", (12, 12), (100, 9, 9)).save(folder / "train" / "cat" / "1.png")
+    dataset = data.load(str(folder), tmp_path, 16, val=0)
+    assert dataset.train.images.shape == (6, 3, 16, 16) and dataset.test.images.shape[2] == 8
+    assert dataset.train.images[1].flatten(1).unique(dim=1).flatten().tolist() == [100, 9, 9]
+    assert dataset.train.images[0].flatten(1).unique(dim=1).flatten().tolist() == [0, 0, 7]
+
+
 def test_folder_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(OSError, match="no such data set or folder"):
         data.load(str(tmp_path / "nothing"), tmp_path)
