@@ -645,7 +645,7 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
     visualize.need(count=count)
     network, about, test = visualize.open_test(ckpt, **flags)
     children = [name for name, _ in network.named_children()]
-    layers = visualize.listed(layers) or tuple(dict.fromkeys([children[0], children[-1]]))
+    layers = visualize.listed(layers) or tuple(dict.fromkeys([*children[:1], *children[-1:]]))
     test = subset(test, count, seed=0)
     images = about.preprocessing(test.images, networks.device_of(network))
     with torch.no_grad():

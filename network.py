@@ -441,9 +441,10 @@ def find_layer(network, layer):
     """The module with the dotted path `layer`; ValueError lists the paths there are."""
     modules = dict(network.named_modules())
     if not layer or layer not in modules:
-        top = [name for name in modules if name and name.count(".") == 0]
-        raise ValueError(f"layer={layer}: the network has no such layer; it has {', '.join(top)} "
-                         f"and, inside them, paths such as {[*modules][-1]}")
+        top = [name for name, _ in network.named_children()]
+        raise ValueError(f"layer={layer}: the network has no such layer; it has " + (
+            f"{', '.join(top)} and, inside them, paths such as {[*modules][-1]}" if top
+            else "none at all"))
     return modules[layer]
 
 
@@ -518,6 +519,9 @@ def capture(network, layers, stop=False):
     with contextlib.ExitStack() as hooks:
         for layer in layers:
             module = find_layer(network, layer) if layer else network
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ValueError(f"layer={layer}: is scripted, and cannot be looked into: give the "
+                                 f"network it was made of")
             hooks.enter_context(module.register_forward_hook(
                 lambda _module, _inputs, output, layer=layer: keep(layer, output)))
         with contextlib.suppress(_Reached):
@@ -758,13 +762,16 @@ def class_scores(network, images, label, layers=()):
     with (evaluation(network), torch.enable_grad(),
           capture(network, layers) as outputs):
         # A clone, as a network may work in place from the start.
-        return logits_of(network, images.clone())[:, label], images, outputs
+        scores = logits_of(network, images.clone())[:, label]
+        if not scores.requires_grad:
+            raise ValueError("no gradient leads from the network's outputs to what they depend on")
+        return scores, images, outputs
 
 
 def class_gradient(network, images, label):
     """The gradient of class number `label`'s logit at normalised images N×3×S×S: N×3×S×S."""
     scores, images, _ = class_scores(network, images, label)
-    return torch.autograd.grad(scores.sum(), images)[0]
+    return torch.autograd.grad(scores.sum(), images, materialize_grads=True)[0]
 
 
 def smooth_gradient(network, images, label, count=50, noise=0.15, seed=0):
@@ -797,7 +804,7 @@ def grad_cam(network, images, label, layer=None):
     kept = {name: output for name, output in outputs.items()
             if isinstance(output, Tensor) and output.requires_grad}
     # Images do not mix, so the gradient of the sum is that of each image's own score.
-    slopes = torch.autograd.grad(scores.sum(), [*kept.values()], allow_unused=True)
+    slopes = torch.autograd.grad(scores.sum(), [*kept.values()], allow_unused=True) if kept else ()
     for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
         with contextlib.suppress(ValueError):  # no output of its kind
             # Its rows and columns may be others than the output's; the same is done to the slopes.
@@ -894,7 +901,8 @@ def _sides(value):
 
 def largest_output(network, image_size):
     """The number of values in the largest output of a layer, for one image of that side."""
-    names = [name for name, _ in network.named_modules() if name]
+    names = [name for name, module in network.named_modules()
+             if name and not isinstance(module, torch.jit.ScriptModule)]  # which takes no hooks
     outputs = outputs_of(network, names, image_size, compiled=False).values()
     return max([3 * image_size**2, *(output.numel() for output in outputs
                                      if isinstance(output, Tensor))])

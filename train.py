@@ -1124,11 +1124,19 @@ def tta_views(images, tta):
     return views + [(share, view.flip(3)) for share, view in views]
 
 
+def check_labels(labels, logits):
+    """ValueError when there are no logits for one of the `labels`."""
+    if labels.max() >= logits.shape[1]:
+        raise ValueError(f"the images have {labels.max() + 1} classes, the network "
+                         f"{logits.shape[1]}")
+
+
 def score(logits, labels, classes):
     """Loss, accuracy and accuracy per class of N×classes `logits`: sums divided by counts.
 
     A class without an image has no accuracy: None.
     """
+    check_labels(labels, logits)
     correct = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     totals = torch.bincount(labels, minlength=classes)
     hits = torch.bincount(labels[correct], minlength=classes)
@@ -1480,7 +1488,8 @@ def open_network(source, device="auto", weights=None, image_size=None):
     """The network that `source` means (see `network.load`), in evaluation mode on the chosen
     device, and its `Description`."""
     network, description = networks.load(source, weights, image_size, choose_device(device))
-    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+    if not all(value.isfinite().all() for value in network.state_dict().values()
+               if torch.is_tensor(value)):  # a quantised network keeps other things too
         raise ValueError(f"{source}: holds weights that are not finite numbers")
     if description.settings:
         try:
@@ -1651,15 +1660,16 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
     Without `layer`, what the last linear layer sees. `labels` has a text for each image, or a row
     of texts under the `header`.
     """
-    leaves = [name for name, module in network.named_modules() if not [*module.children()]]
     if layer is None:
-        last = [network.get_submodule(name) for name in leaves].index(networks.last_linear(network))
-        layer = leaves[last - 1]
+        last, leaves = networks.last_linear(network), [
+            (name, module) for name, module in network.named_modules() if not [*module.children()]]
+        layer = next(before for (before, _), (_, module) in itertools.pairwise(
+            [leaves[-1], *leaves]) if module is last)
     device, points = networks.device_of(network), []
     with torch.no_grad(), networks.evaluation(network):
         for chunk in images.split(256):
             with networks.capture(network, [layer], stop=True) as outputs:
-                network(preprocessing(chunk, device))
+                networks.forward(network, preprocessing(chunk, device))
             maps = networks.captured_maps(outputs, layer).float()
             points.append((maps.mean((2, 3)) if maps.ndim == 4 else maps).cpu())
     sprites = data.resize(images.float() / 255, min(images.shape[3], 32)).clamp(0, 1)

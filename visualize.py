@@ -403,6 +403,8 @@ def rectifiers_of(network):
     kinds = (*networks.ACTIVATIONS.values(), nn.ReLU6, nn.Hardswish)
     found = [name for name, module in leaves.items() if isinstance(module, kinds)]
     weighted = [name for name, module in leaves.items() if [*module.parameters()]]
+    if not weighted:
+        raise ValueError("the network has no layer with weights; name `layers`")
     return [*dict.fromkeys([*(found or weighted), weighted[-1]])]
 
 
@@ -1079,9 +1081,7 @@ def predicted(network, about, test):
                            bar=f"predicting {len(test.images)} images")
     if not logits.isfinite().all():
         raise ValueError(f"{about.title}: its outputs are not finite, as if training diverged")
-    if test.labels.max() >= logits.shape[1]:
-        raise ValueError(f"the images have {test.labels.max() + 1} classes, the network "
-                         f"{logits.shape[1]}")
+    train.check_labels(test.labels, logits)
     return logits, about.classes or [*map(str, range(logits.shape[1]))]  # from elsewhere: numbers
 
 

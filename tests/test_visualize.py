@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -878,6 +879,66 @@ def test_a_network_from_elsewhere(tmp_path, monkeypatch, few_shapes, capsys):
         visualize.confusion("some_nets:tiny")
     with pytest.raises(ValueError, match="either"):
         visualize.confusion("some_nets:tiny", network="some_nets:tiny")
+
+
+class Means(nn.Module):
+    """No layer, and no more outputs than channels."""
+
+    def forward(self, x):
+        return torch.relu(x.mean((2, 3)))
+
+
+class Ones(nn.Module):
+    """An output that depends on nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return torch.ones(len(x), 10)
+
+
+def odd_network_of(channels=3, outputs=10):
+    return nn.Sequential(OrderedDict(
+        c=nn.Conv2d(channels, 4, 3), r=nn.ReLU(), p=nn.AdaptiveAvgPool2d(1), f=nn.Flatten(),
+        fc=nn.Linear(4, outputs)))
+
+
+def quantized():
+    return torch.ao.quantization.quantize_dynamic(odd_network_of(), {nn.Linear}, torch.qint8)
+
+
+odd_networks = {
+    "means": Means, "ones": Ones, "scripted": lambda: torch.jit.script(odd_network_of()),
+    "quantized": quantized, "half": lambda: odd_network_of(1).half(), "nothing": nn.Sequential,
+    "one_output": lambda: odd_network_of(outputs=1),
+    "lazy": lambda: nn.Sequential(nn.LazyConv2d(4, 3))}
+# What draws all the same.
+DRAWN = {"scripted": {"predictions", "landscape"}, "quantized": {"predictions", "features"},
+         "half": {"predictions", "patches", "projector", "where", "gallery", "invariance"}}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", odd_networks)
+def test_no_network_from_elsewhere_ends_in_a_traceback(name, tmp_path, monkeypatch, capsys,
+                                                       few_shapes):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "odd_network", odd_networks[name], raising=False)
+    monkeypatch.setattr(visualize, "save_figure", lambda figure, *_others, **_flags: figure)
+    given, drawn = {"data": "shapes", "image_size": 32, "layer": "c", "layers": "c", "images": 8,
+                    "points": 3, "units": 2}, set()
+    commands = visualize.COMMANDS | deconv.COMMANDS
+    for command in sorted({*commands} - {"samples", "curves", "evolution"}):  # which are of runs
+        known = data.flags_of(commands[command])
+        words = [f"--{flag}={value}" for flag, value in given.items() if flag in known
+                 and (flag, command) not in (("layer", "where"), ("layer", "projector"))]
+        try:
+            data.command_line(commands, argv=[command, f"{__name__}:odd_network", *words])
+            drawn.add(command)
+        except SystemExit as leave:
+            assert leave.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert drawn >= DRAWN.get(name, set())
 
 
 def test_every_flag_has_a_meaning():
