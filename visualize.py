@@ -111,17 +111,14 @@ def show(axes, image, title="", **options):
 
 def log_ticks(low, high, most=8):
     """{number: text} for a logarithmic axis from `low` to `high`: no two texts are the same."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1, 2, 5), (1,)):
-        ticks = [factor * 10.0**decade for decade in decades for factor in factors
-                 if low <= factor * 10.0**decade <= high]
-        if len(ticks) <= most:
+    # Over many decades only their powers of ten; within less than one, evenly spaced numbers.
+    for locator in (LogLocator(subs=(1, 2, 5), numticks=most), LogLocator(numticks=most),
+                    MaxNLocator(5)):
+        ticks = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
+        if 3 <= len(ticks) <= most:
             break
-    if len(ticks) < 3:  # less than a decade: evenly spaced
-        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
-    ticks = ticks[::math.ceil(len(ticks) / most) or 1]
     return dict(zip(ticks, distinct(ticks, 1e-3)))
 
 
