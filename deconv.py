@@ -480,7 +480,7 @@ def draw_occlusion(picture, found, signal, size, unit, label, classes, title):
         axes.set(xticks=(), yticks=(), anchor="N")
         if values.ndim == 2 and values is not ranks:
             bar = axes.inset_axes((0.1, -0.1, 0.8, 0.04))
-            figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=MaxNLocator(5))
+            figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=MaxNLocator(4))
             bar.tick_params(labelsize=8)
     axes.legend(handles=[Patch(color=color, label=text) for color, text in zip(colors, names)],
                 fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.02))
