@@ -80,6 +80,9 @@ SHOWN = {"epoch": ("epoch", 5, "d"), "step": ("step", 8, "d"), "train/loss": ("l
 TAGS = {"train/loss": "loss/train", "val/loss": "loss/val", "train/objective": "loss/objective",
         "train/accuracy": "accuracy/train", "val/accuracy": "accuracy/val", "lr": "schedule/lr",
         "seconds": "speed/seconds", "images_per_second": "speed/images_per_second"}
+# TensorBoard's custom scalars: of its other charts each shows one tag alone.
+CHARTS = {"training": {kind: ["Multiline", [f"{kind}/{part}" for part in ("train", "val", "test")]]
+                       for kind in ("loss", "accuracy")}}
 POINT_STEPS = 50  # between two points of TensorBoard's loss/steps curve
 OPTIMIZERS = ("sgd", "muon", "adam", "adamw", "adagrad", "rmsprop")
 TTA = ("none", "flip", "full")
@@ -1225,6 +1228,10 @@ class RunFolder:
         data.trim_events(self.path, state.step)
         self.events = self.path / f"events.out.tfevents.{time.time():.0f}.{state.step:09d}"
         data.append(self.events, data.event_bytes(file_version="brain.Event:2"))
+        if not state.step:
+            from torch.utils.tensorboard.summary import custom_scalars
+
+            data.append(self.events, data.event_bytes(summary=custom_scalars(CHARTS)))
 
     def empty(self):
         """Remove the run before, if there is one.
@@ -1587,7 +1594,7 @@ def finish(state, dataset, folder, workers):
         "command": command_of(config), "processes": workers.world, **environment(network),
     }
     with data.writing(folder.path / "test"):
-        write_board(folder, network, dataset, logits, result)
+        write_board(folder, network, dataset, logits, result, state.step)
     # Last, since a run with a result counts as finished and is not gone on with.
     write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
     result_table(result).print()
@@ -1599,7 +1606,7 @@ def finish(state, dataset, folder, workers):
     return result
 
 
-def write_board(folder, network, dataset, logits, result):
+def write_board(folder, network, dataset, logits, result, step):
     """TensorBoard's graph, PR curve per class, hyper-parameters, 25 wrong predictions and
     Projector, in `test/`."""
     from torch.utils.tensorboard.summary import hparams
@@ -1614,13 +1621,12 @@ def write_board(folder, network, dataset, logits, result):
         shares, labels = logits.softmax(1), dataset.test.labels
         for number, name in enumerate(dataset.classes):
             if (labels == number).any():
-                board.add_pr_curve(f"pr_curve/{name}", labels == number, shares[:, number],
-                                   result["epochs"])
+                board.add_pr_curve(f"pr_curve/{name}", labels == number, shares[:, number], step)
         for event in hparams(shown_settings(folder.config),
                              {"accuracy/test": result["test/accuracy"]}):
             board.file_writer.add_summary(event)
         for kind in ("accuracy", "loss"):
-            board.add_scalar(f"{kind}/test", result[f"test/{kind}"], result["epochs"])
+            board.add_scalar(f"{kind}/test", result[f"test/{kind}"], step)
         answers = shares.argmax(1)
         for number, index in enumerate((answers != labels).nonzero()[:25, 0].tolist(), 1):
             board.add_image(f"wrong/{number:02}: {dataset.classes[labels[index]]}, taken for "
@@ -1630,11 +1636,15 @@ def write_board(folder, network, dataset, logits, result):
 
 
 def shown_settings(config):
-    """The settings of a run for a table: what matters most, then what is not as by default."""
+    """The settings of a run for TensorBoard: what matters most, then what is not as by default.
+
+    It sorts them by their names, digits before letters, and shows the first few.
+    """
     now, default = config.all_settings(), Config.create(config.model).all_settings()
-    names = ["model", "optimizer", "lr", "batch_size", "epochs", *(
-        name for name in now if now[name] != default[name])]
-    values = {name: now[name] for name in names if name not in ("name", "out", "root")}
+    first = ("model", "optimizer", "lr", "batch_size", "epochs")
+    values = {f"{number} {name}": now[name] for number, name in enumerate(first, 1)}
+    values |= {name: now[name] for name in now if now[name] != default[name]
+               and name not in (*first, "name", "out", "root")}
     return {name: value if isinstance(value, (int, float, str, bool)) else text_of(value)
             for name, value in values.items()}
 

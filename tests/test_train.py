@@ -626,11 +626,14 @@ def test_run_folder_and_result(tmp_path):
     logged = event_steps(config.folder)
     assert ("accuracy/val", 12) in logged and len(logged) == len(set(logged))
     assert {("weights/conv1.0.weight", 6), ("gradients/fc.4.weight", 12)} <= set(logged)
-    tags = {tag for tag, _ in event_steps(config.folder / "test")}
-    assert {"pr_curve/disc", "accuracy/test", "loss/test"} <= tags
+    assert ("custom_scalars__config__", 0) in logged
+    tested = event_steps(config.folder / "test")
+    assert {("pr_curve/disc", 12), ("accuracy/test", 12), ("loss/test", 12)} <= {*tested}
+    tags = {tag for tag, _ in tested}
     assert sum(tag.startswith("wrong/") for tag in tags) == 25
     shown = [*train.shown_settings(config)]
-    assert shown[:5] == ["model", "optimizer", "lr", "batch_size", "epochs"]
+    assert shown[:5] == sorted(shown)[:5] == [
+        "1 model", "2 optimizer", "3 lr", "4 batch_size", "5 epochs"]
     assert {*shown[5:]} == {"dropout", "data", "limit", "save_minutes", "augment", "keep"}
     assert (config.folder / "test" / "projector_config.pbtxt").read_text().count("sprite") == 4
 
