@@ -291,7 +291,8 @@ def occlude(network, layer, image, preprocessing, unit, label, size, stride):
     pixels, grey = (preprocessing(part, device) for part in (image, torch.full_like(image, 128)))
     centres, line = torch.arange(stride // 2, side, stride), torch.arange(side)
     start = centres[:, None] - size // 2
-    covered = (line >= start) & (line < start + size)  # positions×side
+    # A square covers the pixels whose row and whose column it covers: positions×side for both.
+    covered = (line >= start) & (line < start + size)
     steps, parts, count = len(centres), [], train.images_at_once(network, side)
     with networks.evaluation(network), networks.capture(network, [layer]) as outputs:
         for chunk in progress(torch.arange(steps**2).split(count), "sliding the square"):
@@ -350,6 +351,7 @@ def move_apart(network, layers, images, labels, amounts):
 
 def as_pictures(signals):
     """Signals N×3×H×W as floats 0…1: grey is 0, and 99 % of a signal's other values fit in."""
+    # By their 99th percentile, because a few large values would leave all others grey.
     scales = [signal[signal != 0].abs().quantile(0.99) if signal.any() else 1
               for signal in signals]
     panels = [0.5 + 0.5 * signal / scale for signal, scale in zip(signals, scales)]

@@ -262,7 +262,9 @@ def save_figure(figure, ckpt, name, out=None, format="png", **_others):
     path = figure_path(ckpt, name, out, format or "png")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    # In memory first: a figure that fails, or a full disk, leaves the file before it as it was.
     kind, content = path.suffix[1:].lower(), io.BytesIO()
+    # In JPEG alone matplotlib leaves no name, by which `file_of` knows what was made here.
     signed = {"pil_kwargs": {"comment": "Matplotlib"}} if kind in ("jpg", "jpeg") else {}
     figure.savefig(content, format=kind, dpi=DPI, facecolor="white", **signed)
     write_atomically(path, content.getvalue())
@@ -384,7 +386,7 @@ def layer_statistics(network, layers, images, preprocessing, bins=40):
             found[layer] = [old + new for old, new in zip(found.get(layer, [0] * 6), sums)]
     statistics = {}
     for layer, (count, total, squares, zeros, counts, peaks) in found.items():
-        mean = total / count
+        mean = total / count  # the variance is the mean of the squares less the mean's square
         statistics[layer] = {
             "units": len(peaks), "mean": mean, "zeros": zeros / count,
             "std": max(0, squares / count - mean**2) ** 0.5,
@@ -607,6 +609,8 @@ def hessian_eigenvalues(losses, weights, count=2, steps=100, tolerance=1e-3):
         start, value = flat(point.values()).detach(), math.nan
         vector = torch.randn(start.shape, generator=generator("hessian", number)).to(start)
         for _ in progress(range(steps), f"eigenvalue {number + 1} of the Hessian"):
+            # Eigenvectors of a symmetric matrix are at right angles: without its part along those
+            # that are known, the vector turns towards the next largest eigenvalue.
             for other in vectors:
                 vector = vector - (vector @ other) * other
             vector = F.normalize(vector, dim=0)
@@ -614,7 +618,7 @@ def hessian_eigenvalues(losses, weights, count=2, steps=100, tolerance=1e-3):
             before, value = value, (vector @ ahead).item()  # the GPU waits
             if abs(value - before) <= tolerance * abs(value):
                 break
-            vector = ahead
+            vector = ahead  # each product stretches most what lies along the largest eigenvalue
         vectors.append(F.normalize(vector, dim=0))
         values.append(value)
     return values
@@ -631,7 +635,9 @@ def plane_of(network, ckpt, directions, seed, span, points):
                 for index in (0, 1)]
         along = [spaced(-span, span, points)] * 2
         return axes, *along, ("first random direction", "second random direction"), None
-    files = [file for pattern in ("snapshot-*.pth", "step-*.pth", "last.pth")  # the whole ones last
+    # Snapshots are in half precision: where a checkpoint has the same step, it comes after them
+    # and takes their place.
+    files = [file for pattern in ("snapshot-*.pth", "step-*.pth", "last.pth")
              for file in folder_of(ckpt).glob(pattern)]
     found = [networks.read(file) for file in progress(files, "reading checkpoints")]
     weights = {checkpoint["step"]: checkpoint["weights"] for checkpoint in found}
@@ -702,6 +708,7 @@ def batch_loss(network, images, labels):
     Batch norm's running statistics are copied for each call, so that they stay as they are.
     """
     def loss_of(weights):
+        # As arguments of the call, the weights may be any tensors, and gradients lead to them.
         copies = {name: buffer.clone() for name, buffer in network.named_buffers()}
         logits = torch.func.functional_call(network, {**weights, **copies}, (images,))
         return F.cross_entropy(logits, labels)
@@ -962,6 +969,7 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
     Both share one logarithmic scale. `path` is a list of points (x, y), drawn as a line.
     """
     figure = new_figure(5.2 * len(parts) + 0.8, 4.8, title)
+    # A loss of 0, as of a network that knows its images by heart, has no logarithm.
     low, high = span_of(torch.stack([*parts.values()]).clamp(min=1e-4))
     levels = torch.logspace(math.log10(low), math.log10(high), 17).tolist()
     levels[0], levels[-1] = low * 0.999, high * 1.001  # so that rounding leaves no hole
@@ -1116,7 +1124,7 @@ def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: in
         f"{len(dataset.classes)} classes", *(
             f"{what} {' '.join(f'{value:.4f}' for value in values)}"
             for what, values in statistics.items())])
-    figure = image_grid(shown, None, count, title, row_titles=dataset.classes,
+    figure = image_grid(shown, columns=count, suptitle=title, row_titles=dataset.classes,
                         cell=0.62 if len(rows) <= 25 else 0.32)
     return save_figure(figure, None, f"samples-{name}", out, format)
 
@@ -1150,6 +1158,7 @@ def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "r
     test = test._replace(images=test.images[chosen], labels=test.labels[chosen])
     logits, classes = predicted(network, about, test)
     losses = F.cross_entropy(logits, test.labels, reduction="none")
+    # By falling numbers; where all are 0 the random order stays, because the sort is stable.
     first = {"random": torch.zeros_like(losses), "loss": losses,
              "confidence": logits.softmax(1).amax(1)}[order].argsort(descending=True, stable=True)
     right = (logits.argmax(1) == test.labels)[first]
@@ -1312,7 +1321,7 @@ def patches(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
                                           top)
     columns = values.shape[1]
     figure = image_grid(
-        cut_patches(about.preprocessing.pictures(images), boxes), None, columns, cell=0.62,
+        cut_patches(about.preprocessing.pictures(images), boxes), columns=columns, cell=0.62,
         row_titles=[f"unit {unit}\nactivation {peaks[0]:.2f} to {peaks[-1]:.2f}"
                     for unit, peaks in zip(units, values)],
         suptitle=f"{about.title}: {layer}, the {columns} patches of {len(test.labels)} "
