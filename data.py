@@ -582,8 +582,8 @@ def _write_images(file, key, count, images, free, medium):
         need = count * pixels.numel()
         if not rows and need > free:
             raise OSError(f"the images need {need / 1e9:.2f} GB of {medium}, {free / 1e9:.2f} GB "
-                          f"are free: take fewer (`limit`), smaller ones (`image_size`), or "
-                          f"another `root`")
+                          f"are free; `limit=N` takes fewer; `image_size=N` makes them smaller; "
+                          f"`root=FOLDER` puts their cache elsewhere")
         content = pixels.contiguous().numpy()
         file.write(content)
         checksum = zlib.crc32(content, checksum)

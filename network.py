@@ -567,11 +567,11 @@ def evaluation(network):
     """While open, the network is in evaluation mode; then every module is as it was."""
     before = {module: module.training for module in network.modules()}
     try:
-        try:
-            network.eval()
-        except NotImplementedError as error:
-            raise ValueError("a network that torch.export made cannot be used layer by layer: give "
-                             "the one it was made of") from error
+        network.eval()
+    except NotImplementedError as error:
+        raise ValueError("a network that torch.export made cannot be used layer by layer: give "
+                         "the one it was made of") from error
+    try:
         yield network
     finally:
         for module, training in before.items():
