@@ -1015,6 +1015,8 @@ def describe(checkpoint):
                for name in checkpoint["classes"]):  # as long as a folder's name may be
         raise ValueError("the names of the classes are not printable text of at most 255 "
                          "characters")
+    if len({*checkpoint["classes"]}) < len(checkpoint["classes"]):
+        raise ValueError("two classes have the same name")
     mean, std = checkpoint["mean"], checkpoint["std"]
     if not (len(mean) == len(std) == 3
             and all(isinstance(value, float) and math.isfinite(value) for value in mean + std)
@@ -1057,9 +1059,12 @@ def load(source, weights=None, image_size=None, device="cpu"):
     checkpoint = read(path)
     try:
         description = describe(checkpoint)
-        network = build(description.model, len(description.classes), checkpoint["image_size"],
-                        **description.options)
-        load_weights(network, checkpoint)
+        make = partial(build, description.model, len(description.classes),
+                       checkpoint["image_size"], **description.options)
+        with torch.device("meta"):  # the options may ask for more memory than there is
+            weights = fitting_weights(checkpoint, make())
+        network = make()
+        network.load_state_dict(weights)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: does not fit its own description ({error})") from error
     return network.eval().to(device), description
@@ -1107,17 +1112,16 @@ def _cached_weights(name):
                             f"{version.url} into {cache}; or give `weights=FILE`")
 
 
-def load_weights(network, checkpoint):
-    """Copy the weights of `checkpoint` into `network`, those in half precision too; ValueError
-    when they do not fit."""
+def fitting_weights(checkpoint, network):
+    """The weights of `checkpoint`, those in half precision too, as `network` has them, of which
+    only shapes and types count; ValueError when they do not fit."""
     own = network.state_dict()
-    weights = {name: value.to(own[name].dtype) if name in own and isinstance(value, Tensor)
-               and value.dtype == torch.float16 and value.layout == torch.strided else value
-               for name, value in checkpoint["weights"].items()}
+    weights = {name: value.to(own[name].dtype) if name in own and made_like(value, own[name].half())
+               else value for name, value in checkpoint["weights"].items()}
     for name in {**own, **weights}:
         if name not in own or not made_like(weights.get(name), own[name]):
             raise ValueError(f"weights of {name} are missing, too many, or of another kind")
-    network.load_state_dict(weights)
+    return weights
 
 
 def in_half(weights):

@@ -164,6 +164,24 @@ def test_networks_of_absurd_size_are_refused(name, options):
         network.build(name, image_size=1024, **options)
 
 
+@pytest.mark.parametrize("changes", [
+    {"model": "simple_cnn", "options": {"channels": (2048,) * 19}},
+    {"model": "resnet50", "options": {"width": 256}}, {"classes": ["a"] * 10},
+    {"weights": {"fc.0.weight": torch.zeros((), dtype=torch.half).expand(2**20, 2**20)}},
+])
+def test_a_file_never_takes_more_memory_than_it_holds(changes, tmp_path, monkeypatch):
+    build = network.build
+
+    def build_nothing(*arguments, **options):
+        assert torch.get_default_device().type == "meta", "nothing is built of a wrong description"
+        return build(*arguments, **options)
+
+    network.save(tmp_path / "a.pth", {**small_checkpoint(), **changes})
+    monkeypatch.setattr(network, "build", build_nothing)
+    with pytest.raises(ValueError, match=r"a\.pth"):
+        network.load(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp", "gif", "tiff"])
 def test_fuzz_images(kind, tmp_path):
     dice, buffer = random.Random(kind), io.BytesIO()
