@@ -593,7 +593,7 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     stride = max(1, side // 16) if stride is None else stride
     visualize.need(size=size, stride=stride)
     images = about.preprocessing(picture, networks.device_of(network))
-    logits = train.predict(network, picture, about.preprocessing)[0]
+    logits = train.finite_logits(network, picture, about.preprocessing)[0]
     classes = about.classes or [f"number {label}" for label in range(len(logits))]
     kind = "true class"
     if label is None:

@@ -1082,10 +1082,8 @@ def open_picture(ckpt, image=None, index=0, **flags):
 
 def predicted(network, about, test):
     """Logits N×classes of the `test` images, with a progress bar, and the classes' names."""
-    logits = train.predict(network, test.images, about.preprocessing,
-                           bar=f"predicting {len(test.images)} images")
-    if not logits.isfinite().all():
-        raise ValueError(f"{about.title}: its outputs are not finite, as if training diverged")
+    logits = train.finite_logits(network, test.images, about.preprocessing, "none",
+                                 f"predicting {len(test.images)} images")
     train.check_labels(test.labels, logits)
     return logits, about.classes or [*map(str, range(logits.shape[1]))]  # from elsewhere: numbers
 
@@ -1197,7 +1195,7 @@ def where(ckpt: str | None = None, method: typing.Literal[
     """
     name = flags.pop("class", None)
     network, about, picture, _, source = open_picture(ckpt, image, index, **flags)
-    shares = train.predict(network, picture, about.preprocessing)[0].softmax(0)
+    shares = train.finite_logits(network, picture, about.preprocessing)[0].softmax(0)
     classes = about.classes or [*map(str, range(len(shares)))]
     if name is not None and name not in classes:
         raise ValueError(f"class={name}: must be of {', '.join(classes[:100])}"

@@ -38,8 +38,8 @@ def unit_signal(activations, unit):
     """All of `activations` set to zero but the largest of feature map `unit` of each image."""
     start = torch.zeros_like(activations)
     for number, maps in enumerate(activations[:, unit].detach()):
-        place = (number, unit, *divmod(maps.argmax().item(), maps.shape[1]))
-        start[place] = maps.max()
+        position = (number, unit, *divmod(maps.argmax().item(), maps.shape[1]))
+        start[position] = maps.max()
     return start
 
 

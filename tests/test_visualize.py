@@ -62,10 +62,10 @@ def few_shapes(monkeypatch):
 # ---------------------------------------------------------------------------- fields and units
 
 
-def field_by_formula(layers, place, size):
-    """[first, last + 1) of the input that output `place` sees, through (kernel, stride, padding)
+def field_by_formula(layers, position, size):
+    """[first, last + 1) of the input that output `position` sees, through (kernel, stride, padding)
     of each layer, first layer first."""
-    first = last = place
+    first = last = position
     for kernel, stride, padding in reversed(layers):
         first, last = first * stride - padding, last * stride - padding + kernel - 1
     return max(first, 0), min(last, size - 1) + 1
@@ -80,8 +80,8 @@ def test_receptive_fields_of_a_stack_follow_the_formula():
     assert fields.shape == (4, 6, 6, 4) and stack.training
     for row in range(6):
         for column in range(6):
-            (top, bottom), (left, right) = (field_by_formula(layers, place, 33)
-                                            for place in (row, column))
+            (top, bottom), (left, right) = (field_by_formula(layers, position, 33)
+                                            for position in (row, column))
             assert fields[:, row, column].tolist() == [[top, left, bottom, right]] * 4
 
 
@@ -92,7 +92,7 @@ def test_receptive_field_of_a_residual_block_is_that_of_its_longest_branch():
         network.BasicBlock(3, 5, 2, "relu", network.PaddedShortcut))
     for layer, last in (("1", [(3, 2, 1), (3, 1, 1)]), ("1.shortcut", [(1, 2, 0)])):
         fields = network.receptive_fields(blocks, layer, 18)
-        expected = [field_by_formula([(3, 1, 1)] * 2 + last, place, 18) for place in range(9)]
+        expected = [field_by_formula([(3, 1, 1)] * 2 + last, position, 18) for position in range(9)]
         assert [tuple(box) for box in fields[0, 4, :, [1, 3]].tolist()] == expected
         assert [tuple(box) for box in fields[0, :, 8, [0, 2]].tolist()] == expected
     assert fields[3:].abs().sum() == 0  # the shortcut's zero channels look at nothing
@@ -401,13 +401,15 @@ def test_a_class_without_images_has_no_accuracy_and_no_average_precision(monkeyp
 
 def test_outputs_that_are_not_finite_are_said_to_be_so(run, tmp_path, few_shapes):
     checkpoint = network.read(run / "last.pth")
-    for weight in checkpoint["weights"].values():
-        weight.fill_(math.nan)
-    network.save(tmp_path / "last.pth", checkpoint)
-    for command, flags in ((visualize.confusion, {}), (visualize.pr_curves, {}),
-                           (visualize.landscape, {"images": 20, "points": 3})):
-        with pytest.raises(ValueError, match="finite"):
-            command(str(tmp_path), **flags)
+    for value in (math.nan, 1e30):  # weights that are no numbers, or too large for their outputs
+        for weight in checkpoint["weights"].values():
+            weight.fill_(value)
+        network.save(tmp_path / "last.pth", checkpoint)
+        for command, flags in ((visualize.confusion, {}), (visualize.pr_curves, {}),
+                               (visualize.where, {}), (deconv.occlusion, {}),
+                               (visualize.landscape, {"images": 20, "points": 3})):
+            with pytest.raises(ValueError, match="finite"):
+                command(str(tmp_path), **flags)
 
 
 def test_a_training_loss_that_label_smoothing_raises_is_named(tmp_path, monkeypatch):
