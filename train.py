@@ -59,8 +59,11 @@ from data import (
     write_atomically,
 )
 
-COLUMNS = ("epoch", "step", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr",
-           "seconds", "images_per_second", "train/objective")
+# The columns of metrics.csv as TensorBoard groups them: what is compared stands side by side.
+TAGS = {"train/loss": "loss/train", "train/accuracy": "accuracy/train", "val/loss": "loss/val",
+        "val/accuracy": "accuracy/val", "lr": "schedule/lr", "seconds": "speed/seconds",
+        "images_per_second": "speed/images_per_second", "train/objective": "loss/objective"}
+COLUMNS = ("epoch", "step", *TAGS)
 # A run's folder: what says that it is one, and the paths of all files that runs write there.
 MARKER, MARK = ".run", "A run of train.py made this folder.\n"
 STEPS = f"step-{'[0-9]' * 9}.pth"  # checkpoints before the last
@@ -76,10 +79,6 @@ SHOWN = {"epoch": ("epoch", 5, "d"), "step": ("step", 8, "d"), "train/loss": ("l
          "train/accuracy": ("acc", 9, ".2%"), "val/loss": ("val_loss", 10, ".4f"),
          "val/accuracy": ("val_acc", 9, ".2%"), "lr": ("lr", 10, ".2g"),
          "seconds": ("time", 9, ".1f")}
-# The columns as TensorBoard groups them: what is compared stands side by side.
-TAGS = {"train/loss": "loss/train", "val/loss": "loss/val", "train/objective": "loss/objective",
-        "train/accuracy": "accuracy/train", "val/accuracy": "accuracy/val", "lr": "schedule/lr",
-        "seconds": "speed/seconds", "images_per_second": "speed/images_per_second"}
 # TensorBoard's custom scalars: of its other charts each shows one tag alone.
 CHARTS = {"training": {kind: ["Multiline", [f"{kind}/{part}" for part in ("train", "val", "test")]]
                        for kind in ("loss", "accuracy")}}
@@ -101,29 +100,23 @@ def setting(default, text, allowed=None):
 
 
 def check_setting(name, value, kind, allowed):
-    """ValueError unless `value` is of the annotated type `kind` and of `allowed` (see `setting`).
-
-    A whole number is a number too, but True is none.
-    """
-    if typing.get_origin(kind) is tuple:
-        fits = isinstance(value, tuple) and all(
-            type(part) is typing.get_args(kind)[0] for part in value)
-    else:
-        kinds = typing.get_args(kind) or (kind,)
-        fits = (isinstance(value, kinds) or (float in kinds and isinstance(value, int))) and (
-            bool in kinds or not isinstance(value, bool))
-    if not fits:
+    """ValueError unless `value` is of the annotated type `kind` and `allowed` (see `setting`)."""
+    several = typing.get_origin(kind) is tuple
+    kinds = typing.get_args(kind)[:1] if several else typing.get_args(kind) or (kind,)
+    if float in kinds:
+        kinds += (int,)  # a whole number is a number too
+    parts = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) != several or not all(
+            isinstance(part, kinds) and (bool in kinds or not isinstance(part, bool))
+            for part in parts):  # for Python, True is an int
         raise ValueError(f"{name}={value!r}: must be {kind}")
-    if allowed is None or value is None:
-        return
-    parts = value if isinstance(value, tuple) else [value]
-    if parts and isinstance(parts[0], (int, float)):
-        if not all(allowed[0] <= part <= allowed[1] for part in parts):
-            raise ValueError(f"{name}={value}: must be from {allowed[0]:g} to {allowed[1]:g}")
-    elif any(part not in allowed for part in parts):
-        wrong = next(part for part in parts if part not in allowed)
-        raise ValueError(f"{name}={text_of(value)}: must be of {', '.join(allowed)}"
-                         f"{closest(wrong, allowed)}")
+    for part in parts if allowed else ():
+        if isinstance(part, str) and part not in allowed:
+            raise ValueError(f"{name}={text_of(value)}: must be of {', '.join(allowed)}"
+                             f"{closest(part, allowed)}")
+        if isinstance(part, (int, float)) and not allowed[0] <= part <= allowed[1]:
+            raise ValueError(f"{name}={text_of(value)}: must be from {allowed[0]:g} to "
+                             f"{allowed[1]:g}")
 
 
 @dataclass(frozen=True)
@@ -215,10 +208,10 @@ class Config:
             return tuple(value) if isinstance(value, list) else value
 
         try:
-            values = {name: value for name, value in values.items() if name != EMPTYING}
-            options = {name: listed(value) for name, value in values["options"].items()}
-            return cls(**{**{RENAMED.get(name, name): listed(value)
-                             for name, value in values.items()}, "options": options})
+            values = {RENAMED.get(name, name): listed(value) for name, value in values.items()
+                      if name != EMPTYING}
+            values["options"] = {name: listed(value) for name, value in values["options"].items()}
+            return cls(**values)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not the settings of a run: {error}") from error
 
@@ -227,6 +220,12 @@ class Config:
         return {**{name: default for name, (_, default)
                    in networks.options_of(self.model).items()},
                 **dataclasses.asdict(self), **self.options, "options": None}
+
+    def changed(self):
+        """{name: value} of the settings and network options that the recipe has otherwise."""
+        usual = Config.create(self.model).all_settings()
+        return {name: value for name, value in self.all_settings().items()
+                if value != usual[name]}
 
     @property
     def size(self):
@@ -290,13 +289,9 @@ def parse_flags(flags):
 
 def command_of(config):
     """The command line that makes this run again."""
-    words = ["python", "train.py", f"--model={config.model}"]
-    before = Config.create(config.model).all_settings()
-    for name, value in config.all_settings().items():
-        if before[name] == value:
-            continue
-        words.append(f"--{name}={text_of(value)}")
-    return shlex.join(words)
+    flags = {"model": config.model, **config.changed()}
+    return shlex.join(["python", "train.py", *(
+        f"--{name}={text_of(value)}" for name, value in flags.items())])
 
 
 # ---------------------------------------------------------------------------- schedule, optimizer
@@ -313,29 +308,27 @@ def learning_rate(step, total_steps, warmup_steps, peak, schedule):
     if schedule == "onecycle":  # whole steps, so that one of them takes the peak
         warmup_steps, schedule = int(max(warmup_steps, total_steps / 4)), "linear"
     if step < warmup_steps:
-        return peak * (step + 1) / (warmup_steps + 1)
+        return peak * (step + 1) / (warmup_steps + 1)  # + 1: a step at rate 0 would be wasted
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak * {"constant": 1.0, "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
                    "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[schedule]
 
 
 def make_optimizer(config, network):
-    """The optimizer that `config` asks for, in its quickest implementation on this device."""
+    """The optimizer that `config` asks for, in its quickest implementation on this device: the
+    fused ones update all parameters in one call instead of one call each."""
     parameters = [value for value in network.parameters() if value.requires_grad]
-    common = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer == "rmsprop":  # the one without a fused implementation
-        return torch.optim.RMSprop(parameters, momentum=config.momentum, **common)
-    if config.optimizer == "muon":
-        return Muon(parameters, momentum=config.momentum, **common)
-    common["fused"] = parameters[0].device.type in ("cpu", "cuda")
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov,
-                               **common)
-    if config.optimizer == "adagrad":
-        common["fused"] = parameters[0].device.type == "cpu"
-        return torch.optim.Adagrad(parameters, **common)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
-        parameters, **common)
+    device, momentum = parameters[0].device.type, {"momentum": config.momentum}
+    fused = {"fused": device in ("cpu", "cuda")}
+    kind, options = {
+        "sgd": (torch.optim.SGD, {**momentum, "nesterov": config.nesterov, **fused}),
+        "muon": (Muon, momentum),
+        "adam": (torch.optim.Adam, fused),
+        "adamw": (torch.optim.AdamW, fused),
+        "adagrad": (torch.optim.Adagrad, {"fused": device == "cpu"}),
+        "rmsprop": (torch.optim.RMSprop, momentum),
+    }[config.optimizer]
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, **options)
 
 
 class Muon(torch.optim.Optimizer):
@@ -364,13 +357,13 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         gradient = parameter.grad.add(parameter, alpha=0 if parameter.ndim == 4 else weight_decay)
         buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
-        step = gradient.add_(buffer, alpha=momentum)
+        step = gradient.add_(buffer, alpha=momentum)  # Nesterov: as if momentum had moved us on
         if parameter.ndim != 4:
             parameter.sub_(step, alpha=lr)
             return
         rows = step.permute(0, 2, 3, 1)  # a view of channels-last filters, so nothing is copied
         step = orthogonalize(rows.flatten(1)).view_as(rows).permute(0, 3, 1, 2)
-        norm = parameter.norm()
+        norm = parameter.norm()  # on the device: nothing here waits for its value
         parameter.sub_(step * (lr * norm / step.norm().clamp(min=1e-12)))
         parameter.mul_(norm / parameter.norm().clamp(min=1e-12))
 
@@ -385,6 +378,9 @@ def orthogonalize(matrix, steps=5):
     wide = wide / wide.norm().clamp(min=1e-12)
     gram = wide @ wide.T
     identity = product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    # A step takes each singular value s of X to 3.4445 s − 4.7750 s³ + 2.0315 s⁵, which from
+    # anywhere in 0…1 soon lies around 1: X ← (aI + bG + cG²) X with G = XXᵀ. That factor and G
+    # commute, so it can be gathered in `product`, and X itself be multiplied once, at the end.
     for _ in range(steps):
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         product, gram = factor @ product, factor @ gram @ factor
@@ -425,7 +421,8 @@ def in_bf16(device, precision):
 
 
 def autocast(device, precision):
-    """A context in which the network computes in `precision`."""
+    """A context in which the network computes in `precision`. Weights stay float32, and the loss
+    needs no scaling: bf16 reaches as far as float32 does, with fewer digits."""
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, precision))
 
 
@@ -439,7 +436,7 @@ class Workers:
     def add_up(self, tensors):
         """Begin to sum float32 `tensors` over all processes, in one exchange; the function that
         is returned waits for the sums and puts them in place."""
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = torch.cat([tensor.flatten() for tensor in tensors])  # small messages cost as much
         with together():
             exchange = distributed.all_reduce(flat, async_op=True)
 
@@ -483,18 +480,13 @@ class Workers:
             buffer.copy_(mean)
 
     def any(self, flag, like):
-        """Whether `flag` is true in any process, told by tensors on the device of `like`."""
+        """Whether `flag` is true in any process, told by tensors on the device of `like`: all
+        processes wait here for each other."""
         if self.world == 1:
             return bool(flag)
         votes = like.new_full((1,), bool(flag))
         self.add_up([votes])()
         return votes.item() > 0
-
-    def meet(self):
-        """Wait until all processes have come here: one that leaves takes its connections along."""
-        if self.world > 1:
-            with together():
-                distributed.barrier()
 
 
 def buckets_of(parameters, most=2**20):
@@ -570,31 +562,24 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
     device = choose_device(config.device)
     make_repeatable(config, device)
     check_folder(config, resume, overwrite)  # here before anything is written, below for good
-    with enough_memory(config), join_workers(device) as workers, hold(config.folder, workers):
+    with (enough_memory(config), join_workers(device) as workers,
+          contextlib.nullcontext() if workers.rank else data.lock(config.folder)):
         check_folder(config, resume, overwrite)
         dataset = load_images(config)
         state, batches, folder = prepare(config, dataset, device, workers, resume, changed_data)
         try:
             with catch_signals() as stop, live_progress(config, len(batches)) as bar:
                 while state.epoch < config.epochs and not workers.any(
-                        out_of_patience(state, config), state.sums):
+                        0 < config.patience <= state.epoch - state.best_epoch, state.sums):
                     train_epoch(state, batches, config, workers, folder, bar, stop)
                     bar(state, None)
                     end_epoch(state, dataset, batches, folder)
                     if workers.any(stop, state.sums):
-                        raise Stopped(*stop[:1])
+                        leave(state, folder, stop)
             folder.wait()
-            if state.epoch < config.epochs:
-                folder.say(f"validation accuracy has not risen for {config.patience} epochs: that "
-                           f"is all")
             result = finish(state, dataset, folder, workers)
-            workers.meet()
+            workers.any(False, state.sums)  # one that leaves early takes its connections along
             return result
-        except Stopped as stopped:
-            folder.wait()
-            folder.say(f"stopped at step {state.step}; saved. The same command with --resume goes "
-                       f"on")
-            sys.exit(128 + (*stopped.args, signal.SIGTERM)[0])
         finally:
             folder.close()
 
@@ -605,11 +590,15 @@ def train_epoch(state, batches, config, workers, folder, bar, stop):
     steps, saved_at = len(batches), time.monotonic()
     started = time.perf_counter() - state.epoch_seconds
     point_steps = config.log_steps or POINT_STEPS
-    # The device is waited for at these steps alone; a CPU has nothing to gain from waiting less.
+    # A GPU works off what has been asked of it while Python goes on to the next step. Whoever reads
+    # a number from it waits until all that is done, so numbers are read at these steps alone; a CPU
+    # has nothing to gain from waiting less.
     read_steps = 1 if state.sums.device.type == "cpu" else POINT_STEPS
     first = state.step - state.epoch * steps
-    epoch = batches.epoch(state.epoch, first, *size_and_crop(config, state.epoch))
-    for step, (images, labels) in enumerate(epoch, first + 1):
+    size = config.early_size if state.epoch < config.early_share * config.epochs else None
+    crop = state.epoch < config.epochs - config.uncropped_epochs
+    for step, (images, labels) in enumerate(batches.epoch(state.epoch, first, size, crop),
+                                            first + 1):
         lr = learning_rate(state.step, config.epochs * steps, config.warmup_epochs * steps,
                            config.lr, config.schedule)
         train_step(state, images, labels, config, workers, lr, batches.batch_size)
@@ -622,12 +611,13 @@ def train_epoch(state, batches, config, workers, folder, bar, stop):
             bar(state, step)
         if at_point:
             log_point(state, step, config, folder)
+        # Several processes ask each other through the device, so only where it was waited for.
         halt = (workers.world == 1 or reads) and not last and workers.any(stop, state.sums)
         if halt or (not last and time.monotonic() - saved_at > 60 * config.save_minutes):
             folder.save(state)
             saved_at = time.monotonic()
         if halt:
-            raise Stopped(*stop[:1])
+            leave(state, folder, stop)
 
 
 def train_step(state, images, labels, config, workers, lr, batch_size):
@@ -643,7 +633,7 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
     loss, sums = measure(logits.float(), targets, config.label_smoothing)
     state.optimizer.zero_grad(set_to_none=True)
     with workers.sharing(state.network, [*state.parameters()], sums):
-        (loss / batch_size).backward()
+        (loss / batch_size).backward()  # by that of all processes, whose gradients are summed
     norm = nn.utils.get_total_norm([parameter.grad for parameter in state.parameters()])
     if config.clip is not None:
         nn.utils.clip_grads_with_norm_([*state.parameters()], config.clip, norm)
@@ -651,6 +641,7 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
         group["lr"] = lr
     state.optimizer.step()
     state.follow(config.ema)
+    # A tensor on the device, not yet known here: the step is taken, and undone where it was wrong.
     finite = sums[3].isfinite() & norm.isfinite()
     state.sums += torch.where(finite, sums, 0.0 if skips else math.nan)
     if skips:
@@ -671,7 +662,7 @@ def measure(logits, targets, smoothing):
 
     objective = weighted(lambda labels: F.cross_entropy(logits, labels, reduction="sum",
                                                         label_smoothing=smoothing))
-    loss, answers = objective.detach(), logits.argmax(1)
+    loss, answers = objective.detach(), logits.argmax(1)  # logits are B×classes
     if smoothing:
         with torch.no_grad():
             loss = weighted(lambda labels: F.cross_entropy(logits, labels, reduction="sum"))
@@ -681,20 +672,12 @@ def measure(logits, targets, smoothing):
                                    torch.full_like(loss, len(logits)), objective.detach()])
 
 
-def size_and_crop(config, epoch):
-    """The side of the images in `epoch` (None: the network's own), and whether they are cropped."""
-    early = epoch < config.early_share * config.epochs
-    return (config.early_size if early else None), epoch < config.epochs - config.uncropped_epochs
-
-
 def seed_step(seed, step, rank, device):
     """Make what is random inside a network (dropout) a function of (seed, step, rank)."""
-    number = (seed * 1_000_003 + step) * 1_009 + rank
-    if device.type == "cuda":
-        torch.cuda.manual_seed(number % 2**63)
-    elif device.type == "mps":
-        torch.mps.manual_seed(number % 2**63)
-    torch.default_generator.manual_seed(number % 2**63)
+    number = ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63  # primes, so that they do not meet
+    if device.type in ("cuda", "mps"):  # torch.manual_seed would seed the other GPUs as well
+        torch.get_device_module(device).manual_seed(number)
+    torch.default_generator.manual_seed(number)
 
 
 def changing(state):
@@ -715,6 +698,14 @@ def put_back(state, before, undo):
     for tensor in changing(state):
         if tensor.device == undo.device:  # counters of steps may be elsewhere, and may go on
             tensor.copy_(torch.where(undo, before.get(tensor, torch.zeros_like(tensor)), tensor))
+
+
+def leave(state, folder, stop):
+    """Exit once all is saved, with the status of a process that the first signal in `stop` ended;
+    where none came, another process of this run was told to stop."""
+    folder.wait()
+    folder.say(f"stopped at step {state.step}; saved. The same command with --resume goes on")
+    sys.exit(128 + (*stop, signal.SIGTERM)[0])
 
 
 def check_finite(state, lr, folder):
@@ -739,8 +730,7 @@ def log_point(state, step, config, folder):
 
 def end_epoch(state, dataset, batches, folder):
     """Validate, write the epoch's row, and save."""
-    config, steps = folder.config, len(batches)
-    loss, correct, count, objective = state.totals
+    config, (loss, correct, count, objective) = folder.config, state.totals
     if not count:
         raise ValueError(f"every step of epoch {state.epoch + 1} was skipped, for its loss or "
                          f"gradient was not finite; {folder.last_good()}; lower `lr`")
@@ -749,20 +739,19 @@ def end_epoch(state, dataset, batches, folder):
         with averaged(state):
             logits = predict(state.network, dataset.val.images, folder.preprocessing)
         validation = score(logits, dataset.val.labels, len(dataset.classes))
-    lr = learning_rate(state.step - 1, config.epochs * steps, config.warmup_epochs * steps,
-                       config.lr, config.schedule)
     state.epoch += 1
     folder.row({"epoch": state.epoch, "step": state.step, "train/loss": loss / count,
                 "train/accuracy": correct / count, "val/loss": validation["loss"],
-                "val/accuracy": validation["accuracy"], "lr": lr, "seconds": state.epoch_seconds,
-                "images_per_second": steps * batches.batch_size / state.epoch_seconds,
-                "train/objective": objective / count if config.label_smoothing else None})
+                "val/accuracy": validation["accuracy"],
+                "lr": state.optimizer.param_groups[0]["lr"], "seconds": state.epoch_seconds,
+                "images_per_second": len(batches) * batches.batch_size / state.epoch_seconds,
+                "train/objective": objective / count if config.label_smoothing else None},
+               histograms(state.network))
     best = dataset.val is not None and validation["accuracy"] > state.best_accuracy
     if best:
         state.best_accuracy, state.best_epoch = validation["accuracy"], state.epoch
     state.seconds += state.epoch_seconds
     state.epoch_seconds, state.totals, state.logged = 0.0, (0.0,) * 4, (0.0,) * 4
-    folder.histograms(state.network, state.step)
     folder.save(state, best, state.epoch in snapshot_epochs(config, state.network))
 
 
@@ -772,11 +761,6 @@ def snapshot_epochs(config, network, count=8, largest=2**20):
     if config.snapshots or networks.count_parameters(network) > largest:
         return config.snapshots
     return {round(config.epochs * number / count) for number in range(1, count + 1)}
-
-
-def out_of_patience(state, config):
-    """Whether validation accuracy has not risen for `config.patience` epochs."""
-    return 0 < config.patience <= state.epoch - state.best_epoch
 
 
 # ---------------------------------------------------------------------------- how a run begins
@@ -831,7 +815,7 @@ class State:
 
     def read_sums(self):
         """Add `sums` to `totals`, which waits for the device."""
-        self.totals = tuple(map(sum, zip(self.totals, self.sums.tolist())))
+        self.totals = tuple(map(sum, zip(self.totals, self.sums.tolist())))  # the GPU waits here
         self.sums.zero_()
 
 
@@ -841,29 +825,24 @@ def load_images(config, writes=True):
                      config.skip_bad, writes)
 
 
-def prepare(config, dataset, device, workers, resume, changed_data=False):
+def prepare(config, dataset, device, workers, resume, changed_data):
     """(`State`, `Batches`, `RunFolder`) of a run that begins or, with `resume`, goes on; with
     `changed_data` even if its images are no longer those it began with."""
-    say = print if workers.rank == 0 else lambda _line: None
-    checkpoint = newest_checkpoint(config.folder, say) if resume else None
-    if not checkpoint:
-        say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
     description = describe(config, dataset)
-    if checkpoint:
-        check_checkpoint(config, checkpoint, description, changed_data, say)
+    folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
+    checkpoint = newest_checkpoint(config.folder, folder.say) if resume else None
     state = new_state(config, description, device)
     batches = batches_of(config, dataset, device, workers)
     if checkpoint:
-        if checkpoint.get("fingerprint") != description["fingerprint"] and changed_data:
-            checkpoint = at_epoch_start(checkpoint, len(batches))
-        restore(state, checkpoint, len(batches))
+        others = check_checkpoint(config, checkpoint, description, changed_data, folder.say)
+        restore(state, checkpoint, len(batches), epoch_anew=others)
     else:
+        folder.say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
         fit_first_layer(state.network, dataset, config.size)
         if state.average:
             state.average = copy.deepcopy(state.network.state_dict())
-    folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
-    say(batches.describe_way())
-    announce(state, config, dataset, device, workers, say)
+    folder.say(batches.describe_way())
+    announce(state, config, dataset, device, workers, folder.say)
     workers.any(False, state.sums)  # none writes before all have read
     folder.open(state, anew=checkpoint is None)
     return state, batches, folder
@@ -874,7 +853,7 @@ def make_repeatable(config, device):
     torch.manual_seed(config.seed)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what a process seeds, and where it meets the others
-        torch.backends.cudnn.benchmark = not config.deterministic
+        torch.backends.cudnn.benchmark = not config.deterministic  # the quickest may vary
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if config.deterministic != torch.are_deterministic_algorithms_enabled():  # imports for a second
@@ -889,7 +868,6 @@ def describe(config, dataset):
                    "mean": list(dataset.mean), "std": list(dataset.std),
                    "settings": dataclasses.asdict(config), "commit": commit_of_code(),
                    "fingerprint": dataset.fingerprint}
-    networks.describe(description)  # raises what speaks against it
     return description
 
 
@@ -903,7 +881,7 @@ def new_state(config, description, device):
     """A network with fresh weights and its optimizer, at step 0."""
     network = networks.build(config.model, len(description["classes"]), description["image_size"],
                              **config.options)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = network.to(device, memory_format=torch.channels_last)  # as the batches come
     if config.early_size:
         networks.check_size(network, config.early_size)
     if config.compile:
@@ -917,14 +895,12 @@ def new_state(config, description, device):
 @contextlib.contextmanager
 def averaged(state):
     """While open, the network has the weights that are evaluated; see `State.weights`."""
-    own = copy.deepcopy(state.network.state_dict()) if state.average else None
-    if own:
-        state.network.load_state_dict(state.average)
+    own = copy.deepcopy(state.network.state_dict())  # a state dict is a view of the weights
+    state.network.load_state_dict(state.weights())
     try:
         yield
     finally:
-        if own:
-            state.network.load_state_dict(own)
+        state.network.load_state_dict(own)
 
 
 def fit_first_layer(network, dataset, size=None):
@@ -946,12 +922,16 @@ def training_state(state):
     return {**kept, "optimizer": {"state": state.optimizer.state_dict()["state"]}}
 
 
-def restore(state, checkpoint, steps):
+def restore(state, checkpoint, steps, epoch_anew=False):
     """Put `state` where `checkpoint` was saved; ValueError when it is not one of this run.
 
-    `steps` is the number of steps of an epoch.
+    `steps` is the number of steps of an epoch. With `epoch_anew` back to the start of the epoch: of
+    other images than before, no steps of it count.
     """
     optimizer, training = state.optimizer, dict(checkpoint["training"])
+    if epoch_anew:
+        checkpoint = {**checkpoint, "step": checkpoint["epoch"] * steps}
+        training |= {"totals": (0.0,) * 4, "logged": (0.0,) * 4, "epoch_seconds": 0.0}
     for name in ("totals", "logged"):  # tensors in earlier checkpoints, of one loss
         if isinstance(training.get(name), torch.Tensor) and training[name].numel() == 3:
             training[name] = tuple(training[name].tolist())
@@ -980,14 +960,6 @@ def restore(state, checkpoint, steps):
     state.epoch, state.step = checkpoint["epoch"], checkpoint["step"]
 
 
-def at_epoch_start(checkpoint, steps):
-    """`checkpoint` as if it stood at the start of its epoch, one of `steps` steps: with other
-    images, there are no steps of this epoch to count on."""
-    training = {**checkpoint["training"], "totals": (0.0,) * 4, "logged": (0.0,) * 4,
-                "epoch_seconds": 0.0}
-    return {**checkpoint, "step": checkpoint["epoch"] * steps, "training": training}
-
-
 def announce(state, config, dataset, device, workers, say):
     """Say what is about to be trained, on what, and from where."""
     say(f"{config.model} ({networks.count_parameters(state.network):,} parameters) on "
@@ -1008,15 +980,11 @@ def enough_memory(config):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-                "allocate memory" not in str(error)):
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "allocate memory" in str(error)):  # on a CPU
             raise
         raise OSError(f"out of memory: a smaller `batch_size` than {config.batch_size} or "
                       f"`image_size` than {config.size} needs less") from error
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; it has been saved."""
 
 
 @contextlib.contextmanager
@@ -1043,30 +1011,26 @@ def catch_signals():
 def live_progress(config, steps):
     """A function of (state, step of the epoch) that keeps a bar up to date on a terminal or in a
     notebook; without a step, the network is being validated."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console()
+    console, shown = data.console(), [0.0]
     if int(os.environ.get("RANK", 0)) or not (console.is_terminal or console.is_jupyter):
         yield lambda _state, _step: None
         return
     with Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(20), TextColumn(
             "{task.fields[doing]}"), TimeRemainingColumn(), transient=True, console=console) as bar:
         task = bar.add_task("", total=config.epochs * steps, epoch=1, doing="")
-        shown = [0.0]
 
         def update(state, step):
             if step is None:
                 bar.update(task, completed=state.step, doing="validating")
-                return
-            if time.monotonic() - shown[0] < 0.5:
-                return
-            shown[0] = time.monotonic()
-            loss, correct, count, _ = state.totals
-            count = count or math.nan
-            bar.update(task, completed=state.step, epoch=f"{state.epoch + 1}/{config.epochs}",
-                       doing=f"loss {loss / count:.3f}  acc {correct / count:.1%}  "
-                             f"{step * config.batch_size / state.epoch_seconds:.0f} images/s")
+            elif time.monotonic() - shown[0] > 0.5:  # a small network takes thousands of steps
+                loss, correct, count, _ = state.totals
+                count = count or math.nan  # all may have been skipped
+                bar.update(task, completed=state.step, epoch=f"{state.epoch + 1}/{config.epochs}",
+                           doing=f"loss {loss / count:.3f}  acc {correct / count:.1%}  "
+                                 f"{step * config.batch_size / state.epoch_seconds:.0f} images/s")
+                shown[0] = time.monotonic()
 
         yield update
 
@@ -1122,7 +1086,7 @@ def tta_views(images, tta):
     if tta == "full":
         if images.shape[3] < 2:
             raise ValueError("tta=full: moves images, which must be at least 2×2")
-        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")  # N×3×(S + 2)×(S + 2)
         views += [(1 / 8, padded[:, :, :-2, :-2]), (1 / 8, padded[:, :, 2:, 2:])]
     return views + [(share, view.flip(3)) for share, view in views]
 
@@ -1145,6 +1109,7 @@ def score(logits, labels, classes):
     hits = torch.bincount(labels[correct], minlength=classes)
     per_class = [hit / total if total else None
                  for hit, total in zip(hits.tolist(), totals.tolist())]
+    # In float64, for a sum of ten thousand float32 losses has lost digits.
     return {"loss": F.cross_entropy(logits.double(), labels, reduction="sum").item() / len(labels),
             "accuracy": correct.sum().item() / len(labels), "per_class": per_class}
 
@@ -1152,7 +1117,7 @@ def score(logits, labels, classes):
 def calibration(logits, labels, bins=15):
     """(images, mean confidence, accuracy) of each of `bins` of the confidence, and the expected
     calibration error (Guo et al. 2017, equations 2 and 3). NaN where a bin has no images."""
-    confidence, guess = logits.double().softmax(1).max(1)
+    confidence, guess = logits.double().softmax(1).max(1)  # N each
     number = (confidence * bins).ceil().long().clamp(1, bins) - 1  # ((m − 1)/bins, m/bins]
     images, sums, hits = (torch.bincount(number, weights, bins) for weights in (
         None, confidence, (guess == labels).double()))
@@ -1174,15 +1139,9 @@ def figures(logits, labels, classes):
             "per_class": dict(zip(classes, result["per_class"]))}
 
 
-def result_table(result):
-    """The accuracy of each class as a `Table`; a dash for one without test images."""
-    return Table(("class", "test accuracy"), [
-        (name, "–" if accuracy is None else f"{accuracy:.1%}")
-        for name, accuracy in result["per_class"].items()])
-
-
-def result_line(result):
-    """Test accuracy, loss and calibration error in one line."""
+def shown_result(result):
+    """[the accuracy of each class as a `Table`, a dash for one without test images; test accuracy,
+    loss and calibration error in one line]."""
     line = f"test accuracy {result['test/accuracy']:.2%}"
     if result["test/top5_accuracy"] is not None:
         line += f", of the five likeliest {result['test/top5_accuracy']:.2%}"
@@ -1190,7 +1149,9 @@ def result_line(result):
              f"{result['test/calibration_error']:.2%}")
     if result.get("test/accuracy_tta") is not None:
         line += f"; {result['test/accuracy_tta']:.2%} with --tta={result['settings']['tta']}"
-    return line
+    return [Table(("class", "test accuracy"), [
+        (name, "–" if accuracy is None else f"{accuracy:.1%}")
+        for name, accuracy in result["per_class"].items()]), line]
 
 
 # ---------------------------------------------------------------------------- the run folder
@@ -1210,12 +1171,13 @@ class RunFolder:
         self.saved_step = None if anew else state.step
         if not self.writes:
             return
-        if anew:
-            self.empty()
-        for path in written_by_a_run(self.path):
-            if path.suffix == ".tmp":
-                path.unlink()
         write_atomically(self.path / MARKER, MARK)
+        if anew:
+            # Killed here, it leaves the old run, or else the new one and some files that go when
+            # that is resumed: the old one ends when config.json is replaced.
+            self.write_config({EMPTYING: True})
+        remove_written(self.path, lambda name: name.endswith(".tmp") or (
+            anew and name not in ("config.json", ".lock", MARKER)))
         with contextlib.suppress(FileNotFoundError):  # else `state` is from last.pth
             os.replace(self.older(), self.path / "last.pth")
         rows = [row for row in read_rows(self.path) if int(row["epoch"]) <= state.epoch]
@@ -1232,16 +1194,6 @@ class RunFolder:
             from torch.utils.tensorboard.summary import custom_scalars
 
             data.append(self.events, data.event_bytes(summary=custom_scalars(CHARTS)))
-
-    def empty(self):
-        """Remove the run before, if there is one.
-
-        A process that is killed here leaves the old run, or else the new one and some files that
-        go when it is resumed: the old one ends when config.json is replaced.
-        """
-        write_atomically(self.path / MARKER, MARK)
-        self.write_config({EMPTYING: True})
-        clear_folder(self.path)
 
     def write_config(self, more=()):
         """Write the settings, and what else is true of the run, to config.json."""
@@ -1267,45 +1219,29 @@ class RunFolder:
         if self.writes:
             print(line, flush=True)
 
-    def scalars(self, values, step):
-        """Add a point to each TensorBoard curve in `values` (tag → value)."""
+    def scalars(self, values, step, more=()):
+        """Add a point to each TensorBoard curve in `values` (tag → value), and points `more`."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         if self.writes:
             points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-            data.append(self.events, data.event_bytes(step=step, summary=Summary(value=points)))
+            data.append(self.events, data.event_bytes(
+                step=step, summary=Summary(value=[*points, *more])))
 
-    def row(self, row):
-        """Add an epoch's row to metrics.csv, to TensorBoard and to the screen."""
-        if not self.writes:
-            return
-        line = ",".join(format_cell(row[name]) for name in COLUMNS) + "\n"
-        data.append(self.path / "metrics.csv", line.encode())
+    def row(self, row, more):
+        """Add an epoch's row to metrics.csv, TensorBoard (with points `more`) and the screen."""
+        if self.writes:
+            line = ",".join(format_cell(row[name]) for name in COLUMNS) + "\n"
+            data.append(self.path / "metrics.csv", line.encode())
         self.scalars({tag: row[name] for name, tag in TAGS.items() if row[name] is not None},
-                     row["step"])
+                     row["step"], more)
         self.say("".join(f"{'' if row[name] is None else format(row[name], shown):>{width}}"
                          for name, (_, width, shown) in SHOWN.items()))
-
-    def histograms(self, network, step, most=10_000):
-        """Add the distributions of `network`'s filters and matrices, and of their gradients in
-        the step before, to TensorBoard; `most` values of each, so that it takes no time."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from torch.utils.tensorboard.summary import histogram
-        if not self.writes:
-            return
-        points = []
-        for name, weight in network.named_parameters():
-            for what, tensor in (("weights", weight), ("gradients", weight.grad)):
-                if weight.ndim > 1 and tensor is not None:
-                    values = tensor.detach().flatten()[::math.ceil(weight.numel() / most)].cpu()
-                    if values.isfinite().all():
-                        points += histogram(f"{what}/{name}", values.numpy(), 30).value
-        data.append(self.events, data.event_bytes(step=step, summary=Summary(value=points)))
 
     def save(self, state, best=False, snapshot=False):
         """Write `state` as last.pth in the background, as best.pth too if it is the best, and with
         `snapshot` its weights in half precision."""
-        weights, training = copied((state.weights(), training_state(state)))
+        weights, training = copied((state.weights(), training_state(state)))  # the GPU waits here
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError(f"the weights are not finite at step {state.step}; {self.last_good()}")
         self.wait()
@@ -1314,8 +1250,7 @@ class RunFolder:
             return
         checkpoint = {**self.description, "epoch": state.epoch, "step": state.step,
                       "weights": weights}
-        self.pending = self.saver.submit(self._write, checkpoint, training, best,
-                                         snapshot)
+        self.pending = self.saver.submit(self._write, checkpoint, training, best, snapshot)
 
     def wait(self):
         """Wait for the checkpoint that is being written; raises what went wrong with it."""
@@ -1324,7 +1259,9 @@ class RunFolder:
             self.saved_step = pending.result()
 
     def _write(self, checkpoint, training, best, snapshot):
-        for path in (self.path / "metrics.csv", self.events):  # on the disk before the checkpoint
+        # On the disk before the checkpoint: rows too many are cut when the run goes on, while none
+        # that is missing could be made again.
+        for path in (self.path / "metrics.csv", self.events):
             with data.writing(path), open(path, "ab") as file:
                 os.fsync(file.fileno())
         if best:
@@ -1339,6 +1276,21 @@ class RunFolder:
             for path in sorted(self.path.glob(STEPS), reverse=True)[keep - 1:]:
                 path.unlink()
         return checkpoint["step"]
+
+
+def histograms(network, most=10_000):
+    """TensorBoard's points of the distributions of `network`'s filters and matrices, and of their
+    gradients in the step before: of `most` values of each, so that it takes no time."""
+    from torch.utils.tensorboard.summary import histogram
+
+    points = []
+    for name, weight in network.named_parameters():
+        for what, tensor in (("weights", weight), ("gradients", weight.grad)):
+            if weight.ndim > 1 and tensor is not None:
+                values = tensor.detach().flatten()[::math.ceil(weight.numel() / most)].cpu()
+                if values.isfinite().all():
+                    points += histogram(f"{what}/{name}", values.numpy(), 30).value
+    return points
 
 
 def copied(values):
@@ -1362,13 +1314,14 @@ def read_rows(run):
 
     Rows that are not whole are left out; earlier versions wrote none for train/objective.
     """
+    path = Path(run) / "metrics.csv"
     try:
-        text = data.read_text(Path(run) / "metrics.csv", errors="replace")
+        text = data.read_text(path, errors="replace")
         rows = [{"train/objective": "", **row} for row in csv.DictReader(io.StringIO(text))]
     except FileNotFoundError:
         return []
     except csv.Error as error:
-        raise ValueError(f"{Path(run) / 'metrics.csv'}: damaged ({error})") from error
+        raise ValueError(f"{path}: damaged ({error})") from error
     return [row for row in rows
             if set(row) == set(COLUMNS) and None not in row.values() and row["epoch"].isdecimal()]
 
@@ -1388,11 +1341,6 @@ def read_metrics(run):
         return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
     except ValueError as error:
         raise ValueError(f"{Path(run) / 'metrics.csv'}: damaged ({error})") from error
-
-
-def hold(folder, workers):
-    """Process 0 holds the run folder for all; see `data.lock`."""
-    return contextlib.nullcontext() if workers.rank else data.lock(folder)
 
 
 def check_folder(config, resume, overwrite):
@@ -1422,6 +1370,47 @@ def check_apart(config, resume):
                              f"{config.folder}, must lie apart (`{name}`, `out`, `name`)")
 
 
+def check_same_run(config, before=None):
+    """ValueError when the run in `config.folder` began with settings of another meaning, unless it
+    is not there: with those `before`, or else those in its config.json."""
+    path = config.folder / "config.json"
+    if before is None and not path.exists():
+        return
+    now, before = config.all_settings(), (before or read_config(path)).all_settings()
+    for name in sorted({*now, *before}):
+        if now.get(name) != before.get(name) and name not in MAY_CHANGE:
+            raise ValueError(f"{name}={now.get(name)}: the run in {config.folder} has "
+                             f"{before.get(name)}; a run goes on with the settings it began with "
+                             f"(`name=NAME` starts another)")
+    if now["epochs"] < before["epochs"]:
+        raise ValueError(f"epochs={now['epochs']}: the run in {config.folder} is one of "
+                         f"{before['epochs']} epochs, which may grow but not shrink")
+
+
+def check_checkpoint(config, checkpoint, description, changed_data, say):
+    """Whether `checkpoint` is of other images, which `changed_data` must allow. ValueError when it
+    is of another run than the one that `config` and the new `description` speak of, whatever the
+    other files of the run say."""
+    check_same_run(config, Config.from_json(checkpoint["settings"]))
+    if checkpoint["classes"] != description["classes"]:
+        raise ValueError(f"data={config.data}: its classes are "
+                         f"{difference(description['classes'], checkpoint['classes'])}")
+    others = checkpoint.get("fingerprint") != description["fingerprint"]
+    if others and not changed_data and "fingerprint" in checkpoint:  # earlier ones have none
+        raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
+                         f"began, which goes on with them as they are now if `changed_data` is "
+                         f"given")
+    if checkpoint.get("commit") and checkpoint["commit"] != description["commit"]:
+        say(f"note: saved by the code of commit {checkpoint['commit']}; this is "
+            f"{description['commit'] or 'another'}, whose steps may differ")
+    return others and changed_data
+
+
+def read_config(path):
+    """The settings in a config.json; ValueError or OSError name what is wrong with it."""
+    return data.read_json(path, Config.from_json)
+
+
 def is_run(folder):
     """Whether a run of this package made `folder`; runs of earlier versions left no marker."""
     with contextlib.suppress(OSError):
@@ -1435,8 +1424,7 @@ def is_run(folder):
 
 def written_by_a_run(folder):
     """The files in `folder` that runs of this package write: all that is ever removed."""
-    found = itertools.chain.from_iterable(map(folder.glob, ("*", "test/*", "test/*/*/*")))
-    return [path for path in sorted(found) if path.is_file()
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()
             and WRITTEN.fullmatch(path.relative_to(folder).as_posix())]
 
 
@@ -1450,25 +1438,18 @@ def check_output(path, suffix):
         raise ValueError(f"out={path}: is a file of a run; it stays as it is")
 
 
-def clear_folder(folder):
-    """Remove what runs wrote to `folder`, but for the marks that one is about to begin there."""
+def remove_written(folder, chosen):
+    """Remove those files of runs in `folder` whose names there are `chosen`, a function of the
+    name, and the folders of TensorBoard's board that are empty then."""
     for path in written_by_a_run(folder):
-        if path.name not in ("config.json", ".lock", MARKER):
-            path.unlink()
-    clear_board(folder)
-
-
-def clear_board(folder):
-    """Remove what `write_board` wrote to `folder`/test."""
-    for path in written_by_a_run(folder):
-        if path.relative_to(folder).parts[0] == "test":
+        if chosen(path.relative_to(folder).as_posix()):
             path.unlink()
     for path in sorted(folder.glob("test/**"), reverse=True):  # folders only, inner ones first
         with contextlib.suppress(OSError):  # not empty
             path.rmdir()
 
 
-def newest_checkpoint(folder, say=print):
+def newest_checkpoint(folder, say):
     """The newest checkpoint in `folder` that can be read and gone on from; None if there is none.
 
     A damaged one is named and the one before it taken; OSError when none is left.
@@ -1476,8 +1457,7 @@ def newest_checkpoint(folder, say=print):
     with contextlib.suppress(FileNotFoundError):
         if data.read_json(folder / "config.json", lambda values: EMPTYING in values):
             return None  # what is left is of the run before
-    paths = [folder / "last.pth", *sorted(folder.glob(STEPS), reverse=True)]
-    paths = [path for path in paths if path.exists()]
+    paths = [*folder.glob("last.pth"), *sorted(folder.glob(STEPS), reverse=True)]
     for path in paths:
         try:
             checkpoint = networks.read(path)
@@ -1489,6 +1469,9 @@ def newest_checkpoint(folder, say=print):
     if paths:
         raise OSError(f"{folder}: no checkpoint can be read; `overwrite` starts anew")
     return None
+
+
+# ---------------------------------------------------------------------------- opening a network
 
 
 def open_network(source, device="auto", weights=None, image_size=None):
@@ -1515,7 +1498,6 @@ def open_dataset(description, data=None, root=None):
     other.
     """
     config = run_settings(description, data, root)
-    config = dataclasses.replace(config, image_size=description.preprocessing.image_size)
     dataset = load_images(config, writes=root is not None)
     parts = {part: as_named(getattr(dataset, part), dataset.classes, description, config.data)
              for part in ("train", "val", "test")}
@@ -1527,9 +1509,8 @@ def open_test(description, data=None, root=None):
     if data is not None and str(data).endswith(".npy"):
         return as_named(read_arrays(data), CIFAR10, description, data)
     config = run_settings(description, data, root)
-    classes, test = load_split("test", config.data, config.root,
-                               description.preprocessing.image_size, config.seed, config.limit,
-                               config.skip_bad, writes=root is not None)
+    classes, test = load_split("test", config.data, config.root, config.size, config.seed,
+                               config.limit, config.skip_bad, writes=root is not None)
     return as_named(test, classes, description, config.data)
 
 
@@ -1542,7 +1523,8 @@ def run_settings(description, data=None, root=None):
     config = Config.from_json(description.settings) if description.settings else Config()
     if data is not None:
         config = dataclasses.replace(config, data=data, val=0, limit=None)
-    return dataclasses.replace(config, root=root or config.root)
+    return dataclasses.replace(config, root=root or config.root,
+                               image_size=description.preprocessing.image_size)
 
 
 def as_named(split, classes, description, data):
@@ -1577,6 +1559,8 @@ def finish(state, dataset, folder, workers):
     if workers.rank:
         return None
     config, prep, labels = folder.config, folder.preprocessing, dataset.test.labels
+    if state.epoch < config.epochs:
+        print(f"validation accuracy has not risen for {config.patience} epochs: that is all")
     kept = folder.path / ("best.pth" if dataset.val else "last.pth")
     network, _ = open_network(kept, config.device)
     logits = finite_logits(network, dataset.test.images, prep)
@@ -1597,12 +1581,9 @@ def finish(state, dataset, folder, workers):
         write_board(folder, network, dataset, logits, result, state.step)
     # Last, since a run with a result counts as finished and is not gone on with.
     write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
-    result_table(result).print()
-    print(result_line(result))
-    for name in ("result.json", "metrics.csv", "best.pth", "last.pth"):
-        if (folder.path / name).exists():
-            print(folder.path / name)
-    print(f"tensorboard --logdir {folder.path}")
+    made = (folder.path / name for name in ("result.json", "metrics.csv", "best.pth", "last.pth"))
+    data.show([*shown_result(result), *filter(Path.exists, made),
+               f"tensorboard --logdir {folder.path}"])
     return result
 
 
@@ -1611,7 +1592,7 @@ def write_board(folder, network, dataset, logits, result, step):
     Projector, in `test/`."""
     from torch.utils.tensorboard.summary import hparams
 
-    clear_board(folder.path)
+    remove_written(folder.path, lambda name: name.startswith("test/"))
     with summary_writer(folder.path / "test") as board:
         shown = data.subset(dataset.test, 100, seed=0)
         pixels = folder.preprocessing(shown.images, networks.device_of(network))
@@ -1640,12 +1621,11 @@ def shown_settings(config):
 
     It sorts them by their names, digits before letters, and shows the first few.
     """
-    now, default = config.all_settings(), Config.create(config.model).all_settings()
     first = ("model", "optimizer", "lr", "batch_size", "epochs")
-    values = {f"{number} {name}": now[name] for number, name in enumerate(first, 1)}
-    values |= {name: now[name] for name in now if now[name] != default[name]
-               and name not in (*first, "name", "out", "root")}
-    return {name: value if isinstance(value, (int, float, str, bool)) else text_of(value)
+    values = {f"{number} {name}": getattr(config, name) for number, name in enumerate(first, 1)}
+    values |= {name: value for name, value in config.changed().items()
+               if name not in (*first, "name", "out", "root")}
+    return {name: value if isinstance(value, (int, float, str)) else text_of(value)
             for name, value in values.items()}
 
 
@@ -1680,7 +1660,7 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
         for chunk in images.split(256):
             with networks.capture(network, [layer], stop=True) as outputs:
                 networks.forward(network, preprocessing(chunk, device))
-            maps = networks.captured_maps(outputs, layer).float()
+            maps = networks.captured_maps(outputs, layer).float()  # B×C×H×W, or B×D of a vector
             points.append((maps.mean((2, 3)) if maps.ndim == 4 else maps).cpu())
     sprites = data.resize(images.float() / 255, min(images.shape[3], 32)).clamp(0, 1)
     for tag, vectors in (("features", torch.cat(points)), ("pixels", sprites.flatten(1))):
@@ -1709,20 +1689,17 @@ def commit_of_code():
 def processor_name():
     """The processor's name, where the system tells."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        if found := re.search("model name\\s*: (.+)", Path("/proc/cpuinfo").read_text()):
+            return found[1].strip()
     return platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------- commands
 
 
-def train_command(**flags):
+def train_command(resume: bool | str = False, overwrite: bool = False,
+                  changed_data: bool = False, **flags):
     """Train a network, or go on with a run (--resume)."""
-    resume = parse_value("resume", str(flags.pop("resume", "false")), bool | str)
-    overwrite = parse_value("overwrite", str(flags.pop("overwrite", "false")), bool)
-    changed = parse_value("changed_data", str(flags.pop("changed_data", "false")), bool)
     if resume and overwrite:
         raise ValueError("`resume` and `overwrite`: take one of the two")
     given = parse_flags(flags)
@@ -1737,70 +1714,13 @@ def train_command(**flags):
         named = path.name not in ("", "..")  # "." has no name of its own
         given |= {"out": str(path.parent if named else path / ".."), "name": path.resolve().name}
     config = Config.create(**given)
-    if resume:
-        config = resumed_config(config, given)
-    train(config, bool(resume), overwrite, changed)
-
-
-def resumed_config(config, given):
-    """The saved settings of the run in `config.folder`, with those of `given` that may change.
-
-    Without a run there, `config` itself. Raises ValueError for a flag that would change what the
-    run means.
-    """
-    if not (config.folder / "config.json").exists():
-        return config
-    saved = read_config(config.folder / "config.json")
-    options = {**saved.options, **{name: config.options[name] for name in given
-                                   if name in config.options}}
-    asked = {name: getattr(config, name) for name in given if hasattr(config, name)}
-    asked |= {"out": config.out, "name": config.name, "options": options}
-    config = dataclasses.replace(saved, **asked)
-    check_same_run(config)
-    return config
-
-
-def check_same_run(config, before=None):
-    """ValueError when the run in `config.folder` began with settings of another meaning.
-
-    `before` are those it began with (None: those in its config.json).
-    """
-    if before is None:
-        if not (config.folder / "config.json").exists():
-            return
-        before = read_config(config.folder / "config.json")
-    now, before = config.all_settings(), before.all_settings()
-    for name in sorted({*now, *before}):
-        if now.get(name) != before.get(name) and name not in MAY_CHANGE:
-            raise ValueError(f"{name}={now.get(name)}: the run in {config.folder} has "
-                             f"{before.get(name)}; a run goes on with the settings it began with "
-                             f"(`name=NAME` starts another)")
-    if now["epochs"] < before["epochs"]:
-        raise ValueError(f"epochs={now['epochs']}: the run in {config.folder} is one of "
-                         f"{before['epochs']} epochs, which may grow but not shrink")
-
-
-def check_checkpoint(config, checkpoint, description, changed_data, say):
-    """ValueError when `checkpoint` is of another run than the one that `config` and the new
-    `description` speak of, whatever the other files of the run say, or of other images, unless
-    `changed_data` allows that."""
-    check_same_run(config, Config.from_json(checkpoint["settings"]))
-    if checkpoint["classes"] != description["classes"]:
-        raise ValueError(f"data={config.data}: its classes are "
-                         f"{difference(description['classes'], checkpoint['classes'])}")
-    if not changed_data and description["fingerprint"] != checkpoint.get(
-            "fingerprint", description["fingerprint"]):
-        raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
-                         f"began, which goes on with them as they are now if `changed_data` is "
-                         f"given")
-    if checkpoint.get("commit") and checkpoint["commit"] != description["commit"]:
-        say(f"note: saved by the code of commit {checkpoint['commit']}; this is "
-            f"{description['commit'] or 'another'}, whose steps may differ")
-
-
-def read_config(path):
-    """The settings in a config.json; ValueError or OSError name what is wrong with it."""
-    return data.read_json(path, Config.from_json)
+    if resume and (config.folder / "config.json").exists():  # its own settings, and those given
+        saved = read_config(config.folder / "config.json")
+        config = dataclasses.replace(saved, **{
+            **{name: value for name, value in given.items() if name not in config.options},
+            "out": config.out, "name": config.name,
+            "options": {**saved.options, **config.options}})
+    train(config, bool(resume), overwrite, changed_data)
 
 
 def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
@@ -1817,24 +1737,21 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
         return corruption_table(network, description, data, tta)
     test = open_test(description, data, root)
     logits = finite_logits(network, test.images, description.preprocessing, tta)
-    result = figures(logits, test.labels, description.classes)
-    return [result_table(result), result_line(result)]
+    return shown_result(figures(logits, test.labels, description.classes))
 
 
 def corruption_table(network, description, folder, tta):
     """The accuracy on every corruption and severity in CIFAR-10-C's `folder`, and their means."""
-    rows = []
-    for name, severities in data.corruptions(folder):
-        rows.append((name, [score(
-            finite_logits(network, split.images, description.preprocessing, tta),
-            as_named(split, data.CIFAR10, description, folder).labels,
-            len(description.classes))["accuracy"] for split in severities]))
+    rows = {name: [score(finite_logits(network, split.images, description.preprocessing, tta),
+                         as_named(split, data.CIFAR10, description, folder).labels,
+                         len(description.classes))["accuracy"] for split in severities]
+            for name, severities in data.corruptions(folder)}
     if not rows:
         raise FileNotFoundError(f"{folder}: labels.npy and no <corruption>.npy beside it")
-    rows.append(("mean", [sum(column) / len(column) for column in zip(*(row for _, row in rows))]))
+    rows["mean"] = [sum(column) / len(column) for column in zip(*rows.values())]
     return Table(("corruption", *(f"severity {number}" for number in range(1, 6)), "mean"), [
         (name, *(f"{value:.1%}" for value in [*values, sum(values) / len(values)]))
-        for name, values in rows])
+        for name, values in rows.items()])
 
 
 def predict_command(*paths: str, top: int = 3, out: str | None = None,
@@ -1846,39 +1763,45 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None,
     """
     if len(paths) < 2:
         raise ValueError("give a checkpoint or the folder of a run, then pictures or folders")
-    network, description = open_network(paths[0], device)
-    files = [file for path in map(Path, paths[1:]) for file in (
-        sorted(found for found in path.rglob("*") if found.suffix.lower() in data.IMAGE_SUFFIXES
-               and not found.with_name("tensors.tsv").exists())  # no sprites of the Projector
-        if path.is_dir() else [path])]
     if out:
         check_output(out, ".csv")
-    if not files:
-        raise ValueError(f"{' '.join(paths[1:])}: no picture there "
-                         f"({', '.join(data.IMAGE_SUFFIXES)})")
-    size, pictures, errors = description.preprocessing.image_size, {}, []
-    for file in files:
-        try:
-            pictures[file] = data.read_image(file, size)
-        except OSError as error:
-            errors.append(error)
-    bad = OSError("; ".join(map(str, errors)))
+    network, description = open_network(paths[0], device)
+    pictures, errors = read_pictures(paths[1:], description.preprocessing.image_size)
     if not pictures:
-        raise bad
+        raise OSError("; ".join(errors))
     logits = finite_logits(network, torch.stack([*pictures.values()]), description.preprocessing)
     names = description.classes or [str(number) for number in range(logits.shape[1])]
     if not 1 <= top <= len(names):
         raise ValueError(f"top={top}: must be from 1 to {len(names)}")
-    found = [[(names[index], share) for share, index in zip(shares.tolist(), indices.tolist())]
-             for shares, indices in zip(*logits.softmax(1).topk(top))]
+    shares, indices = logits.softmax(1).topk(top)
+    found = {file: [(names[index], share) for share, index in zip(*row)]
+             for file, *row in zip(pictures, shares.tolist(), indices.tolist())}
+    made = [Table(("image", *map(str, range(1, top + 1))), [
+        (file, *(f"{name} {share:.1%}" for name, share in row)) for file, row in found.items()])]
     if out:
         write_atomically(out, Table(("image", "rank", "class", "probability"), [
-            (str(file), str(rank), name, f"{share:.6f}") for file, row in zip(pictures, found)
+            (file, str(rank), name, f"{share:.6f}") for file, row in found.items()
             for rank, (name, share) in enumerate(row, 1)]).csv())
-    table = Table(("image", *map(str, range(1, top + 1))), [
-        (str(file), *(f"{name} {share:.1%}" for name, share in row))
-        for file, row in zip(pictures, found)])
-    return [table, *([Path(out)] if out else []), *([bad] if errors else [])]
+        made.append(Path(out))
+    return [*made, OSError("; ".join(errors))] if errors else made
+
+
+def read_pictures(paths, size):
+    """({name: 3×S×S uint8} of the pictures `paths` and in the folders among them, what is wrong
+    with those that cannot be read)."""
+    files = [file for path in map(Path, paths) for file in (
+        sorted(found for found in path.rglob("*") if found.suffix.lower() in data.IMAGE_SUFFIXES
+               and not found.with_name("tensors.tsv").exists())  # no sprites of the Projector
+        if path.is_dir() else [path])]
+    if not files:
+        raise ValueError(f"{' '.join(paths)}: no picture there ({', '.join(data.IMAGE_SUFFIXES)})")
+    pictures, errors = {}, []
+    for file in files:
+        try:
+            pictures[str(file)] = data.read_image(file, size)
+        except OSError as error:
+            errors.append(str(error))
+    return pictures, errors
 
 
 def export(run: str, out: str):
@@ -1906,20 +1829,13 @@ def settings_flags(words):
     """{name: `Flag`} of a run's settings, those of the network that is named in `words`."""
     model = data.value_in(words, "model") or Config.model
     defaults, kinds = Config.create(model), typing.get_type_hints(Config)
-
-    def flag(entry):
-        allowed = entry.metadata["allowed"] or ()
-        return Flag(kinds[entry.name], text_of(getattr(defaults, entry.name)),
-                    entry.metadata["help"], [word for word in allowed if isinstance(word, str)])
-
-    return {"resume": Flag(bool | str, "false", "go on with the run, or start it if there is none; "
-                                                "a RUN's folder: with that one"),
-            "overwrite": Flag(bool, "false", "start anew where a run is already"),
-            "changed_data": Flag(bool, "false", "go on though image files have changed since the "
-                                                "run began"),
-            **{entry.name: flag(entry) for entry in dataclasses.fields(Config)
-               if entry.name != "options"},
-            **networks.option_flags(model, words)}
+    flags = {}
+    for entry in dataclasses.fields(Config):
+        words_of = [word for word in entry.metadata["allowed"] or () if isinstance(word, str)]
+        flags[entry.name] = Flag(kinds[entry.name], text_of(getattr(defaults, entry.name)),
+                                 entry.metadata.get("help", ""), words_of)
+    del flags["options"]  # which have flags of their own
+    return flags | networks.option_flags(model, words)
 
 
 train_command.flags = settings_flags
@@ -1929,7 +1845,11 @@ MOVED = {name: f"python -m lab {now}" for name, now in (
     ("sweep", "sweep"), ("reproduce", "reproduce"), ("benchmark", "benchmark"),
     ("results_table", "results"))}
 MOVED |= {f"--{before}": f"--{now}" for before, now in RENAMED.items()}
-MEANINGS = {"ckpt": "a checkpoint, or the folder of a run",
+MEANINGS = {"resume": "go on with the run, or start it if there is none; a RUN's folder: with that "
+                      "one",
+            "overwrite": "start anew where a run is already",
+            "changed_data": "go on though image files have changed since the run began",
+            "ckpt": "a checkpoint, or the folder of a run",
             "paths": "a network, then pictures or folders of them",
             "top": "how many classes of each",
             "out": "the file to write",

@@ -918,7 +918,7 @@ def test_resume_keeps_the_saved_settings(tmp_path, capsys):
     train.train(tiny(tmp_path))
     train.train_command(resume=str(tmp_path / "run"), epochs="3")
     assert train.read_config(tmp_path / "run" / "config.json") == tiny(tmp_path, epochs=3)
-    train.train_command(resume="true", out=str(tmp_path), name="run", model="lenet", dropout="0.2")
+    train.train_command(resume=True, out=str(tmp_path), name="run", model="lenet", dropout="0.2")
     assert "all 3 epochs are done, at step 18" in capsys.readouterr().out
 
 
