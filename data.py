@@ -17,6 +17,7 @@ import difflib
 import functools
 import hashlib
 import html
+import importlib.util
 import inspect
 import io
 import itertools
@@ -1301,6 +1302,15 @@ class Table:
                 + "</table>")
 
 
+class Made(list):
+    """The several things that a command made; a notebook shows each of them."""
+
+    def _ipython_display_(self):
+        from IPython.display import display
+
+        display(*self)
+
+
 def _grow(widths, full, room):
     """`widths` of columns made up to `full`, evenly, where `room` characters are left."""
     widths = [*widths]
@@ -1319,15 +1329,21 @@ def console(stderr=False):
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
+def shows_bars(screen):
+    """Whether a bar can move on rich's console `screen`: a terminal, a notebook with ipywidgets."""
+    return screen.is_terminal or (screen.is_jupyter
+                                  and importlib.util.find_spec("ipywidgets") is not None)
+
+
 def progress(items, description, total=None):
-    """Iterate over `items` with a bar on standard error, shown on terminals only."""
+    """Iterate over `items` with a bar on standard error, where one can move (see `shows_bars`)."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
     screen = console(stderr=True)
     with Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
                   Remaining(), console=screen, transient=True,
-                  disable=not screen.is_terminal) as bar:
+                  disable=not shows_bars(screen)) as bar:
         yield from bar.track(items, total, description=description)
 
 

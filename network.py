@@ -42,6 +42,7 @@ from torch.overrides import TorchFunctionMode
 
 from data import (
     Flag,
+    Made,
     Preprocessing,
     Table,
     check_regular,
@@ -1198,7 +1199,8 @@ def summary(model: str, classes: int = 10, image_size: int | None = None, stages
         network = build(model, classes, image_size, **options)
     title = f"{model}, input 3×{image_size}×{image_size}"
     short = stages_table(network, image_size, title)
-    return short if stages else [short, layers_table(network, image_size, f"layers of {title}")]
+    return short if stages else Made([short, layers_table(network, image_size,
+                                                         f"layers of {title}")])
 
 
 def stages_table(network, image_size, title=None):

@@ -1014,7 +1014,7 @@ def live_progress(config, steps):
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console, shown = data.console(), [0.0]
-    if int(os.environ.get("RANK", 0)) or not (console.is_terminal or console.is_jupyter):
+    if int(os.environ.get("RANK", 0)) or not data.shows_bars(console):
         yield lambda _state, _step: None
         return
     with Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(20), TextColumn(
@@ -1217,7 +1217,7 @@ class RunFolder:
     def say(self, line):
         """Print a line."""
         if self.writes:
-            print(line, flush=True)
+            print(data.wrapped(line, sys.stdout), flush=True)
 
     def scalars(self, values, step, more=()):
         """Add a point to each TensorBoard curve in `values` (tag → value), and points `more`."""
@@ -1737,7 +1737,7 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
         return corruption_table(network, description, data, tta)
     test = open_test(description, data, root)
     logits = finite_logits(network, test.images, description.preprocessing, tta)
-    return shown_result(figures(logits, test.labels, description.classes))
+    return data.Made(shown_result(figures(logits, test.labels, description.classes)))
 
 
 def corruption_table(network, description, folder, tta):
@@ -1783,7 +1783,7 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None,
             (file, str(rank), name, f"{share:.6f}") for file, row in found.items()
             for rank, (name, share) in enumerate(row, 1)]).csv())
         made.append(Path(out))
-    return [*made, OSError("; ".join(errors))] if errors else made
+    return data.Made([*made, OSError("; ".join(errors))] if errors else made)
 
 
 def read_pictures(paths, size):

@@ -36,6 +36,7 @@ from torch import nn
 import network as networks
 import train
 from data import (
+    Made,
     Table,
     closest,
     command_line,
@@ -80,6 +81,12 @@ def new_figure(width, height, title):
                 for text in self.findobj(Text):
                     text.set_parse_math(False)
                 super().draw(renderer)
+
+        def _repr_png_(self):
+            """What a notebook shows, also one without %matplotlib inline."""
+            content = io.BytesIO()
+            self.savefig(content, format="png", facecolor="white")
+            return content.getvalue()
 
     lines = [part for line in title.split("\n")  # a letter of this size is 0.087 inches wide
              for part in textwrap.wrap(line, int(width / 0.087)) or [""]]
@@ -1232,12 +1239,12 @@ def activations(ckpt: str | None = None, layers: tuple[str, ...] = (), images: i
         figures.append(save_figure(draw_activation_history(
             history, f"{about.model}: outputs of its layers for {len(test.labels)} test images, by "
             f"epoch"), ckpt, "activations-history", **flags))
-    return *figures, Table(("layer", "units", "mean", "std", "zeros", "dead units"), [
+    return Made([*figures, Table(("layer", "units", "mean", "std", "zeros", "dead units"), [
         (layer, str(numbers["units"]), f"{numbers['mean']:.3g}", f"{numbers['std']:.3g}",
          f"{numbers['zeros']:.1%}", ", ".join(map(str, numbers["dead"][:20])) + (
              f" and {len(numbers['dead']) - 20} more" if len(numbers["dead"]) > 20 else "")
          or "none")
-        for layer, numbers in statistics.items()], title)
+        for layer, numbers in statistics.items()], title)])
 
 
 def confusion(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
@@ -1305,7 +1312,7 @@ def features(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
                      f"{'×'.join(map(str, shown.shape[1:]))}, "
                      f"{'all on one scale' if vector else 'each on its own scale'}")
         figures.append(save_figure(figure, ckpt, f"features-{layer}", **flags))
-    return figures
+    return Made(figures)
 
 
 def patches(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...] = (),
@@ -1375,7 +1382,8 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
         xs, ys, grids, title, labels, trail)
     figures[f"landscape-surface-{directions}"] = draw_landscape_surface(
         xs, ys, grids, title, labels)
-    return [*(save_figure(figure, ckpt, name, **flags) for name, figure in figures.items()), table]
+    return Made([*(save_figure(figure, ckpt, name, **flags) for name, figure in figures.items()),
+                 table])
 
 
 def hessian_on(network, about, parts):
@@ -1406,7 +1414,7 @@ def line_to(to, ckpt, network, about, parts, points, title, **flags):
         lambda point: loss_between(between, ends, point[0], parts), f"loss on the way to {to}")
     title = f"{title.removeprefix(f'{about.title}: ')}, on the straight line between two networks"
     figure = draw_landscape_line(rows.values(), title, f"from {about.title} (0) to {its.title} (1)")
-    return save_figure(figure, ckpt, "landscape-to", **flags), table
+    return Made([save_figure(figure, ckpt, "landscape-to", **flags), table])
 
 
 def projector(ckpt: str | None = None, layer: str | None = None, count: int = 1000,

@@ -832,6 +832,7 @@ def test_a_command_returns_its_figures_and_prints_nothing(run, tmp_path, capsys,
     *figures, table = visualize.landscape(str(run), **flags)
     assert len(figures) == 3 and all(figure.path.exists() for figure in figures)
     assert table.suffix == ".csv" and len(visualize.read_table(table)) == 5 + 9 - 3
+    assert figure._repr_png_().startswith(b"\x89PNG") and isinstance(figures[0].path, Path)
     assert capsys.readouterr().out == ""
     with pytest.raises(TypeError, match="nonsense"):
         visualize.filters(str(run), nonsense=1)
