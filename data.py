@@ -1673,6 +1673,7 @@ def as_typed(error, commands, words, default):
 
 def wrapped(text, stream, indent=""):
     """`text` broken at words, as wide as the terminal is; as it is where `stream` is none."""
+    stream = getattr(stream, "rich_proxied_file", stream)  # while a bar stands below
     if not stream.isatty():
         return text
     return textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent=indent,
