@@ -378,7 +378,11 @@ def read_image(path, size=None, only_larger=False):
                     raise ValueError("pixels that are floating-point numbers")
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 0…65535 = 257·255
-                    image = image.convert("I").point(lambda value: value / 257).convert("L")
+                    image = image.convert("I")
+                    low, high = image.getextrema()
+                    if not 0 <= low <= high <= 65535:
+                        raise ValueError(f"grey values from {low} to {high}, more than 16 bits")
+                    image = image.point(lambda value: value / 257).convert("L")
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     white = Image.new("RGBA", image.size, "white")

@@ -684,6 +684,11 @@ class Connections(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def exact_type(device):
+    """float64, or the best there is: MPS has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def receptive_fields(network, layer, image_size):
     """The exact receptive field of every unit of `layer`, C×H×W×4: top, left, bottom, right.
 
@@ -695,7 +700,7 @@ def receptive_fields(network, layer, image_size):
     """
     refuse_opaque(network)
     device = device_of(network)
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = exact_type(device)
     # Grey noise: channels with other fields get other values, and those with the same the same.
     noise = 1 + torch.rand(1, 1, image_size, image_size, generator=generator("fields"))
     noise = noise.to(device, dtype).requires_grad_()

@@ -1804,6 +1804,16 @@ def read_pictures(paths, size):
     return pictures, errors
 
 
+def how_made(result):
+    """What an exported network says of how it was made, of a run's result; ValueError or KeyError
+    where that lacks it."""
+    kinds = {"test/accuracy": float, "seconds": float, "device": str, "versions": dict,
+             "commit": str | None}
+    for name, kind in kinds.items():
+        check_setting(name, result[name], kind, None)
+    return {name: result[name] for name in kinds}
+
+
 def export(run: str, out: str):
     """Write the network of the finished run in the folder RUN to the file OUT, to be given away.
 
@@ -1812,13 +1822,11 @@ def export(run: str, out: str):
     """
     run = Path(run)
     check_output(out, ".pth")
-    result = data.read_json(run / "result.json", dict)
+    made = data.read_json(run / "result.json", how_made)
     checkpoint = networks.read(networks.find_checkpoint(run))
     checkpoint = {name: value for name, value in checkpoint.items() if name != "training"}
     config = Config.from_json(checkpoint["settings"])
     checkpoint["settings"] |= {"name": None, "out": Config.out, "root": Config.root}
-    made = {name: result[name] for name in (
-        "test/accuracy", "seconds", "device", "versions", "commit")}
     made["command"] = command_of(dataclasses.replace(config, name=None, out=Config.out))
     networks.save(out, {**checkpoint, "weights": networks.in_half(checkpoint["weights"]),
                         "made": made})

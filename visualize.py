@@ -1078,6 +1078,8 @@ def open_picture(ckpt, image=None, index=0, **flags):
     if image is not None:
         network, about = open_network(ckpt, **flags)
         picture = read_image(image, about.preprocessing.image_size)[None]
+        if flags.get("out") and os.path.realpath(image) == os.path.realpath(flags["out"]):
+            raise ValueError(f"out={flags['out']}: is the picture that is looked at")
         return network, about, picture, None, Path(image).name
     network, about, test = open_test(ckpt, **flags)
     if not 0 <= index < len(test.labels):
@@ -1432,6 +1434,9 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
               for label, guess in zip(test.labels, logits.argmax(1))]
     folder = Path(os.path.expanduser(
         flags.get("out") or folder_of(ckpt) / "projector" / (layer or "features")))
+    if train.is_run(folder) or (folder.name == "test" and train.is_run(folder.parent)):
+        raise ValueError(f"out={folder}: TensorBoard's files of a run are there; they stay as they "
+                         f"are")
     with contextlib.redirect_stdout(io.StringIO()), SummaryWriter(str(folder)) as board:
         # It announces what it writes anew, which only the command line may.
         train.add_projector(board, network, about.preprocessing, test.images, labels, layer,

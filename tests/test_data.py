@@ -447,7 +447,9 @@ def test_bad_images_are_named(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     (tmp_path / "bomb.png").write_bytes(whole[:16] + header + whole[29:])
-    for name in ("cut.png", "empty.png", "bomb.png", "missing.png"):
+    for number, grey in enumerate((-1, 65536)):  # that 16 bits do not hold
+        Image.new("I", (4, 4), grey).save(tmp_path / f"{number}.tiff")
+    for name in ("cut.png", "empty.png", "bomb.png", "missing.png", "0.tiff", "1.tiff"):
         with pytest.raises(OSError, match=name.replace(".", r"\.")):
             data.read_image(tmp_path / name)
 

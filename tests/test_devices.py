@@ -280,10 +280,19 @@ def test_predict_waits_for_the_images_and_the_end(model, settings, tta, watch):
 
 @pytest.mark.parametrize("model, layer", [("lenet", "conv2"), ("resnet20", "conv3_x"),
                                           ("speednet", "conv2_x"), ("vgg_a_bn", "fc")])
-def test_figures_are_computed_on_the_device(model, layer, watch):
+def test_figures_are_computed_on_the_device(model, layer, watch, monkeypatch):
     config, state, batches = begun(model, {})
     about = network.describe(train.describe(config, dataset_of(8))).preprocessing
     images, labels = next(batches.epoch(0))
+    with monkeypatch.context() as answers:  # values that are not there: one kind, one position
+        answers.setattr(torch.Tensor, "unique", lambda maps, dim, return_inverse: (
+            maps[:1], torch.zeros(len(maps), dtype=torch.long, device=maps.device)))
+        answers.setattr(torch.Tensor, "nonzero", lambda lines: torch.zeros(
+            1, lines.ndim, dtype=torch.long, device=lines.device))
+        answers.setattr(network, "exact_type", lambda device: torch.float32)  # as on MPS
+        watch.clear()
+        network.receptive_fields(state.network, layer, 32)
+        watch.assert_clean()
     watch.clear()
     maps = visualize.feature_maps(state.network, [layer], images)[layer]
     assert maps.device.type == DEVICE and watch.waits == []

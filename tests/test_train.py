@@ -1049,6 +1049,17 @@ def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_pat
     assert torch.allclose(*logits, atol=1e-2)
 
 
+def test_nothing_is_exported_with_a_result_that_is_damaged(tmp_path):
+    result = train.train(config := tiny(tmp_path))
+    for name, value in (("seconds", None), ("device", ["x"]), ("test/accuracy", "1")):
+        whole = {**result, name: value} if value else {
+            key: kept for key, kept in result.items() if key != name}
+        (config.folder / "result.json").write_text(json.dumps(whole))
+        with pytest.raises(ValueError, match=f"result.json: damaged.*{name}"):
+            train.export(str(config.folder), str(tmp_path / "given.pth"))
+    assert not (tmp_path / "given.pth").exists()
+
+
 def test_a_file_to_write_is_neither_a_picture_nor_a_file_of_a_run(tmp_path):
     config = tiny(tmp_path)
     train.train(config)

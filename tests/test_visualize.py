@@ -157,6 +157,14 @@ def test_a_normalisation_over_the_image_sees_all_of_it(norm):
     assert fields[:, 3, 2].tolist() == [[0, 0, 16, 16]] * 4
 
 
+@pytest.mark.parametrize("model, layer", [("vgg11", "conv5"), ("resnet20", "conv4_x")])
+def test_receptive_fields_need_no_float64(model, layer, monkeypatch):
+    built = network.build(model)
+    fields = network.receptive_fields(built, layer, 32)
+    monkeypatch.setattr(network, "exact_type", lambda device: torch.float32)  # as on MPS
+    assert torch.equal(network.receptive_fields(built, layer, 32), fields)
+
+
 def test_frozen_weights_are_constants_too():
     frozen = torchvision.ops.FrozenBatchNorm2d(64)
     frozen.weight.normal_()
@@ -356,6 +364,9 @@ def test_only_figures_made_here_are_replaced(run, tmp_path):
             with pytest.raises(FileExistsError, match=path.name):
                 command(str(run), out=str(path))
     assert holiday.read_bytes() == before and pipe.is_fifo()
+    drawn = visualize.filters(str(run), out=str(tmp_path / "drawn.png")).path
+    with pytest.raises(ValueError, match=r"out=.*the picture that is looked at"):
+        visualize.where(str(run), image=str(drawn), out=str(drawn))
     (tmp_path / "figures").write_text("a file")
     with pytest.raises(OSError, match=r"figures.*cannot be written"):
         visualize.filters(str(run), out=str(tmp_path / "figures"))
@@ -949,6 +960,15 @@ def test_every_flag_has_a_meaning():
         for name, command in module.COMMANDS.items():
             for flag in data.flags_of(command):
                 assert module.MEANINGS.get(flag), f"{name} --{flag}"
+
+
+def test_the_projector_leaves_a_runs_board_alone(run):
+    train.write_atomically(run / train.MARKER, train.MARK)
+    for folder in (run, run / "test"):
+        with pytest.raises(ValueError, match=r"out=.*files of a run"):
+            visualize.projector(str(run), count=20, out=str(folder))
+    assert not (run / "test").exists() and not [*run.glob("events*")]
+    (run / train.MARKER).unlink()
 
 
 def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
