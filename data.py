@@ -1575,8 +1575,8 @@ def parse(commands, words, default=None, moved=None):
         if (flag := word.partition("=")[0]) in moved:
             raise ValueError(f"{flag}: is now called {moved[flag]}")
     own, known = flags_of(function), all_flags(function, words)
-    plain, texts = canonical(words[1:], known, inspect.getfullargspec(function).varargs,
-                             next(iter(own), None))
+    spec = inspect.getfullargspec(function)  # a parameter that is named always takes no such word
+    plain, texts = canonical(words[1:], known, spec.varargs, next(iter(spec.args), None))
     fire.Fire(remember, command=[f"--{name}={text}" for name, text in texts.items()])
     values = {name: parse_value(name, text, own[name].kind) if name in own else text
               for name, text in remembered.items()}

@@ -1697,7 +1697,7 @@ def processor_name():
 # ---------------------------------------------------------------------------- commands
 
 
-def train_command(resume: bool | str = False, overwrite: bool = False,
+def train_command(*, resume: bool | str = False, overwrite: bool = False,
                   changed_data: bool = False, **flags):
     """Train a network, or go on with a run (--resume)."""
     if resume and overwrite:
