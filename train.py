@@ -1807,10 +1807,10 @@ def read_pictures(paths, size):
 def how_made(result):
     """What an exported network says of how it was made, of a run's result; ValueError or KeyError
     where that lacks it."""
-    kinds = {"test/accuracy": float, "seconds": float, "device": str, "versions": dict,
-             "commit": str | None}
-    for name, kind in kinds.items():
-        check_setting(name, result[name], kind, None)
+    kinds = {"test/accuracy": (float, (0, 1)), "seconds": (float, (0, 1e12)), "device": (str, None),
+             "versions": (dict, None), "commit": (str | None, None)}
+    for name, (kind, allowed) in kinds.items():
+        check_setting(name, result[name], kind, allowed)
     return {name: result[name] for name in kinds}
 
 

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import zipfile
@@ -22,7 +23,8 @@ import train
 
 COUNT = int(os.environ.get("FUZZ", 150))
 STRANGE = [None, 0, -1, 10**18, -1.5, float("nan"), float("inf"), True, "", "x", "1" * 5000, [], {},
-           [None], {"a": 1}, [[]], "../../etc", "\0", b"bytes", (1, 2), torch.zeros(2)]
+           [None], {"a": 1}, [[]], "../../etc", "\0", b"bytes", (1, 2), torch.zeros(2),
+           (2048,) * 19, ["a"] * 10, torch.zeros((), dtype=torch.half).expand(2**20, 2**20)]
 REFUSALS = (ValueError, OSError)
 
 
@@ -253,6 +255,20 @@ def test_fuzz_settings(tmp_path):
             train.read_config(path)
         except REFUSALS as error:
             assert "config.json" in str(error)
+
+
+def test_fuzz_result(tmp_path):
+    dice, path = random.Random(9), tmp_path / "result.json"
+    result = {"test/accuracy": 0.5, "seconds": 2.5, "device": "cpu", "commit": None,
+              "versions": {"torch": "2"}, "per_class": {"a": 1.0}}
+    for number in range(COUNT):
+        path.write_bytes(mutated(json.dumps(result).encode(), dice) if number % 2 else
+                         json.dumps(strange(result, dice), default=str).encode())
+        try:
+            made = data.read_json(path, train.how_made)
+            assert isinstance(made["device"], str) and 0 <= made["seconds"] < math.inf
+        except REFUSALS as error:
+            assert "result.json" in str(error)
 
 
 def test_fuzz_metrics(tmp_path):
