@@ -47,6 +47,7 @@ from data import (
     MIXTURES,
     Batches,
     Flag,
+    Made,
     Table,
     closest,
     command_line,
@@ -1737,7 +1738,7 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
         return corruption_table(network, description, data, tta)
     test = open_test(description, data, root)
     logits = finite_logits(network, test.images, description.preprocessing, tta)
-    return data.Made(shown_result(figures(logits, test.labels, description.classes)))
+    return Made(shown_result(figures(logits, test.labels, description.classes)))
 
 
 def corruption_table(network, description, folder, tta):
@@ -1783,7 +1784,7 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None,
             (file, str(rank), name, f"{share:.6f}") for file, row in found.items()
             for rank, (name, share) in enumerate(row, 1)]).csv())
         made.append(Path(out))
-    return data.Made([*made, OSError("; ".join(errors))] if errors else made)
+    return Made([*made, OSError("; ".join(errors))] if errors else made)
 
 
 def read_pictures(paths, size):
