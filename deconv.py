@@ -31,7 +31,7 @@ import math
 import typing
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -369,6 +369,14 @@ def window(signal):
     return *(pixels.amin(0) - 1).clamp(0, size - side).tolist(), side
 
 
+def way_text(network, rule, bn):
+    """How a title names the way back to the pixels."""
+    name = {"guided": "guided backpropagation"}.get(rule, rule)
+    with_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm)
+                     for module in network.modules())
+    return f"{name}, batch norms left out" if with_norms and bn == "skip" else name
+
+
 def draw_reconstructions(picture, descents, title, classes=()):
     """A figure with a row a layer: the image, what the unit saw of it, what comes back.
 
@@ -444,8 +452,7 @@ def draw_gallery(patches, back, values, units, title):
         return make_grid(tiles, math.ceil(len(tiles) ** 0.5), padding=1, pad_value=1)
 
     blocks = [beside(block(own), block(signals)) for own, signals in zip(patches, back)]
-    title += "\nactivations, strongest patches, what comes back of each (0 is grey, own scale)"
-    titles = [f"unit {unit}: {high:.2g} … {low:.2g}"
+    titles = [f"unit {unit}, activation {high:.2g} to {low:.2g}"
               for unit, (high, low) in zip(units, values[:, [0, -1]])]
     return visualize.image_grid(blocks, titles, min(4, len(units)), title, cell=3.2)
 
@@ -556,7 +563,7 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     ways = ("through", "skip") if bn == "both" else (bn,)
     descents = {layer: {way: descend(network, layer, images, unit, rule, way) for way in ways}
                 for layer in progress(layers, "going back")}
-    title = f"{about.title}: {name}, {rule}, bn {bn}"
+    title = f"{about.title}: {name}, {way_text(network, rule, bn)}"
     figure = draw_reconstructions(about.preprocessing.pictures(picture)[0], descents, title,
                                   about.classes)
     name = "-".join(["reconstruct", *layers, *(["bn", bn] if bn != "through" else [])])
@@ -575,7 +582,9 @@ def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
     units = visualize.choose_units(network, layer, about.preprocessing.image_size, units)
     found = top_reconstructions(network, layer, test.images, about.preprocessing, units, top, rule,
                                 bn)
-    figure = draw_gallery(*found, units, f"{about.title}: {layer}, {rule}, bn {bn}")
+    title = (f"{about.title}: {layer}, the strongest patches of {len(test.labels)} test images and "
+             f"what comes back\n({way_text(network, rule, bn)}; grey is 0, each on its own scale)")
+    figure = draw_gallery(*found, units, title)
     return visualize.save_figure(figure, ckpt, f"gallery-{layer}", **flags)
 
 
@@ -629,7 +638,7 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (),
             network, layer, test.images, about.preprocessing, chosen, 1, rule, bn)
         cells.append(beside(back[:, 0], patches[:, 0]))
         titles.append([f"epoch {about.epoch}: {value:.2g}" for value in values[:, 0]])
-    title = (f"{about.model}: {layer}, {rule}, bn {bn}\nthe strongest activation of "
+    title = (f"{about.model}: {layer}, {way_text(network, rule, bn)}\nthe strongest activation of "
              f"{len(test.labels)} test images, what comes back, and its patch")
     cells, titles = ([*itertools.chain(*zip(*columns))] for columns in (cells, titles))  # by units
     figure = visualize.image_grid(cells, titles, len(files), title, cell=1.5,
