@@ -257,7 +257,7 @@ RECIPES = {
     **dict.fromkeys(("vgg_a_bn", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"), _VGG_BN),
     **dict.fromkeys(("resnet18", "resnet34", "resnet50"), _RESNET),
     **dict.fromkeys(("resnet20", "resnet56"), _THIN_RESNET),
-    "speednet": {"epochs": 23, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
+    "speednet": {"epochs": 30, "batch_size": 512, "optimizer": "muon", "lr": 0.12,
                  "momentum": 0.6, "weight_decay": 0.0, "schedule": "linear", "warmup_epochs": 0.0,
                  "label_smoothing": 0.2, "augment": ("alternating_flip", "crop"), "early_size": 24,
                  "early_share": 0.55, "uncropped_epochs": 2, "val": 0, "tta": "full"},
