@@ -553,8 +553,8 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
                 **flags: typing.Unpack[visualize.Flags]):
     """Draw what comes back from a unit of each of LAYERS: the strongest, one by number, or all.
 
-    Of a picture file or test image. Rules: deconvnet, guided, gradient. Batch norms scale the
-    signal (through), are left out (skip), or both, with the signal's norms on its way down.
+    Of a picture file or test image (Zeiler & Fergus 2014, section 2.1, figure 2). Batch norms scale
+    the signal (through), are left out (skip), or both, with the signal's norms on its way down.
     """
     layers = visualize.listed(layers)
     visualize.need(layers=len(layers))
@@ -575,7 +575,8 @@ def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
             **flags: typing.Unpack[visualize.Flags]):
     """Draw, for each of LAYER's units, its TOP strongest test-image patches and what comes back.
 
-    `--units=16` are 16 units spread evenly over all of them; `--units=3,17` are those two.
+    Zeiler & Fergus (2014), section 4, figure 2. `--units=16` are 16 units spread evenly over all of
+    them; `--units=3,17` are those two.
     """
     visualize.need(top=top)
     network, about, test = visualize.open_test(ckpt, **flags)
@@ -593,8 +594,8 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
               **flags: typing.Unpack[visualize.Flags]):
     """Draw what a grey square that slides over a picture does to LAYER and to the prediction.
 
-    Zeiler & Fergus (2014), section 4.2. Without `--layer` the last that makes maps, of which the
-    one with the strongest response is taken.
+    Zeiler & Fergus (2014), section 4.2, figure 7. Without `--layer` the last that makes maps, of
+    which the one with the strongest response is taken.
     """
     network, about, picture, label, source = visualize.open_picture(ckpt, image, index, **flags)
     side = about.preprocessing.image_size
@@ -631,8 +632,9 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (),
     if not files:
         raise ValueError(f"{ckpt}: not the folder of a run with two snapshots or more (train with "
                          f"--snapshots=1,2,5,10)")
+    *_, test = visualize.open_test(files[0], **flags)
     for file in files:
-        network, about, test = visualize.open_test(file, **flags)
+        network, about = visualize.open_network(file, **flags)
         chosen = visualize.choose_units(network, layer, about.preprocessing.image_size, units, 6)
         patches, back, values = top_reconstructions(
             network, layer, test.images, about.preprocessing, chosen, 1, rule, bn)

@@ -250,10 +250,15 @@ def file_of(out):
 
 def snapshots(run, most=8):
     """The files with the weights of the run in a folder as they were at up to `most` times, evenly
-    chosen, in order: its snapshots, or else the checkpoints that it kept. One alone is none."""
+    chosen, in order: its snapshots, or else the checkpoints that it kept, and the last of all. One
+    alone is none."""
     folder = folder_of(run)
-    files = sorted(folder.glob("snapshot-*.pth"), key=lambda path: (len(path.name), path.name)) or [
-        *sorted(folder.glob("step-*.pth")), *folder.glob("last.pth")]
+    files = sorted(folder.glob("snapshot-*.pth"), key=lambda path: (len(path.name), path.name))
+    last = [*folder.glob("last.pth")]
+    if not files:
+        files = [*sorted(folder.glob("step-*.pth")), *last]
+    elif last and networks.read(last[0])["epoch"] > networks.read(files[-1])["epoch"]:
+        files += last  # no snapshot was taken at the end
     count = min(most, len(files)) if len(files) > 1 else 0
     return [files[index * (len(files) - 1) // (count - 1)] for index in range(count)]
 
@@ -1183,7 +1188,7 @@ def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "r
 
 def reliability(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
     """Draw how often the network is right when it is so sure, over the test images, and the
-    expected calibration error (Guo et al. 2017, 15 bins)."""
+    expected calibration error (Guo et al. 2017, section 2, 15 bins)."""
     network, about, test = open_test(ckpt, **flags)
     logits, _ = predicted(network, about, test)
     *bins, error = train.calibration(logits, test.labels)
@@ -1199,8 +1204,8 @@ def where(ckpt: str | None = None, method: typing.Literal[
     """Draw what in a picture speaks for the predicted class, or for `--class=cat`.
 
     By Grad-CAM at LAYER (Selvaraju et al. 2017, section 3), the logit's gradient (Simonyan et al.
-    2014, section 3), SmoothGrad (Smilkov et al. 2017) or integrated gradients (Sundararajan et al.
-    2017, section 3).
+    2014, section 3), SmoothGrad (Smilkov et al. 2017, section 3) or integrated gradients
+    (Sundararajan et al. 2017, section 3).
     """
     name = flags.pop("class", None)
     network, about, picture, _, source = open_picture(ckpt, image, index, **flags)
@@ -1339,13 +1344,14 @@ def patches(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
 def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca"] = "random",
               images: int = 1000, points: int = 21, span: float = 1.0, seed: int = 0,
               to: str | None = None, hessian: bool = False, **flags: typing.Unpack[Flags]):
-    """Draw the loss around the weights (Li et al. 2018), on IMAGES training and test images each.
+    """Draw the loss around the weights, on IMAGES training and test images each (Li et al. 2018).
 
-    `random`: along two filter-normalised directions, from −SPAN to SPAN: a line, contours and a
-    surface. `pca`: over the plane of the run's own checkpoints, with the path of training. With
-    `--to=RUN`: along the straight line to that run's network (Goodfellow et al. 2015). `--hessian`
-    adds the Hessian's two largest eigenvalues (Yao et al. 2020). Values are kept in a CSV file as
-    they come: the same command goes on where it was stopped, and draws at once when all are there.
+    `random`: along two filter-normalised directions (section 4), from −SPAN to SPAN: a line,
+    contours and a surface. `pca`: over the plane of the run's own checkpoints, with the path of
+    training (section 7.2). With `--to=RUN`: along the straight line to that run's network
+    (Goodfellow et al. 2015, section 2). `--hessian` adds the Hessian's two largest eigenvalues (Yao
+    et al. 2020, section 3). Values are kept in a CSV file as they come: the same command goes on
+    where it was stopped, and draws at once when all are there.
     """
     need(flags.get("out"), images=images, span=span)
     if points < 3:

@@ -472,11 +472,13 @@ def test_the_papers_figures_of_a_run(run, monkeypatch, capsys):
 
 
 def test_snapshots_are_chosen_evenly_in_the_order_of_training(tmp_path):
+    checkpoint = {name: kind() for name, kind in network.REQUIRED.items()}
     for number in (1, 2, 5, 10, 20, 100, 1000):
-        (tmp_path / f"snapshot-{number}.pth").touch()
-    (tmp_path / "last.pth").touch()
-    names = [path.name[9:-4] for path in visualize.snapshots(tmp_path, most=4)]
-    assert names == ["1", "5", "20", "1000"]
+        network.save(tmp_path / f"snapshot-{number}.pth", checkpoint | {"epoch": number})
+    for epoch, names in ((1000, ["1", "5", "20", "1000"]), (1001, ["1", "5", "20", ""])):
+        # What the run ended with is the end, unless a snapshot has it.
+        network.save(tmp_path / "last.pth", checkpoint | {"epoch": epoch})
+        assert [path.name[9:-4] for path in visualize.snapshots(tmp_path, most=4)] == names
     for path in tmp_path.glob("snapshot-*"):
         path.rename(tmp_path / f"step-{int(path.name[9:-4]):09}.pth")
     names = [path.name for path in visualize.snapshots(tmp_path, most=2)]
