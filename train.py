@@ -1725,20 +1725,28 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
 
 
 def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
-             tta: typing.Literal["none", "flip", "full"] = "none", device: str = "auto"):
+             tta: typing.Literal["none", "flip", "full"] = "none", device: str = "auto",
+             weights: str | None = None, image_size: int | None = None):
     """Measure the network in CKPT (a file or a run folder) on the test images of its data set.
 
-    `--data` takes another data set of the same classes, the images of CIFAR-10.1 (the file
-    cifar10.1_v6_data.npy, its labels beside it; Recht et al. 2018) or the folder of CIFAR-10-C
-    (Hendrycks & Dietterich 2019), for a table of corruptions and severities. `--tta=flip`
-    and `--tta=full` average the logits of several views of each image.
+    Accuracy, also of the five likeliest of more than ten classes, loss, and expected calibration
+    error (Guo et al. 2017, section 2). `--data` takes another data set of the same classes, the
+    images of CIFAR-10.1 (the file cifar10.1_v6_data.npy, its labels beside it; Recht et al. 2018)
+    or the folder of CIFAR-10-C (Hendrycks & Dietterich 2019, section 4), for a table of
+    corruptions and severities. `--tta=flip` and `--tta=full` average the logits of several views.
+    A network from elsewhere is torchvision:NAME or module:function; its classes are numbers.
     """
-    network, description = open_network(ckpt, device)
+    network, description = open_network(ckpt, device, weights, image_size)
     if data and (Path(data) / "labels.npy").exists():
         return corruption_table(network, description, data, tta)
     test = open_test(description, data, root)
     logits = finite_logits(network, test.images, description.preprocessing, tta)
-    return Made(shown_result(figures(logits, test.labels, description.classes)))
+    names = description.classes or [*map(str, range(logits.shape[1]))]
+    result = figures(logits, test.labels, names)
+    if not description.classes:  # which of its thousand are in other data only the labels say
+        result["per_class"] = {name: accuracy for name, accuracy in result["per_class"].items()
+                               if accuracy is not None}
+    return Made(shown_result(result))
 
 
 def corruption_table(network, description, folder, tta):
@@ -1858,7 +1866,9 @@ MEANINGS = {"resume": "go on with the run, or start it if there is none; a RUN's
                       "one",
             "overwrite": "start anew where a run is already",
             "changed_data": "go on though image files have changed since the run began",
-            "ckpt": "a checkpoint, or the folder of a run",
+            "ckpt": "a checkpoint, the folder of a run, torchvision:NAME or module:function",
+            "weights": "file with a state dict for a network from elsewhere",
+            "image_size": "side of a network from elsewhere's images; none: 224",
             "paths": "a network, then pictures or folders of them",
             "top": "how many classes of each",
             "out": "the file to write",

@@ -150,8 +150,8 @@ def log_scale(axes):
 
 
 def percent(axis):
-    """Label an axis of shares in per cent."""
-    axis.set_major_formatter(lambda share, _: f"{share * 100:.4g}%")
+    """Label an axis of shares in per cent; where none can be, below 0 and above 1, not at all."""
+    axis.set_major_formatter(lambda share, _: f"{share * 100:.4g}%" if 0 <= share <= 1 else "")
 
 
 def add_legend(figure, entries):
@@ -750,8 +750,10 @@ def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10)
 
 
 def draw_probabilities(axes, scores, label, classes, bars):
-    """A bar for each of the `bars` likeliest classes, in the classes' own order."""
-    shown = scores.topk(bars).indices.sort().values.tolist()
+    """A bar for each of the `bars` likeliest classes, in the classes' own order; the true one, if
+    it is not among them, instead of the last."""
+    likeliest = scores.topk(bars).indices.tolist()
+    shown = sorted(likeliest if label in likeliest else [*likeliest[:-1], label])
     shares = scores.softmax(0)[shown].tolist()
     colors = {scores.argmax().item(): COLORS[1], label: COLORS[0]}  # blue where both are one
     drawn = axes.barh(range(bars), shares, height=0.75, color=[

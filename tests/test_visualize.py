@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from matplotlib.colors import to_rgba
 from torch import nn
 
 import data
@@ -290,6 +291,22 @@ def test_names_from_outside_are_shown_as_they_are(draw):
 
 
 METRICS = {name: [0.5, 0.6] for name in train.COLUMNS}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_no_share_is_told_that_cannot_be(share):
+    texts = texts_of(visualize.draw_curves({"a": [{name: [share] * 2 for name in METRICS}]}))
+    told = [float(text[:-1]) for text in texts if text.endswith("%")]
+    assert share * 100 in told and all(0 <= number <= 100 for number in told)
+
+
+def test_the_true_class_is_shown_with_the_likeliest():
+    logits = torch.arange(12.0).flip(0)[None].repeat(2, 1)  # class 0 is the likeliest
+    figure = visualize.draw_predictions(torch.zeros(2, 3, 4, 4), torch.tensor([11, 9]), logits,
+                                        [*map(str, range(12))], "")
+    for axes, last in ((figure.axes[1], "11"), (figure.axes[3], "9")):
+        assert [text.get_text() for text in axes.get_yticklabels()] == [*"012345678", last]
+        assert axes.patches[-1].get_facecolor() == to_rgba(visualize.COLORS[0])
 
 
 def test_a_name_of_a_run_with_an_underscore_is_in_the_legend():
@@ -889,6 +906,11 @@ def test_a_network_from_elsewhere(tmp_path, monkeypatch, few_shapes, capsys):
         data.command_line(visualize.COMMANDS, argv=[*words, "--image_size=16", "--device=cpu"])
     assert capsys.readouterr().out.split() == [f"runs/figures/{name}.png" for name in (
         "features-0", "features-3", "filters-0-rgb", "confusion", "predictions-all")]
+    weights = network.load("some_nets:tiny", image_size=16)[0].state_dict()
+    torch.save(weights, "tiny.pth")
+    table, line = train.evaluate("some_nets:tiny", "shapes", device="cpu", weights="tiny.pth",
+                                 image_size=16)
+    assert [row[0] for row in table.rows] == [*"0123456789"] and line.startswith("test accuracy ")
     with pytest.raises(ValueError, match="without images"):
         visualize.confusion("some_nets:tiny")
     with pytest.raises(ValueError, match="either"):
