@@ -650,7 +650,7 @@ def ahead(function, items, threads, depth):
 @contextlib.contextmanager
 def _alone(path):
     """Hold the file `path` while others who ask for it wait."""
-    with open(path, "ab") as file:
+    with open_lock(path) as file:
         for tries in itertools.count():
             if lock_file(file):
                 break
@@ -1113,6 +1113,15 @@ def write_atomically(path, content, older=None):
             os.close(folder)
 
 
+def check_ours(path, sign):
+    """FileExistsError if there is a file `path` that has not the text `sign` in it, and so was not
+    made here, or something else of that name: it is never replaced."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() and sign.encode() in path.read_bytes()):
+        raise FileExistsError(f"{path}: is not from here (no {sign!r} in it) and stays as it is; "
+                              f"move it away or choose another place")
+
+
 @contextlib.contextmanager
 def writing(path, also=""):
     """A context whose OSErrors say that `path` cannot be written, why, and `also`."""
@@ -1169,7 +1178,7 @@ def lock(folder):
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as file:
+    with open_lock(folder / ".lock") as file:
         if not lock_file(file):
             raise Busy(f"{folder}: another process is training this run")
         try:
@@ -1180,6 +1189,13 @@ def lock(folder):
                 with contextlib.suppress(OSError):  # not empty: of use to somebody else
                     for path in new:
                         path.rmdir()
+
+
+def open_lock(path):
+    """The file `path`, made if it is not there, open for `lock_file`; OSError for a pipe."""
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(path)
+    return open(path, "ab")
 
 
 def lock_file(file):
@@ -1511,7 +1527,7 @@ def canonical(words, known, listed, first):
         kind = known[name].kind
         if not equals:
             text = _value_after(words, kind)
-        if not text and typing.get_origin(kind) is not tuple:  # a list may be empty
+        if not text and not (equals and typing.get_origin(kind) is tuple):  # a list may be empty
             raise ValueError(f"--{name}: needs a value")
         if name in values:
             raise ValueError(f"--{name}: is given twice")

@@ -631,6 +631,13 @@ def _grouped(_function, x, groups, *_others, **_named):
     return _scaled(None, x + means.view(*means.shape, *[1] * (x.ndim - 2)))
 
 
+def _shared(_function, x, dim=1, *_others, **_named):
+    """Softmax: each value looks at all along `dim`, and all are near ½. Of equal ones, as here,
+    the derivatives would cancel."""
+    x = x + x.mean(1 if dim is None else dim, keepdim=True)
+    return 0.5 + 1e-3 * (x - x.detach())
+
+
 def _batch_norm(_function, x, *others, **named):
     """With running statistics a scale, without them each value looks at all of the batch."""
     own = named.get("training", others[4] if len(others) > 4 else False)
@@ -639,9 +646,10 @@ def _batch_norm(_function, x, *others, **named):
 
 # What takes the place of a function, given it and its arguments, in `Connections`.
 CONNECTIONS = {
-    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "hardtanh"], _scaled),
+    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "hardtanh", "round", "floor", "ceil"], _scaled),
     **dict.fromkeys(["sigmoid", "hardsigmoid"],  # gates, which multiply: near ½ for all values
                     lambda _, x, *others, **named: 0.5 + 1e-3 * (x - x.detach())),
+    **dict.fromkeys(["softmax", "log_softmax"], _shared),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d", "conv_transpose2d"], _averaged),
     "linear": lambda _, x, weight, bias=None: x.mean(-1, True).expand(
         *x.shape[:-1], weight.shape[0]),

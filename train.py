@@ -307,7 +307,8 @@ def learning_rate(step, total_steps, warmup_steps, peak, schedule):
     quarter of all steps or the warm-up and linearly down to 0 (Smith & Topin 2018).
     """
     if schedule == "onecycle":  # whole steps, so that one of them takes the peak
-        warmup_steps, schedule = int(max(warmup_steps, total_steps / 4)), "linear"
+        warmup_steps = int(min(max(warmup_steps, total_steps / 4), total_steps - 1))
+        schedule = "linear"
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)  # + 1: a step at rate 0 would be wasted
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -1774,6 +1775,7 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None,
         raise ValueError("give a checkpoint or the folder of a run, then pictures or folders")
     if out:
         check_output(out, ".csv")
+        data.check_ours(out, ",".join(PREDICTED))
     network, description = open_network(paths[0], device)
     pictures, errors = read_pictures(paths[1:], description.preprocessing.image_size)
     if not pictures:
@@ -1788,11 +1790,14 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None,
     made = [Table(("image", *map(str, range(1, top + 1))), [
         (file, *(f"{name} {share:.1%}" for name, share in row)) for file, row in found.items()])]
     if out:
-        write_atomically(out, Table(("image", "rank", "class", "probability"), [
+        write_atomically(out, Table(PREDICTED, [
             (file, str(rank), name, f"{share:.6f}") for file, row in found.items()
             for rank, (name, share) in enumerate(row, 1)]).csv())
         made.append(Path(out))
     return Made([*made, OSError("; ".join(errors))] if errors else made)
+
+
+PREDICTED = ("image", "rank", "class", "probability")  # columns of the file that `predict` writes
 
 
 def read_pictures(paths, size):
@@ -1823,6 +1828,13 @@ def how_made(result):
     return {name: result[name] for name in kinds}
 
 
+def is_export(path):
+    """Whether the file `path` is a network that `export` wrote."""
+    with contextlib.suppress(OSError, ValueError):
+        return "made" in networks.read(path)
+    return False
+
+
 def export(run: str, out: str):
     """Write the network of the finished run in the folder RUN to the file OUT, to be given away.
 
@@ -1831,6 +1843,8 @@ def export(run: str, out: str):
     """
     run = Path(run)
     check_output(out, ".pth")
+    if Path(out).exists() and not is_export(out):
+        raise FileExistsError(f"out={out}: is there already, and was not exported here")
     made = data.read_json(run / "result.json", how_made)
     checkpoint = networks.read(networks.find_checkpoint(run))
     checkpoint = {name: value for name, value in checkpoint.items() if name != "training"}

@@ -242,10 +242,15 @@ def file_of(out):
     if path.suffix[1:].lower() not in SUFFIXES:
         raise ValueError(f"out={out}: a figure's file ends in .{', .'.join(SUFFIXES)}; a folder "
                          f"with a suffix needs a / at its end")
+    check_figure(path, "out=")
+    return path
+
+
+def check_figure(path, flag=""):
+    """FileExistsError if `path`, which may be what `flag` says, is there and holds no figure."""
     # Matplotlib leaves its name in all that it writes.
     if path.exists() and not (path.is_file() and b"atplotlib" in path.read_bytes()):
-        raise FileExistsError(f"out={out}: is there already, and is no figure made here")
-    return path
+        raise FileExistsError(f"{flag}{path}: is there already, and is no figure made here")
 
 
 def snapshots(run, most=8):
@@ -272,6 +277,7 @@ def figure_path(ckpt, name, out=None, format="png"):
 def save_figure(figure, ckpt, name, out=None, format="png", **_others):
     """Write `figure` to its `figure_path`, which becomes `figure.path`, and return it."""
     path = figure_path(ckpt, name, out, format or "png")
+    check_figure(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     # In memory first: a figure that fails, or a full disk, leaves the file before it as it was.
@@ -1445,6 +1451,11 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
     if train.is_run(folder) or (folder.name == "test" and train.is_run(folder.parent)):
         raise ValueError(f"out={folder}: TensorBoard's files of a run are there; they stay as they "
                          f"are")
+    others = [path for path in folder.rglob("*") if path.is_file() and not train.WRITTEN.fullmatch(
+        f"test/{path.relative_to(folder).as_posix()}")]
+    if others:  # TensorBoard would write over some files
+        raise FileExistsError(f"out={folder}: holds {others[0].name}, which is none of the "
+                              f"Projector's files; name a folder for these alone")
     with contextlib.redirect_stdout(io.StringIO()), SummaryWriter(str(folder)) as board:
         # It announces what it writes anew, which only the command line may.
         train.add_projector(board, network, about.preprocessing, test.images, labels, layer,

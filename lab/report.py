@@ -24,7 +24,7 @@ import deconv
 import network as networks
 import train
 import visualize
-from data import Table, generator, text_of, write_atomically
+from data import Table, check_ours, generator, text_of, write_atomically
 from lab import reproduce
 from lab.reproduce import duration
 
@@ -45,7 +45,7 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     """
     folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
     for name in PAGES:
-        reproduce.check_ours(folder / name, WRITTEN_BY)  # before any work is done
+        check_ours(folder / name, WRITTEN_BY)  # before any work is done
     if Path(what).is_dir():
         given = {"data": data, "root": root, "device": device}
         return report_of_run(Path(what), folder,
@@ -371,6 +371,7 @@ def figures_of(experiment, runs, folder):
     for path, name in found.items():
         copy = folder / "figures" / f"report-{experiment.id}-{path.name}"
         copy.parent.mkdir(parents=True, exist_ok=True)
+        visualize.check_figure(copy)
         write_atomically(copy, path.read_bytes())
         captions[copy] = f"{path.stem}, {name}"
     return captions

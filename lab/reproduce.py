@@ -26,7 +26,7 @@ import deconv
 import network
 import train
 import visualize
-from data import Table, parse, parse_value, read_json, show, write_atomically
+from data import Table, check_ours, parse, parse_value, read_json, show, write_atomically
 from lab import smoothness
 from train import Config
 
@@ -402,14 +402,6 @@ def replace(path, content, sign):
     check_ours(path, sign)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
-
-
-def check_ours(path, sign):
-    """FileExistsError if the file `path` is there and has not the text `sign` in it."""
-    path = Path(path)
-    if path.exists() and sign not in path.read_text(encoding="utf-8", errors="replace"):
-        raise FileExistsError(f"{path}: is not from here (no {sign!r} in it) and stays as it is; "
-                              f"move it away or choose another place")
 
 
 def read_results(path):

@@ -5,8 +5,8 @@ import time
 
 import train
 import visualize
-from data import Busy, Table, show
-from lab.reproduce import RESULT, check_ours, finished_result, replace
+from data import Busy, Table, check_ours, show
+from lab.reproduce import RESULT, finished_result, replace
 
 
 def sweep(**flags):
@@ -22,6 +22,7 @@ def sweep(**flags):
     signs = {folder / "sweep.csv": ",".join(RESULT), folder / "sweep.md": " | ".join(RESULT)}
     for path, sign in signs.items():
         check_ours(path, sign)  # before anything is trained
+    visualize.check_figure(folder / "curves.png")
     while len(done) < len(configs):
         for number, config in enumerate(configs):
             if number not in done:

@@ -290,6 +290,9 @@ def test_a_damaged_cache_is_made_again(tmp_path, capsys):
     os.mkfifo(cache)
     assert torch.equal(pixels_of(folder, tmp_path / "cache"), whole)
     assert cache.read_bytes() == good
+    cache.unlink()
+    os.mkfifo(cache.with_suffix(".lock"))
+    assert torch.equal(pixels_of(folder, tmp_path / "cache"), whole) and not cache.exists()
 
 
 def test_one_process_decodes_while_the_others_wait(tmp_path, monkeypatch):
@@ -463,6 +466,7 @@ def test_bad_images_are_named(tmp_path):
     (["stats", "--data=a", "--", "--data=b"], "--data: is given twice"),
     (["stats", "--data"], "--data: needs a value"), (["stats", "--data="], "--data: needs a value"),
     (["stats", "--root", "--image-size=8"], "--root: needs a value"),
+    (["stats", "--sizes"], "--sizes: needs a value"),
     (["stats", "--skip_bad", "no"], "--data=no"), (["stats", "--skip_bad=no"], "--skip_bad=no"),
     (["stats", "---data=a"], "--data: no such flag"), (["stats", "-x"], "--x: no such flag"),
     (["stats", "data=shapes"], "data=shapes: did you mean --data=shapes?"),
@@ -473,7 +477,7 @@ def test_a_mistyped_line_never_starts_work(line, complaint, capsys):
     started = []
 
     def stats(data: str = "a", root: str = "b", image_size: int = 1, skip_bad: bool = False,
-              order: typing.Literal["up", "down"] = "up"):
+              order: typing.Literal["up", "down"] = "up", sizes: tuple[int, ...] = ()):
         if data == "no":
             raise ValueError("data=no: is none")
         started.append(data)
@@ -612,6 +616,9 @@ def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "a.json")
     with pytest.raises(OSError, match="not a regular file"):
         data.read_json(tmp_path / "a.json", dict)
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(OSError, match="not a regular file"), data.lock(tmp_path):
+        pass
     with open(tmp_path / "b.json", "wb") as file:
         file.truncate(100 << 30)
     with pytest.raises(OSError, match="too many"):

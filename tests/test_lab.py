@@ -397,6 +397,11 @@ def test_a_report_never_replaces_what_is_not_one(finished, tmp_path):
         with pytest.raises(FileExistsError, match=rf"{name}: is not from here"):
             report.report("4.1", runs=str(tmp_path))
         assert (tmp_path / "4.1" / name).read_text() == "my own"
+        (tmp_path / "4.1" / name).unlink()
+        os.mkfifo(tmp_path / "4.1" / name)  # which would keep its reader waiting
+        with pytest.raises(FileExistsError, match=rf"{name}: is not from here"):
+            report.report("4.1", runs=str(tmp_path))
+        (tmp_path / "4.1" / name).unlink()
         (tmp_path / "4.1" / name).write_bytes(kept)
 
 
@@ -535,6 +540,11 @@ def test_a_sweep_goes_on_where_a_run_fails_and_says_so(tmp_path, monkeypatch, ca
     with pytest.raises(FileExistsError, match=r"sweep\.md: is not from here"):
         sweep.sweep(**dict(word[2:].split("=") for word in line[1:]))
     assert (folder / "sweep.md").read_text() == "my notes"
+    (folder / "sweep.md").unlink()
+    (folder / "curves.png").write_text("my curves")
+    with pytest.raises(FileExistsError, match=r"curves\.png: is there already"):
+        sweep.sweep(**dict(word[2:].split("=") for word in line[1:]))
+    assert (folder / "curves.png").read_text() == "my curves" and not (folder / "sweep.md").exists()
 
 
 def test_a_run_killed_before_its_board_was_written_is_not_finished(tmp_path, monkeypatch):

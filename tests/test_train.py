@@ -73,7 +73,8 @@ def test_learning_rate_by_hand():
         [1, 0.5, 0.5 + math.sqrt(0.125)])
     assert at(99, "constant") == 1 and at(0, "onecycle") == pytest.approx(1 / 26)
     assert max(range(100), key=lambda step: at(step, "onecycle")) == 25
-    for total, warmup in ((10, 0), (10, 3.7), (3, 0), (1, 0)):  # it takes the highest rate once
+    # It takes the highest rate once.
+    for total, warmup in ((10, 0), (10, 3.7), (3, 0), (1, 0), (1, 1), (10, 10), (10, 99)):
         assert max(train.learning_rate(step, total, warmup, 1.0, "onecycle")
                    for step in range(total)) == 1
     after = [train.learning_rate(step, 400, 40, 1.0, "step") for step in (219, 220, 309, 310)]
@@ -1073,6 +1074,19 @@ def test_a_file_to_write_is_neither_a_picture_nor_a_file_of_a_run(tmp_path):
     for path in (picture, config.folder / "metrics.csv"):
         with pytest.raises(ValueError, match=f"out=.*{path.name}"):
             train.predict_command(str(config.folder), str(picture), out=str(path))
+    table, weights, pipe = (tmp_path / name for name in ("mine.csv", "mine.pth", "pipe.csv"))
+    table.write_text("a,b\n1,2\n")
+    torch.save({"made": torch.ones(2)}, weights)
+    os.mkfifo(pipe)
+    kept = table.read_bytes(), weights.read_bytes()
+    for path in (table, pipe):
+        with pytest.raises(FileExistsError, match=path.name):
+            train.predict_command(str(config.folder), str(picture), out=str(path))
+    with pytest.raises(FileExistsError, match=r"out=.*mine\.pth"):
+        train.export(str(config.folder), str(weights))
+    assert (table.read_bytes(), weights.read_bytes()) == kept and pipe.is_fifo()
+    for _ in range(2):  # what was made here may be made anew
+        train.export(str(config.folder), str(tmp_path / "given.pth"))
     assert (last.read_bytes(), picture.read_bytes()) == before
     train.export(str(config.folder), str(config.folder / "given.pth"))
 

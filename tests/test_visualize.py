@@ -142,7 +142,8 @@ def test_receptive_fields_where_the_border_breaks_the_formula():
 
 @pytest.mark.parametrize("rectify", [
     torch.relu, lambda x: torch.where(x > 0, x, 0), lambda x: x * (x > 0), lambda x: -F.relu(-x),
-    lambda x: x.clamp(min=torch.tensor(0.0)), torch.sigmoid])
+    lambda x: x.clamp(min=torch.tensor(0.0)), torch.sigmoid, lambda x: x.softmax(1), torch.round,
+    lambda x: F.log_softmax(x, 1)])
 def test_a_receptive_field_does_not_depend_on_the_activation(rectify):
     stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(rectify), nn.MaxPool2d(2)).half()
     weights = [weight.clone() for weight in stack.parameters()]
@@ -384,6 +385,12 @@ def test_only_figures_made_here_are_replaced(run, tmp_path):
     drawn = visualize.filters(str(run), out=str(tmp_path / "drawn.png")).path
     with pytest.raises(ValueError, match=r"out=.*the picture that is looked at"):
         visualize.where(str(run), image=str(drawn), out=str(drawn))
+    for name in ("filters-conv1-rgb.png", "confusion.png"):  # their names in a folder
+        (tmp_path / name).write_bytes(before)
+    for command in (visualize.filters, visualize.confusion):
+        with pytest.raises(FileExistsError, match="no figure made here"):
+            command(str(run), out=str(tmp_path))
+    assert {path.read_bytes() for path in tmp_path.glob("[cf]*.png")} == {before}
     (tmp_path / "figures").write_text("a file")
     with pytest.raises(OSError, match=r"figures.*cannot be written"):
         visualize.filters(str(run), out=str(tmp_path / "figures"))
@@ -991,6 +998,16 @@ def test_the_projector_leaves_a_runs_board_alone(run):
             visualize.projector(str(run), count=20, out=str(folder))
     assert not (run / "test").exists() and not [*run.glob("events*")]
     (run / train.MARKER).unlink()
+
+
+def test_the_projector_needs_a_folder_of_its_own(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("my own")
+    with pytest.raises(FileExistsError, match=r"out=.*notes\.txt"):
+        visualize.projector(str(run), count=20, out=str(tmp_path))
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+    for _ in range(2):  # one that it filled may be filled anew
+        visualize.projector(str(run), count=20, out=str(tmp_path / "new"))
 
 
 def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
