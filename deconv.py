@@ -624,7 +624,8 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (),
               rule: Rule = "deconvnet", bn: BatchNorm = "through",
               **flags: typing.Unpack[visualize.Flags]):
     """Draw how LAYER's units came to be: of each the strongest activation over the test images,
-    back in the pixels, at each snapshot of the run CKPT (`train.py --snapshots=1,2,5,10`).
+    back in the pixels, at each snapshot of the run CKPT (`train.py --snapshots=1,2,5,10`) and at
+    its end.
 
     Zeiler & Fergus (2014), section 4, figure 4; beside it, the patch. `--units` as in `gallery`.
     """

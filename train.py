@@ -146,11 +146,13 @@ class Config:
     schedule: str = setting("cosine", "of the learning rate:", SCHEDULES)
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up", (0, 1e6))
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", (0, 1))
-    augment: tuple[str, ...] = setting(("flip", "crop"), "none, or of", AUGMENTATIONS)
+    augment: tuple[str, ...] = setting(
+        ("flip", "crop"), "mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019, section 3.1) mix "
+        "two images; none, or of", AUGMENTATIONS)
     ema: float = setting(0.0, "share of itself that a running mean of the weights keeps at a step; "
                          "the mean is evaluated; 0: none", (0, 0.999999))
-    clip: float | None = setting(None, "longest gradient, all weights together; none: any",
-                                 (1e-6, 1e9))
+    clip: float | None = setting(None, "longest gradient, all weights together (Pascanu et al. "
+                                 "2013, section 3.2); none: any", (1e-6, 1e9))
     patience: int = setting(0, "epochs without a higher validation accuracy that end the run; 0: "
                             "any", (0, 1e6))
     snapshots: tuple[int, ...] = setting((), "epochs whose weights are kept; none: a few, of a "

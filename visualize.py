@@ -1238,7 +1238,8 @@ def activations(ckpt: str | None = None, layers: tuple[str, ...] = (), images: i
                 **flags: typing.Unpack[Flags]):
     """Draw and tell each layer's mean, spread, share of zeros and dead units over IMAGES test
     images; of a run's folder also how they changed, at its snapshots (`train.py --snapshots=1,2,5`)
-    or the checkpoints it kept. Without `--layers`: all activations, and the last layer."""
+    or the checkpoints it kept, and at its end. Without `--layers`: all activations, and the last
+    layer."""
     network, about, test = open_test(ckpt, **flags)
     files = snapshots(ckpt) if ckpt and Path(ckpt).is_dir() else []
     need(flags.get("out") if files else None, images=images)

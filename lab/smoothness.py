@@ -128,8 +128,9 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
     """Compare how smooth MODELS' losses are while they train: two measures, not one.
 
     The band between the highest and lowest training loss of separate runs at LRS, step by step;
-    and Santurkar et al.'s (2018) three measures along the gradient of a step, taken each EVERY
-    steps of the run at the first of LRS. Finished runs are kept in a CSV file beside the figure.
+    and the three measures of Santurkar et al. (2018, figure 4) along the gradient of a step, taken
+    each EVERY steps of the run at the first of LRS. Finished runs are kept in a CSV file beside the
+    figure.
     """
     models, lrs = visualize.listed(models), visualize.listed(lrs)
     visualize.need(steps=steps, every=every, batch_size=batch_size, models=len(models),
