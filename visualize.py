@@ -1212,7 +1212,7 @@ def where(ckpt: str | None = None, method: typing.Literal[
     """Draw what in a picture speaks for the predicted class, or for `--class=cat`.
 
     By Grad-CAM at LAYER (Selvaraju et al. 2017, section 3), the logit's gradient (Simonyan et al.
-    2014, section 3), SmoothGrad (Smilkov et al. 2017, section 3) or integrated gradients
+    2014, section 3), SmoothGrad (Smilkov et al. 2017) or integrated gradients
     (Sundararajan et al. 2017, section 3).
     """
     name = flags.pop("class", None)
