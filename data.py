@@ -447,9 +447,12 @@ def _list_folder(folder):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder}: has no folder {part!r} (needed: train/<class>/*, "
                                     f"test/<class>/*)")
-        found = {entry.name for entry in (folder / part).iterdir() if entry.is_dir()}
+        entries = [*(folder / part).iterdir()]
+        found = {entry.name for entry in entries if entry.is_dir()}
         classes[part] = {name for name in found if not name.startswith(".")}
         left_out["hidden folders beside the classes"] += len(found - classes[part])
+        left_out["files beside the classes"] += sum(  # a link that leads nowhere, too
+            entry.name not in found and not entry.name.startswith(".") for entry in entries)
     names, odd = sorted(classes["train"]), sorted(classes["train"] ^ classes["test"])
     if odd or not names:
         raise ValueError(f"{folder}: train and test must have the same classes, and at least one; "

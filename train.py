@@ -1365,10 +1365,10 @@ def check_folder(config, resume, overwrite):
 def check_apart(config, resume):
     """ValueError when images lie in the run's folder, or it lies among them."""
     folder = config.folder.resolve()
-    for name in ("data", "root"):
+    for name in ("data",) if resume else ("data", "root"):  # `resume=.` makes `root` in the folder
         path = Path(getattr(config, name)).resolve()
-        if not path.is_dir() and (resume or name == "data"):
-            continue  # `resume=.` looks for `root` in the run's folder, where none need be
+        if not path.is_dir() and name == "data":
+            continue
         if folder in (path, *path.parents) or (name == "data" and path in folder.parents):
             raise ValueError(f"{name}={getattr(config, name)}: images and the run's folder, "
                              f"{config.folder}, must lie apart (`{name}`, `out`, `name`)")

@@ -397,11 +397,14 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     for name in ("inner/1.png", "inner/more/2.png", "notes.txt", ".hidden", "README"):
         (folder / "train" / "cat" / name).touch()
     (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "beside.png").touch()
+    (folder / "test" / "fish").symlink_to(tmp_path / "nowhere")
     dataset = data.load(str(folder), tmp_path / "cache", val=0)
     assert dataset.test.images[:, 0, 0, 0].tolist() == [0, 0, 0, 50, 60, 100, 100, 100]
     assert capsys.readouterr().err == (
-        f"{folder}: left out files in folders within a class (2), files of type .txt (1), "
-        "files of type unknown (1), hidden folders beside the classes (1)\n")
+        f"{folder}: left out files beside the classes (2), files in folders within a class (2), "
+        "files of type .txt (1), files of type unknown (1), hidden folders beside the classes (1)"
+        "\n")
     (folder / "train" / "two\nlines").mkdir()
     (folder / "test" / "two\nlines").mkdir()
     with pytest.raises(ValueError, match=r"two\\nlines"):

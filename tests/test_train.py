@@ -1104,3 +1104,6 @@ def test_a_run_goes_on_from_within_its_folder(tmp_path, monkeypatch):
     train.train_command(resume=".", epochs="3")
     assert len(train.read_metrics(tmp_path / "run")["epoch"]) == 3
     assert not (tmp_path / "run" / "data").exists()
+    (tmp_path / "run" / "data").mkdir()  # as a folder's cache makes it there
+    train.train_command(resume=".", epochs="4")
+    assert len(train.read_metrics(tmp_path / "run")["epoch"]) == 4
