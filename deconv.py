@@ -141,11 +141,13 @@ class _Watch(TorchDispatchMode):
 
 
 def rectifies(x, value):
-    """Whether `value` is above 0 where `x` is, and else 0, of an `x` that is negative somewhere."""
+    """Whether `value` is above 0 where `x` is, and else 0, of an `x` that is negative somewhere; or
+    that of both with the other sign, as in −min(−x, 0)."""
     return (isinstance(x, Tensor) and isinstance(value, Tensor) and x is not value
             and x.shape == value.shape and x.is_floating_point() and x.dtype == value.dtype
-            and x.numel() > 1 and bool((x < 0).any()) and torch.equal(value > 0, x > 0)
-            and bool((value >= 0).all()))
+            and x.numel() > 1 and any(
+                bool((x < 0).any()) and torch.equal(value > 0, x > 0) and bool((value >= 0).all())
+                for x, value in ((x, value), (-x, -value))))
 
 
 # ---------------------------------------------------------------------------- down to the pixels
