@@ -31,7 +31,7 @@ import math
 import typing
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -374,9 +374,8 @@ def window(signal):
 def way_text(network, rule, bn):
     """How a title names the way back to the pixels."""
     name = {"guided": "guided backpropagation"}.get(rule, rule)
-    with_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm)
-                     for module in network.modules())
-    return f"{name}, batch norms left out" if with_norms and bn == "skip" else name
+    left_out = bn == "skip" and networks.batch_norms(network)
+    return f"{name}, batch norms left out" if left_out else name
 
 
 def draw_reconstructions(picture, descents, title, classes=()):

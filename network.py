@@ -927,6 +927,12 @@ def count_parameters(network):
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
+def batch_norms(network):
+    """The batch norms inside `network`, of images or of vectors."""
+    return [module for module in network.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def multiply_adds(network, image_size):
     """Multiply-adds of one image's forward pass."""
     return sum(row[3] for row in stages(network, image_size))

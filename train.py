@@ -899,8 +899,11 @@ def new_state(config, description, device):
 @contextlib.contextmanager
 def averaged(state):
     """While open, the network has the weights that are evaluated; see `State.weights`."""
+    if not state.average:  # it has them: nothing is copied
+        yield
+        return
     own = copy.deepcopy(state.network.state_dict())  # a state dict is a view of the weights
-    state.network.load_state_dict(state.weights())
+    state.network.load_state_dict(state.average)
     try:
         yield
     finally:

@@ -262,7 +262,7 @@ def snapshots(run, most=8):
     last = [*folder.glob("last.pth")]
     if not files:
         files = [*sorted(folder.glob("step-*.pth")), *last]
-    elif last and networks.read(last[0])["epoch"] > networks.read(files[-1])["epoch"]:
+    elif last and networks.read(last[0])["epoch"] > int(files[-1].stem.partition("-")[2]):
         files += last  # no snapshot was taken at the end
     count = min(most, len(files)) if len(files) > 1 else 0
     return [files[index * (len(files) - 1) // (count - 1)] for index in range(count)]
@@ -589,8 +589,7 @@ def loss_between(network, ends, share, parts):
 @torch.no_grad()
 def measure_batch_norm(network, images, preprocessing):
     """Make batch norm's statistics the means over batches of uint8 `images`; how many norms."""
-    norms = [module for module in network.modules()
-             if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = networks.batch_norms(network)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
