@@ -51,6 +51,7 @@ CUTOUT = 1 / 4
 MIXTURES = ("mixup", "cutmix")
 AUGMENTATIONS = ("flip", "alternating_flip", "crop", "cutout", *MIXTURES)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# See `crops_of`.
 OVERLAPPING = ("cpu", "cuda")  # devices that read views whose rows overlap without copying them
 # Others are refused whatever a file is called: PostScript, for one, is handed to a program.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -58,6 +59,7 @@ SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "bar", "flower
           "half")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
            "truck")
+# A small file can claim an image of many gigabytes; 8192×8192 is more than any camera's.
 MAX_PIXELS = 1 << 26
 
 
@@ -148,9 +150,11 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
     """
     source = _source(("train", "test"), data, root, image_size, skip_bad, writes)
     labels = source.labels["train"]
+    # The labels alone tell which images are held out and which a limit keeps.
     rest, held = held_out(labels, len(labels) // 10 if val is None else val, seed)
     parts = [rows[balanced(labels[rows], limit, seed)] for rows in (rest, held)]
     wanted = torch.cat(parts).sort().values
+    # Training and validation images are read at once, so that a folder has one cache for both.
     images = source.read("train", wanted)
     train, val = (Split(rows_of(images, torch.searchsorted(wanted, rows)), labels[rows])
                   for rows in parts)
@@ -158,6 +162,7 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
     if train.images.shape[1:] != test.images.shape[1:] and not image_size:
         raise ValueError(f"{data}: images for training and test of different sizes: an image_size "
                          f"is needed")
+    # Without the held-out images: what a network is measured on may tell it nothing.
     mean, std = pixel_statistics(train.images)
     return Dataset(data, source.classes, train, val if len(held) else None, test, mean, std,
                    source.fingerprint)
@@ -285,6 +290,7 @@ def _cifar(name, root, parts, writes):
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
+            # torchvision compares the MD5 of every file each time.
             try:
                 found = [source(root, train=part == "train") for part in parts]
             except RuntimeError:  # not there yet, or damaged
@@ -424,6 +430,7 @@ def _folder(folder, root, image_size, skip_bad, parts, writes):
     def read(part, rows):
         return rows_of(whole[part], rows) if part in whole else decoded(part, rows.tolist())[0]
 
+    # With `skip_bad`, the labels are those of the images that could be read: all are, at once.
     whole = {}
     for part in parts if skip_bad else ():
         whole[part], readable = decoded(part, range(len(files[part])))
@@ -557,6 +564,8 @@ def _decode(items, image_size, skip_bad, title, only_larger):
                 return error
             raise BadImage(f"{error}; `skip_bad` leaves such files out") from error
 
+    # Threads, because Pillow lets go of Python's lock while it decodes. Four images a thread are
+    # under way: enough that none waits for the file that is being written, and little memory.
     threads, first, bad = os.cpu_count() or 1, None, []
     images = ahead(read, items, threads, 4 * threads)
     for number, image in enumerate(progress(images, f"reading {title}", len(items))):
@@ -647,6 +656,7 @@ def ahead(function, items, threads, depth):
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            # Whoever iterates may stop early: what has not begun is not begun any more.
             pool.shutdown(cancel_futures=True)
 
 
@@ -795,6 +805,7 @@ def normalize(images, mean, std, image_size=None, device=None):
     (pixel / 255 − mean) / std per channel; the result is channels-last in memory.
     """
     images = images.to(device or images.device)
+    # float32 before the scale, not bf16: a pixel has 8 bits, and bf16 7 behind the first.
     pixels = images.permute(0, 2, 3, 1).flatten(2).float()  # rows of W·3 values
     scale, shift = _row_constants(mean, std, images.shape[3], images.device)
     pixels = pixels.mul_(scale).add_(shift).unflatten(2, (-1, 3))
@@ -905,6 +916,7 @@ class Batches:
         if unknown:
             raise ValueError(f"augment={','.join(augment)}: no augmentation {unknown[0]!r}; "
                              f"known: {', '.join(AUGMENTATIONS)}, none")
+        # A data set of less than a batch is one batch, or there would be no step at all.
         self.batch_size = min(batch_size, len(split.labels))
         if self.batch_size < world:
             raise ValueError(f"batch_size={self.batch_size}: fewer images than the {world} "
@@ -933,6 +945,7 @@ class Batches:
             if needs["store"] == needs["device"]:  # as they are would only be copied
                 del needs["store"]
             del needs["device"]
+        # Half, since the network, its activations and the optimizer need room as well.
         room = free_memory(self.device) / sharing / 2
         return next(way for way, need in needs.items() if need <= room)
 
@@ -971,6 +984,7 @@ class Batches:
         # Everything is drawn, whether this augmentation uses it or not, and on the CPU: so the same
         # seed means the same order with every augmentation and on every device.
         random, count = generator(self.seed, epoch), len(self.labels)
+        # The order in which these are drawn is part of every run that has begun: it never changes.
         order = torch.randperm(count, generator=random)
         mirrored = torch.rand(count, generator=random) < 0.5
         shift = torch.randint(0, 2 * self.margin + 1, (2, count), generator=random)
@@ -1065,6 +1079,7 @@ def mix(images, labels, augment, seed, step):
     kinds = [name for name in MIXTURES if name in augment]
     kind = kinds[torch.randint(len(kinds), (), generator=random)]
     share, y, x = torch.rand(3, generator=random).tolist()
+    # Paired with the batch backwards: the batch is shuffled, so any pairing is a random one.
     others = images.flip(0)
     if kind == "mixup":
         images = images.lerp(others, 1 - share)
@@ -1102,6 +1117,8 @@ def write_atomically(path, content, older=None):
                     file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
+            # Between these two renames there is no `path`; whoever opens the folder next puts
+            # `older` back.
             if older and path.exists():
                 os.replace(path, older)
             os.replace(partial_file, path)

@@ -59,6 +59,7 @@ class _Replaced(torch.autograd.Function):
     def forward(ctx, x, function, rule):
         ctx.rule = rule
         ctx.save_for_backward(x > 0)  # now, because `function` may work in place
+        # In-place rectifiers return what they were given; autograd has to be told.
         value = function(x)
         if value is x:
             ctx.mark_dirty(x)
@@ -66,6 +67,7 @@ class _Replaced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, signal):
+        # `function` and `rule` are no tensors, and have no gradient.
         return ctx.rule(signal, *ctx.saved_tensors), None, None
 
 
@@ -203,6 +205,7 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
         except RuntimeError as error:  # of checkpoints, and of a network without gradients
             raise ValueError(f"layer={layer}: there is no way back from it to the images "
                              f"({' '.join(str(error).split()):.200})") from error
+    # `allow_unused` makes what is not on the way None, not an error.
     if signal is None:
         raise ValueError(f"layer={layer}: no gradient reaches the images from it (it does not "
                          f"depend on them, or something on the way computes none)")
@@ -264,6 +267,7 @@ def top_reconstructions(network, layer, images, preprocessing, units, top, rule=
         batch = preprocessing(images[chunk], device)
         signals.append(project(network, layer, batch, positions[chunk].to(device), rule, bn).cpu())
     pictures = preprocessing.pictures(images)
+    # A unit that no image excites shows nothing, not the first images of the data set.
     pictures[values.flatten() == 0] = 0.5
     return (*(visualize.cut_patches(whole, boxes).unflatten(0, values.shape)
               for whole in (pictures, as_pictures(torch.cat(signals)))), values)

@@ -178,6 +178,7 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
         largest = max(largest, channels * side**2)
         stages[-1] += [nn.BatchNorm2d(channels)] if batch_norm else []
         stages[-1].append(activation_layer(activation))
+    # A text that ends in M leaves an empty stage behind, which is none.
     network = nn.Sequential(OrderedDict(
         (f"conv{number}", nn.Sequential(*stage)) for number, stage in enumerate(stages, 1) if stage
     ))
@@ -188,6 +189,7 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
         raise ValueError("more memory than is reasonable")
     linear = []
     for inputs, outputs in itertools.pairwise(widths):
+        # The last linear layer gives logits, and has no activation behind it.
         linear += [nn.Linear(inputs, outputs), activation_layer(activation)]
     network.add_module("flatten", nn.Flatten())
     network.add_module("fc", nn.Sequential(*linear, nn.Linear(widths[-1], classes)))
@@ -229,6 +231,7 @@ def resnet(block, depths, first_width, stem, shortcut=projection_shortcut, *, cl
             first_of_later_stage = stage > 0 and number == 0
             blocks.append(block(inputs, width * 2**stage, 2 if first_of_later_stage else 1,
                                 activation, shortcut))
+            # A bottleneck gives out four times as many maps as its 3×3 convolution has.
             inputs = width * 2**stage * block.expansion
         network.add_module(f"conv{stage + 2}_x", nn.Sequential(*blocks))
     network.pool = nn.AdaptiveAvgPool2d(1)
@@ -370,6 +373,7 @@ def options_of(name):
     if not isinstance(name, str) or name not in NETWORKS:
         raise ValueError(f"model={name}: no such network"
                          f"{closest(str(name), NETWORKS) or '; known: ' + ', '.join(NETWORKS)}")
+    # A row of NETWORKS is a function, or a partial one whose `func` has the annotations.
     constructor = NETWORKS[name]
     function = getattr(constructor, "func", constructor)
     # What is annotated is an option, but for what this row of NETWORKS has settled already.
@@ -421,6 +425,7 @@ def build(name, classes=10, image_size=None, **options):
         if not (isinstance(value, int) and 1 <= value <= most):
             raise ValueError(f"{what}={value}: must be a whole number from 1 to {most}")
     try:
+        # Images that are too small show as a layer without outputs: PyTorch's error is passed on.
         return NETWORKS[name](classes=classes, image_size=image_size, **options)
     except (RuntimeError, ValueError) as error:
         given = ", ".join(f"{option}={value}" for option, value in options.items())
@@ -474,6 +479,7 @@ def forward(network, images, dtype=None, compiled=True):
                           images.dtype)
     first = next((module for module in network.modules()
                   if isinstance(module, (nn.Conv2d, nn.Linear))), None)
+    # A linear layer first, as in many a first network for MNIST, takes S·S grey values.
     if images.shape[1] == 3 and (getattr(first, "in_channels", 3) == 1 or images[0, 0].numel()
                                  == getattr(first, "in_features", None)):
         images = images.mean(1, keepdim=True)
@@ -513,6 +519,7 @@ def capture(network, layers, stop=False):
 
     def keep(layer, output):
         outputs[layer] = output
+        # An exception is the only way out of a forward pass that was written by somebody else.
         if stop and len(outputs) == len(layers):
             raise _Reached
         return output.clone() if isinstance(output, Tensor) else output
@@ -710,6 +717,7 @@ def receptive_fields(network, layer, image_size):
     device = device_of(network)
     dtype = exact_type(device)
     # Grey noise: channels with other fields get other values, and those with the same the same.
+    # All three colour channels are one leaf, so that a field has no channels.
     noise = 1 + torch.rand(1, 1, image_size, image_size, generator=generator("fields"))
     noise = noise.to(device, dtype).requires_grad_()
     with (evaluation(network), torch.enable_grad(), Connections(network),
@@ -757,6 +765,7 @@ def filled_in(values_at, count):
     for first, last in spans:  # grows as it goes
         middle, slope = (first + last) // 2, (known(last) - known(first)) / (last - first)
         line = {index: known(first) + slope * (index - first) for index in range(first, last + 1)}
+        # Two in the middle, since a single one may happen to lie on the line.
         if last - first < 2 or all(torch.equal(line[index], known(index).float())
                                    for index in (middle, middle + 1)):
             values[first:last + 1] = [value.round().long() for value in line.values()]
@@ -814,6 +823,7 @@ def grad_cam(network, images, label, layer=None):
     more than one position and any gradient.
     """
     names = [layer] if layer else [name for name, _ in network.named_modules() if name]
+    # One forward and one backward pass for all layers: which is the last shows only afterwards.
     scores, _, outputs = class_scores(network, images, label, names)
     kept = {name: output for name, output in outputs.items()
             if isinstance(output, Tensor) and output.requires_grad}
@@ -974,6 +984,7 @@ def save(path, checkpoint, older=None):
     buffer = io.BytesIO()  # not the file: the checksum is of all of it
     torch.save(checkpoint, buffer)
     content = bytearray(buffer.getbuffer())
+    # A zip archive ends with the length of a comment and the comment: any zip reader accepts it.
     content[-2:] = (32).to_bytes(2, "little")  # the end record's length of the comment
     write_atomically(path, content + hashlib.sha256(content).digest(), older)
 
@@ -985,11 +996,13 @@ def read(path):
     describe a network of this package.
     """
     check_archive(path)
+    # Read once: what is checked is what is loaded, even if the file is replaced meanwhile.
     content = Path(path).read_bytes()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise OSError(f"{path}: {NO_CHECKPOINT}")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            # torch.save compresses nothing; a compressed record could be a thousand times its size.
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -1081,6 +1094,7 @@ def load(source, weights=None, image_size=None, device="cpu"):
         description = describe(checkpoint)
         make = partial(build, description.model, len(description.classes),
                        checkpoint["image_size"], **description.options)
+        # Shapes first, then memory.
         with torch.device("meta"):  # the options may ask for more memory than there is
             weights = fitting_weights(checkpoint, make())
         network = make()
@@ -1095,6 +1109,8 @@ def _load_elsewhere(source, weights, image_size, device):
     if module == "torchvision":
         module, weights = "torchvision.models", weights or _cached_weights(name)
     try:
+        # As `python -c` and notebooks have it, so that `mymodule:function` is found where one
+        # stands.
         if "" not in sys.path:
             sys.path.append("")  # the current folder
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -1125,6 +1141,7 @@ def _cached_weights(name):
     if name not in models.list_models(models):
         raise ValueError(f"network=torchvision:{name}: torchvision has no such network"
                          f"{closest(name, models.list_models(models))}")
+    # The last are the newest, and mostly the best.
     for version in reversed(models.get_model_weights(name)):
         if (cache / Path(version.url).name).exists():
             return cache / Path(version.url).name

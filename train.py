@@ -570,9 +570,12 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
           contextlib.nullcontext() if workers.rank else data.lock(config.folder)):
         check_folder(config, resume, overwrite)
         dataset = load_images(config)
+        # What changes from here on is all in `state`; what is written goes through `folder`.
         state, batches, folder = prepare(config, dataset, device, workers, resume, changed_data)
         try:
             with catch_signals() as stop, live_progress(config, len(batches)) as bar:
+                # Processes that disagree on whether to go on would wait for each other for ever:
+                # they vote.
                 while state.epoch < config.epochs and not workers.any(
                         0 < config.patience <= state.epoch - state.best_epoch, state.sums):
                     train_epoch(state, batches, config, workers, folder, bar, stop)
@@ -592,12 +595,14 @@ def train_epoch(state, batches, config, workers, folder, bar, stop):
     """The rest of epoch `state.epoch`, from where `state.step` stands in it."""
     state.network.train()
     steps, saved_at = len(batches), time.monotonic()
+    # As if the part of the epoch before a stop had ended just now.
     started = time.perf_counter() - state.epoch_seconds
     point_steps = config.log_steps or POINT_STEPS
     # A GPU works off what has been asked of it while Python goes on to the next step. Whoever reads
     # a number from it waits until all that is done, so numbers are read at these steps alone; a CPU
     # has nothing to gain from waiting less.
     read_steps = 1 if state.sums.device.type == "cpu" else POINT_STEPS
+    # Steps of this epoch that were taken before a stop.
     first = state.step - state.epoch * steps
     size = config.early_size if state.epoch < config.early_share * config.epochs else None
     crop = state.epoch < config.epochs - config.uncropped_epochs
@@ -629,6 +634,7 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
     seed_step(config.seed, state.step, workers.rank, images.device)
     skips = config.on_nan == "skip"
     before = {tensor: tensor.detach().clone() for tensor in changing(state)} if skips else None
+    # Mixed images have two labels each, with their shares; see `data.mix`.
     targets = [(labels, 1.0)]
     if set(config.augment) & set(MIXTURES):
         images, targets = mix(images, labels, config.augment, config.seed, state.step)
@@ -638,6 +644,7 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
     state.optimizer.zero_grad(set_to_none=True)
     with workers.sharing(state.network, [*state.parameters()], sums):
         (loss / batch_size).backward()  # by that of all processes, whose gradients are summed
+    # In any case, not for `clip` alone: one number tells whether any gradient is not finite.
     norm = nn.utils.get_total_norm([parameter.grad for parameter in state.parameters()])
     if config.clip is not None:
         nn.utils.clip_grads_with_norm_([*state.parameters()], config.clip, norm)
@@ -714,6 +721,7 @@ def leave(state, folder, stop):
 
 def check_finite(state, lr, folder):
     """Raise ValueError when a loss or gradient of this epoch was not finite."""
+    # One step that was not finite has made the sum NaN, whenever it is read.
     if not math.isfinite(state.totals[3]):
         raise ValueError(
             f"the loss or a gradient is not finite at step {state.step} (learning rate {lr:g}); "
@@ -751,6 +759,7 @@ def end_epoch(state, dataset, batches, folder):
                 "images_per_second": len(batches) * batches.batch_size / state.epoch_seconds,
                 "train/objective": objective / count if config.label_smoothing else None},
                histograms(state.network))
+    # Of epochs that do equally well the first stays, the one with less training.
     best = dataset.val is not None and validation["accuracy"] > state.best_accuracy
     if best:
         state.best_accuracy, state.best_epoch = validation["accuracy"], state.epoch
@@ -834,6 +843,7 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     `changed_data` even if its images are no longer those it began with."""
     description = describe(config, dataset)
     folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
+    # Read before the network is built: it may be damaged, or of another run.
     checkpoint = newest_checkpoint(config.folder, folder.say) if resume else None
     state = new_state(config, description, device)
     batches = batches_of(config, dataset, device, workers)
@@ -946,6 +956,7 @@ def restore(state, checkpoint, steps, epoch_anew=False):
             training[name] += training[name][:1]
     saved = training.get("optimizer")
     training["optimizer"] = {"state": saved.get("state") if isinstance(saved, dict) else None}
+    # An optimizer makes its momenta in its first step, and nothing else tells which it will have.
     if training["optimizer"]["state"] != {}:  # a step that changes nothing, to compare with
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -1052,6 +1063,7 @@ def predict(network, images, preprocessing, tta="none", bar=None):
     batch; `tta` see `tta_views`; `bar` is the text of a progress bar.
     """
     device = networks.device_of(network)
+    # No image is left out, and none counts twice: the last chunk is smaller.
     chunks, logits = images.split(images_at_once(network, preprocessing.image_size)), []
     with torch.no_grad(), networks.evaluation(network), autocast(device, preprocessing.precision):
         for chunk in progress(chunks, bar) if bar else chunks:
@@ -1089,6 +1101,7 @@ def tta_views(images, tta):
         raise ValueError(f"tta={tta}: must be one of {', '.join(TTA)}")
     if tta == "none":
         return [(1.0, images)]
+    # The shares add up to 1: logits keep their scale, and the loss its meaning.
     views = [(1 / 4 if tta == "full" else 1 / 2, images)]
     if tta == "full":
         if images.shape[3] < 2:
@@ -1187,6 +1200,7 @@ class RunFolder:
             anew and name not in ("config.json", ".lock", MARKER)))
         with contextlib.suppress(FileNotFoundError):  # else `state` is from last.pth
             os.replace(self.older(), self.path / "last.pth")
+        # Rows and points behind the checkpoint are cut: their steps will be taken again.
         rows = [row for row in read_rows(self.path) if int(row["epoch"]) <= state.epoch]
         if len(rows) < state.epoch:
             self.say(f"{self.path / 'metrics.csv'}: {state.epoch - len(rows)} of {state.epoch} "
@@ -1249,6 +1263,7 @@ class RunFolder:
         """Write `state` as last.pth in the background, as best.pth too if it is the best, and with
         `snapshot` its weights in half precision."""
         weights, training = copied((state.weights(), training_state(state)))  # the GPU waits here
+        # Never saved: the checkpoint before it is the one to go back to.
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError(f"the weights are not finite at step {state.step}; {self.last_good()}")
         self.wait()
@@ -1257,6 +1272,7 @@ class RunFolder:
             return
         checkpoint = {**self.description, "epoch": state.epoch, "step": state.step,
                       "weights": weights}
+        # One at a time, in a thread: the next steps go on while the file is written and synced.
         self.pending = self.saver.submit(self._write, checkpoint, training, best, snapshot)
 
     def wait(self):
@@ -1279,6 +1295,7 @@ class RunFolder:
         keep, again = self.config.keep, self.saved_step == checkpoint["step"]
         networks.save(self.path / "last.pth", {**checkpoint, "training": training},
                       None if keep == 1 or again else self.older())
+        # Numbers with leading zeros: sorted by name is sorted by step.
         if keep:
             for path in sorted(self.path.glob(STEPS), reverse=True)[keep - 1:]:
                 path.unlink()
@@ -1544,6 +1561,7 @@ def as_named(split, classes, description, data):
         raise ValueError(f"data={data}: its classes are {difference(classes, known)}")
     if tuple(classes) == known or split is None:
         return split
+    # Their label i is the network's label numbers[i].
     numbers = torch.tensor([known.index(name) for name in classes])
     return split._replace(labels=numbers[split.labels])
 
@@ -1568,6 +1586,7 @@ def finish(state, dataset, folder, workers):
     config, prep, labels = folder.config, folder.preprocessing, dataset.test.labels
     if state.epoch < config.epochs:
         print(f"validation accuracy has not risen for {config.patience} epochs: that is all")
+    # Which epoch that is was chosen by validation images; the test set has no say in anything.
     kept = folder.path / ("best.pth" if dataset.val else "last.pth")
     network, _ = open_network(kept, config.device)
     logits = finite_logits(network, dataset.test.images, prep)
@@ -1607,6 +1626,7 @@ def write_board(folder, network, dataset, logits, result, step):
             warnings.simplefilter("ignore")  # tracing says that it will be replaced one day
             board.add_graph(network, pixels[:1])
         shares, labels = logits.softmax(1), dataset.test.labels
+        # A class without test images has no curve, rather than one of zeros.
         for number, name in enumerate(dataset.classes):
             if (labels == number).any():
                 board.add_pr_curve(f"pr_curve/{name}", labels == number, shares[:, number], step)
@@ -1720,6 +1740,7 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
                              + ", ".join(f"`{name}`" for name in sorted(twice)))
         named = path.name not in ("", "..")  # "." has no name of its own
         given |= {"out": str(path.parent if named else path / ".."), "name": path.resolve().name}
+    # Checked as a new run's would be, before the settings of the old one come in.
     config = Config.create(**given)
     if resume and (config.folder / "config.json").exists():  # its own settings, and those given
         saved = read_config(config.folder / "config.json")

@@ -257,6 +257,7 @@ def snapshots(run, most=8):
     """The files with the weights of the run in a folder as they were at up to `most` times, evenly
     chosen, in order: its snapshots, or else the checkpoints that it kept, and the last of all. One
     alone is none."""
+    # By length first: epochs of more than five digits come after those of five.
     folder = folder_of(run)
     files = sorted(folder.glob("snapshot-*.pth"), key=lambda path: (len(path.name), path.name))
     last = [*folder.glob("last.pth")]
@@ -364,6 +365,7 @@ def top_fields(network, layer, images, preprocessing, units, top):
     Returns the activations, units×top, and for each of these units·top the uint8 image, the
     position in C·H·W of the feature maps, and the receptive field (see `network.receptive_fields`).
     """
+    # Positions are numbers in the H·W of one map; fields are found by those in C·H·W.
     values, chosen, inside = top_activations(network, layer, images, preprocessing, units, top)
     fields = networks.receptive_fields(network, layer, preprocessing.image_size)  # C×H×W×4
     positions = (torch.tensor(units)[:, None] * fields[0, :, :, 0].numel() + inside).flatten()
@@ -390,6 +392,7 @@ def layer_statistics(network, layers, images, preprocessing, bins=40):
     share), "dead" (units that are 0 for every image), and the histogram of what is not 0: "edges"
     (lowest, highest) and "counts"."""
     spans, found = {}, {}
+    # A first pass for the lowest and highest values.
     for _, outputs in map_batches(network, layers, images, preprocessing):
         for layer, values in outputs.items():
             spans[layer] = span_of(torch.tensor([*values.aminmax(), *spans.get(layer, ())]))
@@ -468,6 +471,7 @@ def precision_recall(scores, positive):
 
 def group_runs(runs):
     """{label: [metrics of each run]}: runs whose settings differ only in seed and name are one."""
+    # The full path, as relative ones of two folders may be the same.
     groups, labelled = {}, {}
     for run in map(Path, map(os.path.abspath, runs)):
         settings = {"run": str(run)}
@@ -574,6 +578,7 @@ def loss_between(network, ends, share, parts):
     with its statistics measured anew on the training images.
     """
     (first, second), (here, there) = zip(*ends)
+    # Counters of batches are whole numbers, and stay those of the first network.
     network.load_state_dict({
         name: value.lerp(second[name], share) if value.is_floating_point() else value
         for name, value in first.items()})
@@ -591,6 +596,7 @@ def measure_batch_norm(network, images, preprocessing):
     """Make batch norm's statistics the means over batches of uint8 `images`; how many norms."""
     norms = networks.batch_norms(network)
     momenta = [norm.momentum for norm in norms]
+    # The rest of the network stays in evaluation mode: dropout would shift the statistics.
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
@@ -779,6 +785,7 @@ def draw_confusion(matrix, classes, title):
     """
     count, few = len(classes), len(classes) <= 25  # more than that leave no room for numbers
     size, totals = 8 if few else 4, matrix.sum(1, keepdim=True)
+    # Shares, not counts: classes may differ in size.
     shares = torch.where(totals > 0, matrix / totals, math.nan)
     side = max(5.0, 0.52 * min(count, 25))
     figure = new_figure(side + 3.4, side + 0.2, title)
@@ -1131,6 +1138,7 @@ def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: in
     need(count=count)
     dataset = load(data, root, val=0)
     images, labels = dataset.train
+    # One shuffle of all; each class takes its first COUNT in that order.
     order = torch.randperm(len(labels), generator=generator(seed, "samples"))
     rows = [order[labels[order] == label][:count] for label in range(len(dataset.classes))]
     blank = images.new_full(images.shape[1:], 255)  # where a class has fewer
@@ -1382,6 +1390,7 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     def values_at(points):
         return evaluate_points(table, points, loss_of, f"loss at {len(points)} points")
 
+    # The network itself first: a diverged one ends here, before hours of other points.
     [centre] = values_at([(0.0, 0.0)]).values()
     if not all(map(math.isfinite, centre.values())):
         raise ValueError(f"{about.title}: its loss is not finite; there is no landscape around it")
@@ -1424,6 +1433,7 @@ def line_to(to, ckpt, network, about, parts, points, title, **flags):
     key = fingerprint(network, other, *parts["train"], *parts["test"])
     table = figure_path(ckpt, f"landscape-to-{key}", flags.get("out"), "csv")
     ends = ((first, about.preprocessing), (second, its.preprocessing))
+    # Steps of 1.5 / (6·thirds), so that the quarters beyond, 0 and 1 are all among them.
     between, thirds = copy.deepcopy(network), max(1, round(points / 6))  # 0 and 1 are points
     rows = evaluate_points(
         table, [(x, 0.0) for x in spaced(-0.25, 1.25, 6 * thirds + 1)],

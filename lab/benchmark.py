@@ -39,6 +39,7 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
     state = train.new_state(config, train.describe(config, dataset), chosen)
     batches = train.batches_of(config, dataset, chosen, train.Workers())
     images, labels = next(batches.epoch(0))
+    # As many steps as take SECONDS: the same number for each of the three ways.
     one_step = bare_steps(config, state, images, labels, 3, chosen) / 3
     steps = int(max(3, min(len(batches), seconds / one_step)))
     with tempfile.TemporaryDirectory() as folder:
@@ -47,6 +48,7 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
             "b: bare step": lambda: bare_steps(config, state, images, labels, steps, chosen),
             "c: usual pipeline": lambda: usual_steps(config, dataset, state, steps, chosen)}
         rates = {name: [] for name in (*ways, "d")}
+        # In turn, so that a machine that grows warm or busy slows all of them alike.
         for _ in range(rounds):
             for name, way in ways.items():
                 rates[name].append(steps * batch_size / way())
@@ -156,6 +158,7 @@ def usual_steps(config, dataset, state, steps, device):
                              labels.to(device, non_blocking=True))
             loss.item()  # the tutorial's running loss
 
+    # The usual pipeline makes N×C×H×W batches, and its networks stay as they were built.
     state.network.to(memory_format=torch.contiguous_format)
     state.network.train()
     try:

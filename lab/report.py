@@ -98,6 +98,7 @@ def keep_figures(folder, name, *figures):
 def arranged(figure, axes, width, height, columns=1):
     """`figure` at width×height inches with `axes` alone, in so many columns: narrow enough for the
     page of a phone to show its text."""
+    # A figure of a command is wider than a page: its axes are laid out anew, titles and all.
     for one in {*figure.axes} - {*axes}:
         one.remove()
     cells = figure.add_gridspec(-(-len(axes) // columns), columns)
@@ -110,6 +111,7 @@ def arranged(figure, axes, width, height, columns=1):
 
 def plain(text):
     """Text as one line of Markdown that means nothing but itself, no link either."""
+    # Names come from outside: what Markdown or a browser would act on gets a backslash.
     text = html.escape(" ".join(text.splitlines()), quote=False)
     return re.sub(r"[\\`*|~$@\[\]]|\b_|_\b|:(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.I)
 
@@ -165,6 +167,7 @@ def report_of_run(run, folder, given):
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
                          f"with one that was stopped)")
     network, description = train.open_network(run, given.get("device", "auto"))
+    # The checkpoint says where its images were when it was trained.
     moved = {name: given[name] for name in ("data", "root") if name in given}
     dataset = train.open_dataset(dataclasses.replace(  # split as it was, wherever the images are
         description, settings={**description.settings, **moved}))
@@ -174,6 +177,7 @@ def report_of_run(run, folder, given):
     guesses, name = logits.argmax(1), Path(dataset.name).name
     right = guesses == test.labels
     matrix = visualize.confusion_matrix(test.labels, guesses, len(dataset.classes))
+    # The first right and the first wrong prediction: none is picked for its looks.
     shown = [verdict.int().argmax().item() for verdict in (right, ~right) if verdict.any()]
     size = description.preprocessing.image_size
     layers = layers_to_show(network, size)
@@ -227,6 +231,7 @@ def draw_curves(runs):
 
 def draw_predictions(test, description, logits, right):
     """{"right": figures, "wrong": figures}: four predictions of each, drawn at random."""
+    # The seed is fixed: who makes the page again gets the same.
     order, drawn = torch.randperm(len(right), generator=generator(0, "predictions")), {}
     for name, kept in (("right", right), ("wrong", ~right)):
         figures = [visualize.draw_predictions(
@@ -299,6 +304,7 @@ def per_class_table(matrix, classes):
 def report_of_lab(what, runs, folder):
     """Write the report of the experiments `what`, whose runs are in the folder `runs`."""
     beside = [str(path.parent) for path in Path(what).parent.glob("*/config.json")]
+    # What was meant may have been a run: those beside it are named too.
     experiments = reproduce.choose(what, "run or experiment", beside)
     flags = {}
     rows = [row for experiment in experiments for row in lab_rows(experiment, runs, flags)]
@@ -345,6 +351,7 @@ def lab_rows(experiment, runs, flags):
             rows += reproduce.claims(run, "not finished" if folder.exists() else None)
             continue
         planned, config = run.config, train.Config.from_json(done[0]["settings"])
+        # The page's command must make these very figures, a trial's as well.
         flags |= {key: getattr(config, key) for key in ("data", "limit", "epochs")
                   if getattr(config, key) != getattr(planned, key)}
         flags |= {"seeds": len(done)} if len(done) > 1 else {}

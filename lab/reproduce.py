@@ -181,6 +181,7 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
         raise ValueError(f"seeds={seeds}: must be at least 1")
     given = {"data": data, "root": root, "limit": limit, "epochs": epochs, "precision": precision}
     given = {name: value for name, value in given.items() if value is not None}
+    # A trial of a few images shows that a line works, and needs no GPU.
     able = limit is not None or train.choose_device().type == "cuda"
     rows, failed, kept = [], {}, Path(results) if results else None
     if kept and kept.exists():
@@ -191,6 +192,7 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
             if run.gpu and not able:
                 rows += claims(run)
                 continue
+            # Stands in the table if the run fails; else the measured ones take its place.
             measured = claims(run, "failed")
             with noted(failed, f"{experiment.id}/{run.name}"):
                 measured = compare(run, [perform(run, given, out, seed) for seed in range(seeds)])
@@ -237,6 +239,7 @@ def finished_result(config):
     path = config.folder / "result.json"
     if not path.exists():
         return None
+    # The folder may hold a run of that name from before an entry was changed.
     train.check_same_run(config)
     result = read_json(path, checked)
     return result if result["epochs"] >= config.epochs else None
@@ -253,6 +256,7 @@ def checked(result):
         number = isinstance(value, NUMBER)
         if not isinstance(value, kind) or value is True or (number and not 0 <= value < 1e15):
             raise ValueError(f"{name}={value!r:.80}: must be {getattr(kind, '__name__', kind)}")
+    # No text holds a line break: none can end the block of code it is shown in.
     for texts in (result, result["versions"]):
         texts |= {name: " ".join(text.split()) for name, text in texts.items()
                   if isinstance(text, str)}
@@ -350,6 +354,7 @@ def claims(run, state=None):
 def compare(run, done):
     """The rows of a run with what was measured of it: results of one seed or several."""
     config = Config.from_json(done[0]["settings"])
+    # "cpu, 2 threads, a processor" as `train.environment` writes it, or a GPU's name.
     device, *threads = re.split(r", (\d+) threads?", done[0]["device"])  # name, number, name
     precision, device = config.precision, device + "".join(threads[1:])
     if precision == "auto" and threads:  # no GPU
@@ -360,6 +365,7 @@ def compare(run, done):
                     if result[f"{row.accuracy}/accuracy"] is not None]
         rows.append(dataclasses.replace(
             row, measured=round(statistics.mean(measured), 2) if measured else None,
+            # Over n − 1: seeds are a sample.
             std=round(statistics.stdev(measured), 2) if len(measured) > 1 else None,
             seeds=len(done), epochs=done[0]["epochs"],
             seconds=round(statistics.mean(result["seconds"] for result in done), 1),
@@ -423,6 +429,7 @@ def keep_results(path, rows):
     """Put `rows` into the CSV file of measured results, in place of older rows of the same runs."""
     kept = read_results(path) if path.exists() else {}
     kept |= {(row.id, row.run, row.accuracy): row for row in rows}
+    # In the order of experiments.toml, so that a new row changes one place of the file.
     order = {name: number for number, name in enumerate(book().experiments)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, Table([*COLUMNS], [
