@@ -1071,9 +1071,9 @@ class Batches:
 def mix(images, labels, augment, seed, step):
     """Every image of a batch mixed with another: (images, [(labels, share), (theirs, 1 − share)]).
 
-    By mixup (Zhang et al. 2018) as a weighted mean, by cutmix (Yun et al. 2019, section 3.1) a
-    rectangle is that of the other; one of the two at random if `augment` names both. The share is
-    uniform between 0 and 1 (Beta(1, 1) in both papers), and one for the batch.
+    By mixup (Zhang et al. 2018, section 2) as a weighted mean, by cutmix (Yun et al. 2019, section
+    3.1) a rectangle is that of the other; one of the two at random if `augment` names both. The
+    share is uniform between 0 and 1 (Beta(1, 1) in both papers), and one for the batch.
     """
     random = generator(seed, "mix", step)
     kinds = [name for name in MIXTURES if name in augment]

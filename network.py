@@ -799,7 +799,7 @@ def class_gradient(network, images, label):
 
 def smooth_gradient(network, images, label, count=50, noise=0.15, seed=0):
     """The mean `class_gradient` of `count` noisy copies: N×3×S×S. The noise's std is `noise` times
-    an image's range of values (Smilkov et al. 2017)."""
+    an image's range of values (Smilkov et al. 2017, section 2)."""
     random = generator(seed, "smoothgrad")
     spread = noise * (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True))
     return sum(class_gradient(

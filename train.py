@@ -147,8 +147,8 @@ class Config:
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up", (0, 1e6))
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", (0, 1))
     augment: tuple[str, ...] = setting(
-        ("flip", "crop"), "mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019, section 3.1) mix "
-        "two images; none, or of", AUGMENTATIONS)
+        ("flip", "crop"), "mixup (Zhang et al. 2018, section 2) and cutmix (Yun et al. 2019, "
+        "section 3.1) mix two images; none, or of", AUGMENTATIONS)
     ema: float = setting(0.0, "share of itself that a running mean of the weights keeps at a step; "
                          "the mean is evaluated; 0: none", (0, 0.999999))
     clip: float | None = setting(None, "longest gradient, all weights together (Pascanu et al. "

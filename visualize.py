@@ -1175,7 +1175,8 @@ def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "r
     """Draw COUNT test images with true and predicted class, probabilities and logits.
 
     The hardest come first with `--order=loss`, the surest with `confidence`: with `--only=wrong`
-    some of these are labelled wrongly (in CIFAR-10 about 0.5 %, Northcutt et al. 2021).
+    some of these are labelled wrongly (in CIFAR-10 about 0.5 %, Northcutt et al. 2021,
+    table 1).
     """
     need(count=count)
     network, about, test = open_test(ckpt, **flags)
@@ -1219,8 +1220,8 @@ def where(ckpt: str | None = None, method: typing.Literal[
     """Draw what in a picture speaks for the predicted class, or for `--class=cat`.
 
     By Grad-CAM at LAYER (Selvaraju et al. 2017, section 3), the logit's gradient (Simonyan et al.
-    2014, section 3), SmoothGrad (Smilkov et al. 2017) or integrated gradients
-    (Sundararajan et al. 2017, section 3).
+    2014, section 3), SmoothGrad (Smilkov et al. 2017, section 2) or integrated
+    gradients (Sundararajan et al. 2017, section 3).
     """
     name = flags.pop("class", None)
     network, about, picture, _, source = open_picture(ckpt, image, index, **flags)
