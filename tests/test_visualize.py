@@ -918,6 +918,10 @@ def test_a_network_from_elsewhere(tmp_path, monkeypatch, few_shapes, capsys):
     table, line = train.evaluate("some_nets:tiny", "shapes", device="cpu", weights="tiny.pth",
                                  image_size=16)
     assert [row[0] for row in table.rows] == [*"0123456789"] and line.startswith("test accuracy ")
+    picture = Path("runs/figures/confusion.png")
+    table, = train.predict_command("some_nets:tiny", str(picture), device="cpu",
+                                   weights="tiny.pth", image_size=16)
+    assert table.rows[0][0] == str(picture) and table.rows[0][1].split()[0] in [*"0123456789"]
     with pytest.raises(ValueError, match="without images"):
         visualize.confusion("some_nets:tiny")
     with pytest.raises(ValueError, match="either"):
