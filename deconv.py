@@ -35,6 +35,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import network as networks
 import train
@@ -79,7 +80,8 @@ class BackwardRule(TorchFunctionMode):
     (`bn` "through"; one without running statistics has its whole derivative, as its σ depends
     on the images) or pass it on ("skip"). Modules, functions, methods and in-place calls are all
     seen, values and network stay as they are. What escapes, such as an `autograd.Function`, a
-    scripted function, one in `torch.vmap`, `x + x.abs()` or `x[x < 0] = 0`, is noted in `hidden`.
+    scripted function, one in `torch.vmap`, `x + x.abs()`, `x[x < 0] = 0` or `x * x.sigmoid()`,
+    is noted in `hidden`.
     """
 
     def __init__(self, rule="deconvnet", bn="through"):
@@ -88,28 +90,27 @@ class BackwardRule(TorchFunctionMode):
             if value not in allowed:
                 raise ValueError(f"{name}={value}: must be one of {', '.join(allowed)}")
         self.rectify, self.normalize = RULES[rule], BATCH_NORMS[bn]
-        self.inside = ""  # a function that is "called", or "replaced"
+        self.replaced = False  # whether what is called follows `rule`
         self.hidden = []  # operators that rectified unseen
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs, before = dict(kwargs or {}), self.inside
+        kwargs, known = dict(kwargs or {}), len(self.hidden)
         if not torch.is_grad_enabled() or any(map(is_batchedtensor, filter(torch.is_tensor, args))):
             return function(*args, **kwargs)  # in an autograd.Function's forward, or in vmap
         rule = self._rule_for(function, args, kwargs)
-        self.inside = "replaced" if rule else "called"
-        try:
-            if rule:
-                x, *others = args or (kwargs.pop("input"),)
+        if rule:
+            x, *others = args or (kwargs.pop("input"),)
+            self.replaced = rule is self.rectify
+            try:
                 return _Replaced.apply(x, lambda x: function(x, *others, **kwargs), rule)
-            value = function(*args, **kwargs)  # no rectifier, or its own derivative is wanted
-            x = next((x for x in args if self.rectify and rectifies(x, value)), None)
-            if x is None or not torch.equal(value, x.clamp(min=0)):
-                self.hidden += [] if x is None else [getattr(function, "__name__", function)]
-                return value
-            self.inside = "replaced"
-            return _Replaced.apply(x, lambda _: value.detach(), self.rectify)
-        finally:
-            self.inside = before
+            finally:
+                self.replaced = False
+        value = function(*args, **kwargs)  # no rectifier, or its own derivative is wanted
+        for x in tensors_in([args, kwargs]) if len(self.hidden) > known else ():
+            if x is not value and torch.is_tensor(value) and torch.equal(x.clamp(min=0), value):
+                del self.hidden[known:]
+                return _Replaced.apply(x, lambda _: value.detach(), self.rectify)
+        return value
 
     def _rule_for(self, function, args, kwargs):
         name = getattr(function, "__name__", "").split(".")[0].strip("_")  # relu_, relu.default
@@ -124,32 +125,55 @@ class BackwardRule(TorchFunctionMode):
 
 
 class _Watch(TorchDispatchMode):
-    """While open, operators that rectify without `rule` having seen it are noted there."""
+    """While open, operators that rectify without `rule` having seen it are noted there.
+
+    Signs tell: what has one sign alone is 0 just where something before it, with both, had not
+    that one; what has both has them where an input has, and keeps less of what is negative.
+    """
 
     def __init__(self, rule):
         super().__init__()
-        self.rule = rule
+        self.rule, self.seen, self.known = rule, set(), set()  # hashes of where values had a sign
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        # The result of a function that was called is looked at there; what it changes is not.
-        changes = function._schema.is_mutable
-        if not self.rule.rectify or self.rule.inside in ("replaced", "called")[:2 - changes]:
-            return function(*args, **(kwargs or {}))
-        before = [x.clone() if changes else x for x in args if isinstance(x, Tensor)]
+        rule, changes = self.rule, function._schema.is_mutable and not self.rule.replaced
+        inputs = [x.clone() if changes else x for x in tensors_in(args)]
         value = function(*args, **(kwargs or {}))
-        if any(rectifies(x, value) for x in before):
-            self.rule.hidden.append(str(function))
+        memory = {x.untyped_storage().data_ptr() for x in inputs}
+        for part in tensors_in(args if value is None else value) if rule.rectify else ():
+            sides = [side for side in (part > 0, part < 0) if side.any()]  # the GPU waits here
+            signs = [hash(side.cpu().numpy().tobytes()) for side in sides]
+            same = {*signs[:1]} & self.seen - self.known
+            if len(sides) == 2:
+                self.seen.update(signs)
+                same = same and not rule.replaced and any(keeps_less(x, part) for x in inputs)
+            elif same:
+                sizes = part.abs()
+                same = not torch.equal(sizes, sizes.max() * sides[0])  # or it is a mask
+            if same and (rule.replaced or part.untyped_storage().data_ptr() in memory):  # a view
+                self.known.update(signs)
+            elif same:
+                rule.hidden.append(str(function).split(".")[1])
         return value
 
 
-def rectifies(x, value):
-    """Whether `value` is above 0 where `x` is, and else 0, of an `x` that is negative somewhere; or
-    that of both with the other sign, as in −min(−x, 0)."""
-    return (isinstance(x, Tensor) and isinstance(value, Tensor) and x is not value
-            and x.shape == value.shape and x.is_floating_point() and x.dtype == value.dtype
-            and x.numel() > 1 and any(
-                bool((x < 0).any()) and torch.equal(value > 0, x > 0) and bool((value >= 0).all())
-                for x, value in ((x, value), (-x, -value))))
+def tensors_in(values):
+    """The tensors of real numbers in nested lists of `values`."""
+    return [x for x in tree_leaves(values) if torch.is_tensor(x) and x.is_floating_point()]
+
+
+def keeps_less(x, value):
+    """Whether `value` is a function of `x` alone, place by place, nearer to 0 at −a than at a."""
+    if x.shape != value.shape or x.numel() < 64:  # too few to tell
+        return False
+    x, value = (part.flatten()[::1 + x.numel() // 4096].float() for part in (x, value))
+    x, order = x.sort()
+    value = value[order]
+    # Along `x` one function goes up and down a few times; several, as of channels, at each step.
+    ways = value.diff().abs().sum() / (value.max() - value.min())
+    low, slopes = (x < 0) & (x >= -x[-1]), (value / x).abs()
+    high = torch.searchsorted(x, -x[low])
+    return bool(ways < 3 and slopes[low].mean() < 0.9 * slopes[high].mean())
 
 
 # ---------------------------------------------------------------------------- down to the pixels
@@ -234,9 +258,10 @@ def forward_to(network, layer, images, mode, rule, watch):
             if not mode.hidden:
                 raise
     if mode.hidden:
-        raise ValueError(f"{mode.hidden[0]} rectifies where rule={rule} cannot replace it (in an "
-                         f"autograd.Function, a scripted function, vmap, checkpointing or without "
-                         f"gradients, or in place): call torch.relu there, or take rule=gradient")
+        raise ValueError(f"{mode.hidden[0]} rectifies where rule={rule} cannot replace it (made by "
+                         f"hand, in place, in an autograd.Function, a scripted function, vmap, "
+                         f"checkpointing or without gradients): call a function of torch for it, "
+                         f"such as torch.relu, or take rule=gradient")
     return outputs, networks.captured_maps(reached, layer)
 
 

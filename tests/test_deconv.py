@@ -151,6 +151,8 @@ SAME = {
     "leaky": lambda x: F.leaky_relu(x, 0.0, True), "where": lambda x: torch.where(x > 0, x, 0),
     "maximum": lambda x: torch.maximum(x, torch.zeros(())), "product": lambda x: x * (x > 0),
     "clamp by a tensor": lambda x: x.clamp(min=torch.tensor(0.0)),
+    "by a float": lambda x: (x > 0).float() * x, "sign": lambda x: x * x.sign().clamp(min=0),
+    "sum by a mask": lambda x: torch.einsum("nchw,nchw->nchw", x, (x > 0).float()),
     "filled": lambda x: x.masked_fill(x < 0, 0), "compiled": torch.compile(F.relu, backend="eager"),
 }
 
@@ -214,6 +216,14 @@ HIDDEN = {
     "sum": lambda x: (x + x.abs()) / 2, "product in place": lambda x: x.clone().mul_(x > 0),
     "vmap": torch.vmap(F.relu), "minimum": lambda x: -torch.minimum(-x, torch.zeros(())),
     "vmap of where": torch.vmap(lambda x: torch.where(x > 0, x, 0)),
+    "stack": lambda x: torch.stack([x, torch.zeros_like(x)]).max(0)[0],
+    "stack by amax": lambda x: torch.stack([x, torch.zeros_like(x)]).amax(0),
+    "foreach": lambda x: torch._foreach_clamp_min([x], 0)[0],
+    "leaky": lambda x: torch.max(x, 0.1 * x), "leaky by where": lambda x: x.where(x > 0, 0.1 * x),
+    "leaky by minimum": lambda x: F.relu(x) + 0.1 * torch.minimum(x, torch.zeros(())),
+    "swish": lambda x: x * x.sigmoid(), "swish in place": lambda x: x.clone().mul_(x.sigmoid()),
+    "hard swish": lambda x: x * F.relu6(x + 3) / 6, "mish": lambda x: x * F.softplus(x).tanh(),
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
     "checkpoint": lambda x: checkpoint(F.relu, x, use_reentrant=True),
     "inference mode": torch.inference_mode()(F.relu), "no gradients": torch.no_grad()(F.relu),
 }
@@ -230,6 +240,20 @@ def test_a_rectifier_that_cannot_be_replaced_is_said(call):
         reference.load_state_dict(built.state_dict())
         torch.testing.assert_close(deconv.project(built, "c", x, rule="gradient"),
                                    deconv.project(reference, "c", x, rule="gradient"))
+
+
+NO_RECTIFIERS = {
+    "tanh": torch.tanh, "negative": lambda x: -x, "scale": lambda x: x * torch.rand(1, 4, 1, 1),
+    "in place": lambda x: x.clone().add_(F.relu(x)), "norm": lambda x: F.normalize(x),
+    "gate": lambda x: x * x.mean((2, 3), True).tanh(), "softmax": lambda x: x.softmax(1),
+    "last and back": lambda x: F.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous(),
+    "halves": lambda x: torch.cat([part * 2 for part in F.relu(torch.cat(x.chunk(2))).chunk(2)]),
+}
+
+
+@pytest.mark.parametrize("call", NO_RECTIFIERS.values(), ids=NO_RECTIFIERS)
+def test_what_is_no_rectifier_is_not_taken_for_one(call):
+    assert deconv.project(Called(call), "c", images(4, 12)).any()
 
 
 def test_a_network_without_a_way_back_is_said():
