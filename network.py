@@ -458,7 +458,7 @@ def last_linear(network):
     """The last linear layer: what goes into it are the penultimate features."""
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError("the network has no linear layer")
+        raise ValueError("the network has no linear layer; `layer` names another")
     return linear[-1]
 
 
@@ -506,14 +506,14 @@ class _Reached(BaseException):
 
 
 @contextlib.contextmanager
-def capture(network, layers, stop=False):
+def capture(network, layers, stop=False, inputs=False):
     """While open, each forward pass leaves the outputs of `layers` in the dictionary it yields.
 
     What is kept is the layer's own output, which gradients reach; a clone of it is handed on, so
     that an activation in place behind the layer does not change it. A layer that is called
     several times leaves its last output; the layer "" is the network itself. `stop` ends the
-    block, quietly, as soon as all the layers have been reached. The hooks come off whatever
-    happens.
+    block, quietly, as soon as all the layers have been reached; then it may be their `inputs`
+    that are kept. The hooks come off whatever happens.
     """
     outputs = {}
 
@@ -531,7 +531,8 @@ def capture(network, layers, stop=False):
                 raise ValueError(f"layer={layer}: is scripted, and cannot be looked into: give the "
                                  f"network it was made of")
             hooks.enter_context(module.register_forward_hook(
-                lambda _module, _inputs, output, layer=layer: keep(layer, output)))
+                lambda _module, given, output, layer=layer: keep(
+                    layer, given[0] if inputs else output)))
         with contextlib.suppress(_Reached):
             yield outputs
 

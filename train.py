@@ -1679,15 +1679,14 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
     Without `layer`, what the last linear layer sees. `labels` has a text for each image, or a row
     of texts under the `header`.
     """
-    if layer is None:
-        last, leaves = networks.last_linear(network), [
-            (name, module) for name, module in network.named_modules() if not [*module.children()]]
-        layer = next(before for (before, _), (_, module) in itertools.pairwise(
-            [leaves[-1], *leaves]) if module is last)
+    before = layer is None
+    if before:
+        last = networks.last_linear(network)
+        layer = next(name for name, module in network.named_modules() if module is last)
     device, points = networks.device_of(network), []
     with torch.no_grad(), networks.evaluation(network):
         for chunk in images.split(256):
-            with networks.capture(network, [layer], stop=True) as outputs:
+            with networks.capture(network, [layer], stop=True, inputs=before) as outputs:
                 networks.forward(network, preprocessing(chunk, device))
             maps = networks.captured_maps(outputs, layer).float()  # B×C×H×W, or B×D of a vector
             points.append((maps.mean((2, 3)) if maps.ndim == 4 else maps).cpu())

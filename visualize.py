@@ -416,10 +416,11 @@ def layer_statistics(network, layers, images, preprocessing, bins=40):
     return statistics
 
 
-def rectifiers_of(network):
-    """The dotted paths of all activations, or of all layers with weights where there are none, and
-    of the last layer."""
-    leaves = {name: module for name, module in network.named_modules() if not [*module.children()]}
+def rectifiers_of(network, image_size):
+    """The dotted paths of all activations that are called, or of all layers with weights where
+    there are none, and of the last layer."""
+    modules = {name: module for name, module in network.named_modules() if not [*module.children()]}
+    leaves = {name: modules[name] for name in networks.outputs_of(network, modules, image_size)}
     kinds = (*networks.ACTIVATIONS.values(), nn.ReLU6, nn.Hardswish)
     found = [name for name, module in leaves.items() if isinstance(module, kinds)]
     weighted = [name for name, module in leaves.items() if [*module.parameters()]]
@@ -997,8 +998,8 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
     figure = new_figure(5.2 * len(parts) + 0.8, 4.8, title)
     # A loss of 0, as of a network that knows its images by heart, has no logarithm.
     low, high = span_of(torch.stack([*parts.values()]).clamp(min=1e-4))
-    levels = torch.logspace(math.log10(low), math.log10(high), 17).tolist()
-    levels[0], levels[-1] = low * 0.999, high * 1.001  # so that rounding leaves no hole
+    levels = torch.logspace(math.log10(low), math.log10(high), 17, dtype=torch.float64).tolist()
+    levels[0], levels[-1] = low * (1 - 1e-9), high * (1 + 1e-9)  # rounding leaves no hole
     for position, (name, values) in enumerate(parts.items(), 1):
         axes = plot(figure, (1, len(parts), position), f"{PART_NAMES[name]} loss", *labels)
         shown = values.clamp(low, high)
@@ -1251,7 +1252,8 @@ def activations(ckpt: str | None = None, layers: tuple[str, ...] = (), images: i
     network, about, test = open_test(ckpt, **flags)
     files = snapshots(ckpt) if ckpt and Path(ckpt).is_dir() else []
     need(flags.get("out") if files else None, images=images)
-    test, layers = subset(test, images, seed=0), listed(layers) or rectifiers_of(network)
+    test = subset(test, images, seed=0)
+    layers = listed(layers) or rectifiers_of(network, about.preprocessing.image_size)
     title = f"{about.title}: outputs of its layers for {len(test.labels)} test images"
     statistics = layer_statistics(network, layers, test.images, about.preprocessing)
     figures = [save_figure(draw_activations(statistics, title), ckpt, "activations", **flags)]

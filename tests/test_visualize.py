@@ -601,7 +601,9 @@ def test_statistics_of_a_layer_by_hand():
     assert found["zeros"] == pytest.approx(20 / 24) and found["mean"] == pytest.approx(4 * 0.2 / 24)
     assert found["std"] == pytest.approx((4 * 0.04 / 24 - (0.8 / 24) ** 2) ** 0.5)
     assert found["counts"].tolist() == [0, 0, 0, 4]
-    assert visualize.rectifiers_of(model) == ["1", "3"]
+    assert visualize.rectifiers_of(model, 2) == ["1", "3"]
+    model[0].aside = nn.ReLU()  # as the auxiliary classifiers of GoogLeNet: not called
+    assert visualize.rectifiers_of(model, 2) == ["1", "3"]
 
 
 def test_the_history_of_a_layer_by_hand(tmp_path):
@@ -801,6 +803,14 @@ def test_where_the_loss_overflows_there_is_a_hole():
     with pytest.raises(ValueError, match="not one value is finite"):
         visualize.draw_landscape_contours([0, 1], [0, 1], {"test": values[1:, 1:] * math.nan}, "",
                                           ("x", "y"))
+
+
+@pytest.mark.parametrize("spread", [0, 1e-6, 1e-3])
+def test_a_landscape_that_is_nearly_flat(spread):
+    values = 6.9077554 + spread * torch.rand(3, 3)
+    for draw in (visualize.draw_landscape_contours, visualize.draw_landscape_surface):
+        texts = texts_of(draw([*range(3)], [*range(3)], {"test": values}, "", ("x", "y")))
+        assert len({text for text in texts if text.startswith("6.90")}) > 2 or not spread
 
 
 def test_a_saved_landscape_is_not_that_of_other_images(run, tmp_path, monkeypatch):
@@ -1012,6 +1022,27 @@ def test_the_projector_needs_a_folder_of_its_own(run, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
     for _ in range(2):  # one that it filled may be filled anew
         visualize.projector(str(run), count=20, out=str(tmp_path / "new"))
+
+
+def test_the_projectors_features_are_what_the_last_linear_layer_sees():
+    class Functional(nn.Module):
+        """As DenseNet: the last linear layer sees what no module has made."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).clamp(min=0).mean((2, 3)))
+
+    found, built = {}, Functional().eval()
+    board = type("Board", (), {"add_embedding": lambda _, vectors, *others, tag, **named:
+                               found.update({tag: vectors})})()
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    preprocessing = data.Preprocessing(8, (0.5,) * 3, (0.2,) * 3)
+    train.add_projector(board, built, preprocessing, images, [""] * 6)
+    seen = built.conv(preprocessing(images, torch.device("cpu"))).clamp(min=0).mean((2, 3))
+    torch.testing.assert_close(found["features"], seen)
 
 
 def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
