@@ -296,6 +296,11 @@ def _cifar(name, root, parts, writes):
             except RuntimeError:  # not there yet, or damaged
                 if not writes:
                     raise
+                there = [Path(root, source.base_folder, file) for file, _ in (
+                    *source.train_list, *source.test_list)]
+                if all(map(Path.exists, there)):  # which would be replaced, out of the archive
+                    raise OSError(f"{there[0].parent} was changed or is damaged and stays as it "
+                                  f"is; move it away") from None
                 found = [source(root, train=part == "train", download=True) for part in parts]
     except Exception as error:  # torchvision reports a failed download in many ways
         reason = f"cannot be downloaded ({str(error).splitlines()[0]})" if writes else (
@@ -444,7 +449,7 @@ def _digest(*content):
 
 
 def _list_folder(folder):
-    """{"train": [(path, label, bytes, time changed), …], "test": […]} and the class names."""
+    """{"train": [(path, label, bytes, times), …], "test": […]} and the class names."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"data={str(folder)!r}: no such data set or folder (cifar10, cifar100, shapes, or a "
@@ -488,9 +493,10 @@ def _list_class(folder, label, left_out):
             elif suffix in IMAGE_SUFFIXES:
                 try:
                     known = entry.stat()
-                    found.append((entry.path, label, known.st_size, known.st_mtime_ns))
+                    found.append((entry.path, label, known.st_size,  # archives set the first time
+                                  (known.st_mtime_ns, known.st_ctime_ns)))
                 except OSError:  # a link that leads nowhere; reading it will say so
-                    found.append((entry.path, label, 0, 0))
+                    found.append((entry.path, label, 0, (0, 0)))
             elif not entry.name.startswith("."):
                 left_out[f"files of type {suffix or 'unknown'}"] += 1
     if not found:
@@ -1264,7 +1270,8 @@ def trim_events(folder, step):
     """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    for path in filter(Path.is_file, sorted(folder.glob("events.out.tfevents.*"))):
+    names = f"events.out.tfevents.*[0-9].{'[0-9]' * 9}"  # a run's; not what others log there
+    for path in filter(Path.is_file, sorted(folder.glob(names))):
         kept = []
         with contextlib.suppress(Exception):  # the loader raises at a torn record
             for event in LegacyEventFileLoader(str(path)).Load():

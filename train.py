@@ -83,6 +83,7 @@ SHOWN = {"epoch": ("epoch", 5, "d"), "step": ("step", 8, "d"), "train/loss": ("l
 # TensorBoard's custom scalars: of its other charts each shows one tag alone.
 CHARTS = {"training": {kind: ["Multiline", [f"{kind}/{part}" for part in ("train", "val", "test")]]
                        for kind in ("loss", "accuracy")}}
+MOST_LETTERS = 4096  # of a setting; of a path no system takes more, and a title would never end
 POINT_STEPS = 50  # between two points of TensorBoard's loss/steps curve
 OPTIMIZERS = ("sgd", "muon", "adam", "adamw", "adagrad", "rmsprop")
 TTA = ("none", "flip", "full")
@@ -111,6 +112,8 @@ def check_setting(name, value, kind, allowed):
             isinstance(part, kinds) and (bool in kinds or not isinstance(part, bool))
             for part in parts):  # for Python, True is an int
         raise ValueError(f"{name}={value!r}: must be {kind}")
+    if any(isinstance(part, str) and len(part) > MOST_LETTERS for part in parts):
+        raise ValueError(f"{name}: a text of more than {MOST_LETTERS} letters")
     for part in parts if allowed else ():
         if isinstance(part, str) and part not in allowed:
             raise ValueError(f"{name}={text_of(value)}: must be of {', '.join(allowed)}"
@@ -1196,7 +1199,9 @@ class RunFolder:
         write_atomically(self.path / MARKER, MARK)
         if anew:
             # Killed here, it leaves the old run, or else the new one and some files that go when
-            # that is resumed: the old one ends when config.json is replaced.
+            # that is resumed: the old one ends when config.json is replaced, its result before, as
+            # it would count as that of the new one.
+            (self.path / "result.json").unlink(missing_ok=True)
             self.write_config({EMPTYING: True})
         remove_written(self.path, lambda name: name.endswith(".tmp") or (
             anew and name not in ("config.json", ".lock", MARKER)))
@@ -1421,7 +1426,12 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
     if checkpoint["classes"] != description["classes"]:
         raise ValueError(f"data={config.data}: its classes are "
                          f"{difference(description['classes'], checkpoint['classes'])}")
-    others = checkpoint.get("fingerprint") != description["fingerprint"]
+    # Other images may have the same names and sizes, but not the same mean colour; as for another
+    # decoder of the same files, it rounds otherwise.
+    colors = [part.mean + part.std for part in (
+        networks.describe(each).preprocessing for each in (checkpoint, description))]
+    others = (checkpoint.get("fingerprint") != description["fingerprint"]
+              or math.dist(*colors) > 1e-4)
     if others and not changed_data and "fingerprint" in checkpoint:  # earlier ones have none
         raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
                          f"began, which goes on with them as they are now if `changed_data` is "
@@ -1492,8 +1502,12 @@ def newest_checkpoint(folder, say):
             return checkpoint
         except (OSError, ValueError) as error:
             say(f"{error}; trying the checkpoint before it")
-    if paths:
-        raise OSError(f"{folder}: no checkpoint can be read; `overwrite` starts anew")
+    # Without one the run starts anew, and all that is there goes. Killed in its first epoch, a run
+    # has lost nothing by that; one that came further has weights, if not its last checkpoint.
+    if paths or (folder / "result.json").exists() or any(
+            networks.read(path)["epoch"] > 1 for path in written_by_a_run(folder)
+            if path.suffix == ".pth"):
+        raise OSError(f"{folder}: no checkpoint to go on from can be read; `overwrite` starts anew")
     return None
 
 
@@ -1558,14 +1572,13 @@ def as_named(split, classes, description, data):
 
     ValueError when the network does not know one of them.
     """
-    known = description.classes or tuple(classes)
-    if not set(classes) <= set(known):
+    known = {name: number for number, name in enumerate(description.classes or classes)}
+    if not description.classes and all(re.fullmatch("[0-9]{1,9}", name) for name in classes):
+        known = {name: int(name) for name in classes}  # the classes of such a network are numbers
+    if not known.keys() >= {*classes}:
         raise ValueError(f"data={data}: its classes are {difference(classes, known)}")
-    if tuple(classes) == known or split is None:
-        return split
-    # Their label i is the network's label numbers[i].
-    numbers = torch.tensor([known.index(name) for name in classes])
-    return split._replace(labels=numbers[split.labels])
+    numbers = torch.tensor([known[name] for name in classes])  # their label i is our numbers[i]
+    return split and split._replace(labels=numbers[split.labels])
 
 
 def difference(classes, known):
@@ -1599,7 +1612,8 @@ def finish(state, dataset, folder, workers):
     result = {
         **figures(logits, labels, dataset.classes), "test/accuracy_tta": with_tta,
         "val/accuracy": state.best_accuracy if dataset.val else None,
-        "train/accuracy": read_metrics(folder.path)["train/accuracy"][-1],
+        "train/accuracy": next((float(row["train/accuracy"]) for row in read_rows(folder.path)
+                                if int(row["epoch"]) == state.epoch), None),  # it may be lost
         "epoch": state.best_epoch if dataset.val else state.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),

@@ -1070,7 +1070,7 @@ class Flags(typing.TypedDict, total=False):
 
 
 # "class" is no name that a parameter could have.
-WhereFlags = typing.TypedDict("WhereFlags", {**Flags.__annotations__, "class": str | None},
+WhereFlags = typing.TypedDict("WhereFlags", {**Flags.__annotations__, "class": str},
                               total=False)
 
 
@@ -1228,10 +1228,10 @@ def where(ckpt: str | None = None, method: typing.Literal[
     network, about, picture, _, source = open_picture(ckpt, image, index, **flags)
     shares = train.finite_logits(network, picture, about.preprocessing)[0].softmax(0)
     classes = about.classes or [*map(str, range(len(shares)))]
-    if name is not None and name not in classes:
+    if name not in (None, "none", *classes):
         raise ValueError(f"class={name}: must be of {', '.join(classes[:100])}"
                          f"{closest(name, classes)}")
-    label = shares.argmax().item() if name is None else classes.index(name)
+    label = classes.index(name) if name in classes else shares.argmax().item()
     pixels = about.preprocessing(picture, networks.device_of(network))
     panels = {}
     for each in ("gradcam", *GRADIENTS) if method == "all" else (method,):

@@ -10,6 +10,7 @@ experiments.j2 and results.j2; how it looks in report.html.j2, report.md.j2 and 
 
 import collections
 import dataclasses
+import hashlib
 import html
 import re
 import shlex
@@ -29,7 +30,7 @@ from lab import reproduce
 from lab.reproduce import duration
 
 PAGES = ("report.html", "report.md")
-WRITTEN_BY = "<!-- Written by python -m lab report -->"
+WRITTEN_BY = "<!-- Written by python -m lab report -->"  # and, before its end, a digest
 MAIN_SETTINGS = ("model", "data", "image_size", "epochs", "batch_size", "optimizer", "lr", "seed")
 RESULTS_SIGN = "Written by `python -m lab results` from lab/results.csv"
 
@@ -45,7 +46,7 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     """
     folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
     for name in PAGES:
-        check_ours(folder / name, WRITTEN_BY)  # before any work is done
+        check_page(folder / name)  # before any work is done
     if Path(what).is_dir():
         given = {"data": data, "root": root, "device": device}
         return report_of_run(Path(what), folder,
@@ -75,12 +76,29 @@ def render(template, sign, parts=None, **content):
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def sealed(text):
+    """A page with a digest of itself, which tells whether it was changed since it was written."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return text.replace(WRITTEN_BY, f"{WRITTEN_BY[:-4]}: {digest} -->", 1)
+
+
+def check_page(path):
+    """FileExistsError if there is a file `path` that is no page of a report, or one that somebody
+    has changed: it is never replaced."""
+    check_ours(path, WRITTEN_BY[:-4])
+    text = path.read_text("utf-8", "replace") if path.exists() else ""
+    seal = re.compile(re.escape(WRITTEN_BY[:-4]) + ": [0-9a-f]{16} -->")
+    if seal.search(text) and sealed(seal.sub(WRITTEN_BY, text, count=1)) != text:
+        raise FileExistsError(f"{path}: was changed since it was written and stays as it is; move "
+                              f"it away or choose another place (`out`)")
+
+
 def write_report(folder, template, **content):
     """Write `template` with its `content` as report.html and report.md; return their paths."""
     paths = [folder / name for name in PAGES]
     for path in paths:
-        reproduce.replace(path, render(template, WRITTEN_BY, f"{path.name}.j2", **content),
-                          WRITTEN_BY)
+        reproduce.replace(path, sealed(render(template, WRITTEN_BY, f"{path.name}.j2", **content)),
+                          WRITTEN_BY[:-4])
     return paths
 
 

@@ -34,8 +34,8 @@ RESULTS = Path(__file__).with_name("results.csv")
 RESULT = ("test/accuracy", "val/accuracy", "seconds")  # what is told of a run in one line
 NUMBER = int | float
 KINDS = {"epoch": NUMBER, "epochs": NUMBER, "parameters": NUMBER, "seconds": NUMBER,
-         "test/accuracy": NUMBER, "train/accuracy": NUMBER, "val/accuracy": NUMBER | None,
-         "test/accuracy_tta": NUMBER | None,
+         "test/accuracy": NUMBER, "train/accuracy": NUMBER | None,
+         "val/accuracy": NUMBER | None, "test/accuracy_tta": NUMBER | None,
          "device": str, "commit": str | None, "versions": dict}  # what is read of a result.json
 MODULES = {f"{module.__name__}.py": module
            for module in (data_module, network, train, visualize, deconv)} | {"-m": smoothness}

@@ -222,6 +222,16 @@ def test_folder_is_read_and_cached(tmp_path):
     assert data.load(str(folder), tmp_path / "cache", val=0).train.images[0, 0, 0, 0] == 9
 
 
+@pytest.mark.skipif(os.name == "nt", reason="does not say when a file was last changed")
+def test_images_of_the_same_size_and_time_are_told_apart(tmp_path):
+    path = write_images(tmp_path / "images") / "train" / "cat" / "0.bmp"
+    for color in (5, 9):  # as out of an archive that gives all its files one time
+        Image.new("RGB", (8, 8), (color,) * 3).save(path)
+        os.utime(path, (1e9, 1e9))
+        images = data.load(str(tmp_path / "images"), tmp_path / "cache", val=0).train.images
+        assert images[0, 0, 0, 0] == color
+
+
 def test_a_fingerprint_changes_with_the_files_alone(tmp_path):
     def fingerprint(folder):
         return data.load(str(folder), tmp_path / "cache", val=0).fingerprint
@@ -656,6 +666,11 @@ def test_cifar10_from_its_own_files(tmp_path, monkeypatch):
     assert dataset.classes == tuple(names) and len(dataset.train.labels) == 5
     assert torch.equal(dataset.test.images[0].flatten(), torch.from_numpy(pixels[0]))
     assert dataset.test.labels.tolist() == [3]
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: False)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive",
+                        lambda *_, **__: pytest.fail("files that somebody changed are replaced"))
+    with pytest.raises(FileNotFoundError, match=r"batches-py was changed.*move it away"):
+        data.load("cifar10", tmp_path, val=0)
 
 
 def test_help_and_errors_show_how_the_second_value_is_given(capsys):

@@ -393,6 +393,10 @@ def test_a_report_never_replaces_what_is_not_one(finished, tmp_path):
     report.report("4.1", runs=str(tmp_path))
     for name in ("report.html", "report.md"):
         kept = (tmp_path / "4.1" / name).read_bytes()
+        (tmp_path / "4.1" / name).write_bytes(kept + b"What I say of it.")
+        with pytest.raises(FileExistsError, match=rf"{name}: was changed"):
+            report.report("4.1", runs=str(tmp_path))
+        assert (tmp_path / "4.1" / name).read_bytes() == kept + b"What I say of it."
         (tmp_path / "4.1" / name).write_text("my own")
         with pytest.raises(FileExistsError, match=rf"{name}: is not from here"):
             report.report("4.1", runs=str(tmp_path))

@@ -24,6 +24,7 @@ import data
 import network
 import train
 import visualize
+from lab import reproduce
 
 ROOT = Path(__file__).parent.parent
 TINY = {"data": "shapes", "limit": 96, "batch_size": 16, "epochs": 2, "save_minutes": 0.0,
@@ -87,6 +88,7 @@ def test_learning_rate_by_hand():
     ({"lr": -1.0}, "lr=-1"), ({"epochs": 0}, "epochs=0"), ({"optimizer": "sdg"}, "adamw"),
     ({"augment": ("flop",)}, "flop"), ({"schedule": "cos"}, "cosine"), ({"widht": 3}, "widht"),
     ({"dropout": 1.5}, "dropout"), ({"model": "lenet6"}, "lenet6"), ({"epochs": "3"}, "epochs"),
+    ({"name": "x" * 5000}, "name: a text of more than 4096"),
 ])
 def test_settings_are_checked(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
@@ -483,6 +485,28 @@ def test_rows_of_earlier_versions_remain(tmp_path):
     assert path.read_text().splitlines()[:3] == lines
 
 
+def test_what_no_row_tells_is_not_in_the_result(tmp_path):
+    config = tiny(tmp_path)
+    known = train.train(config)["train/accuracy"]
+    assert known == pytest.approx(train.read_metrics(config.folder)["train/accuracy"][-1])
+    path = config.folder / "metrics.csv"
+    for lines in (path.read_text().splitlines(keepends=True)[:2], []):  # the last is lost, or all
+        path.write_text("".join(lines))
+        result = train.train(config, resume=True)
+        assert result["train/accuracy"] is None and reproduce.checked(result)
+
+
+def test_other_images_of_the_same_names_and_sizes_are_refused(tmp_path):
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"), kind="bmp")
+    values = {"data": pets, "val": 0, "limit": None, "batch_size": 4,
+              "root": str(tmp_path / "cache")}
+    train.train(tiny(tmp_path / "runs", **values))
+    path = Path(pets, "train", "cat", "0.bmp")
+    path.write_bytes(path.read_bytes().replace(b"\0" * 9, b"\xff" * 9))
+    with pytest.raises(ValueError, match=r"files were added, removed or changed.*`changed_data`"):
+        train.train(tiny(tmp_path / "runs", **values, epochs=3), resume=True)
+
+
 def test_images_that_changed_since_the_run_began_are_refused(tmp_path):
     pets = image_folder(tmp_path / "pets", ("cat", "dog"))
     values = {"data": pets, "val": 0, "limit": None, "batch_size": 4, "image_size": 32,
@@ -693,14 +717,14 @@ def test_the_run_before_survives_a_failed_overwrite(tmp_path):
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def image_folder(folder, classes, images=4, size=32):
-    """`images` PNG files in each of `folder`/{train,test}/`classes`, of one grey a class."""
+def image_folder(folder, classes, images=4, size=32, kind="png"):
+    """`images` files in each of `folder`/{train,test}/`classes`, of one grey a class."""
     from PIL import Image
     for part, (number, name) in itertools.product(("train", "test"), enumerate(classes)):
         (folder / part / name).mkdir(parents=True)
         for index in range(images):
             Image.new("L", (size, size), 40 * number + index).save(
-                folder / part / name / f"{index}.png")
+                folder / part / name / f"{index}.{kind}")
     return str(folder)
 
 
@@ -749,6 +773,36 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert len(steady_rows(config.folder)) == 1
 
 
+@pytest.mark.parametrize("gone", [("last.pth", "step-*"), ("last.pth", "step-*", "result.json")])
+def test_weights_from_which_no_run_goes_on_are_not_removed(gone, tmp_path):
+    config = tiny(tmp_path)
+    train.train(config)
+    for path in [path for name in gone for path in config.folder.glob(name)]:
+        path.unlink()
+    before = contents(config.folder)
+    with pytest.raises(OSError, match=r"no checkpoint to go on from.*`overwrite`"):
+        train.train(config, resume=True)
+    assert contents(config.folder) == before
+    train.train(config, overwrite=True)
+
+
+def test_a_run_killed_in_its_first_epoch_starts_again(tmp_path):
+    config = tiny(tmp_path, epochs=1)
+    train.train(config)
+    for name in ("last.pth", "result.json"):  # between best.pth and last.pth
+        (config.folder / name).unlink()
+    assert train.train(config, resume=True)["epochs"] == 1
+
+
+def test_what_others_log_in_the_folder_of_a_run_stays(tmp_path):
+    train.train(tiny(tmp_path))
+    mine = tmp_path / "run" / "events.out.tfevents.1795648157.host.1544.0"
+    mine.write_bytes(data.event_bytes(file_version="brain.Event:2"))
+    before = mine.read_bytes()
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    assert mine.read_bytes() == before
+
+
 def test_a_run_folder_made_before_there_was_a_marker_is_a_run(tmp_path):
     train.train(tiny(tmp_path))
     (tmp_path / "run" / ".run").unlink()
@@ -789,6 +843,7 @@ def test_a_killed_overwrite_leaves_the_old_run_or_the_new(tmp_path, monkeypatch)
         operations_of(new, monkeypatch, fatal)
         config = train.read_config(new.folder / "config.json")
         seen.add(config.lr)
+        assert config == old or not (new.folder / "result.json").exists()  # which is the old one's
         train.train(config, resume=True)
         checkpoint = network.read(new.folder / "last.pth")
         assert checkpoint["settings"]["lr"] == config.lr
@@ -840,6 +895,14 @@ def test_classes_are_told_by_their_names(tmp_path):
     Path(ab, "test", "a").rename(Path(ab, "test", "z"))
     with pytest.raises(ValueError, match=r"unknown to the network: z; .*missing here: a"):
         train.train(dataclasses.replace(config, epochs=31), resume=True)
+
+
+@pytest.mark.parametrize("names, numbers", [(("10", "3"), [10, 3]), (("a", "b"), [0, 1])])
+def test_classes_called_by_numbers_are_these_of_a_network_from_elsewhere(names, numbers):
+    elsewhere = network.Description("module:function", (), None)
+    split = data.Split(torch.zeros(2, 3, 4, 4), torch.arange(2))
+    assert train.as_named(split, names, elsewhere, "folder").labels.tolist() == numbers
+    assert train.as_named(None, names, elsewhere, "folder") is None
 
 
 @pytest.mark.parametrize("source", ["folder", "cifar10"])

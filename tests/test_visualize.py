@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.colors import to_rgba
+from PIL import Image
 from torch import nn
 
 import data
@@ -791,6 +792,17 @@ def test_an_interrupted_grid_goes_on_and_computes_nothing_twice(tmp_path):
     assert seen == [*points[:3], *points[2:]]
     assert rows[0.3, 1.0]["loss"] == pytest.approx(1.3)
     visualize.evaluate_points(tmp_path / "grid.csv", points, None, "")
+
+
+def test_a_class_may_be_called_none(run, tmp_path):
+    checkpoint = network.read(run / "last.pth")
+    classes = [*checkpoint["classes"][:-1], "none"]
+    network.save(tmp_path / "a.pth", {**checkpoint, "classes": classes})
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for path, asked in ((tmp_path / "a.pth", "class none"), (run, "class ")):
+        draw = data.parse(visualize.COMMANDS, ["where", str(path), "--class=none", "--image",
+                                               str(tmp_path / "a.png")])
+        assert f"what speaks for {asked}" in draw()._suptitle.get_text()
 
 
 def test_where_the_loss_overflows_there_is_a_hole():
