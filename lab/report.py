@@ -131,7 +131,7 @@ def plain(text):
     """Text as one line of Markdown that means nothing but itself, no link either."""
     # Names come from outside: what Markdown or a browser would act on gets a backslash.
     text = html.escape(" ".join(text.splitlines()), quote=False)
-    return re.sub(r"[\\`*|~$@\[\]]|\b_|_\b|:(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.I)
+    return re.sub(r"[\\`*|~$@#\[\]]|\b_|_\b|:(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.I)
 
 
 def fence(text):

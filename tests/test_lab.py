@@ -340,7 +340,7 @@ def test_the_report_of_a_run_has_every_section_and_needs_no_other_file(finished,
 
 def test_a_report_means_nothing_but_what_is_in_it():
     assert report.plain("`x` *1* a|b <i> a_b _c_\n# d") == (
-        r"\`x\` \*1\* a\|b &lt;i&gt; a_b \_c\_ # d")
+        r"\`x\` \*1\* a\|b &lt;i&gt; a_b \_c\_ \# d")
     assert report.plain("$1$ ~~2~~ http://x WWW.x a@b.c ![](y)") == (
         r"\$1\$ \~\~2\~\~ http\://x WWW\.x a\@b.c !\[\](y)")
     assert [report.fence(text) for text in ("", "`x`", "a\n````\nb")] == ["```", "```", "`````"]
