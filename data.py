@@ -1424,6 +1424,8 @@ def parse_value(name, text, kind):
         return parse_value(name, text, last)
     if origin is tuple:
         items = [] if text.lower() in ("", "none") else re.split("[,+]", text)
+        if "" in items:
+            raise ValueError(f"{name}={text}: nothing stands before or behind one of its commas")
         return tuple(parse_value(name, item, parts[0]) for item in items)
     if origin is typing.Literal:
         if text in parts:

@@ -844,10 +844,10 @@ def grad_cam(network, images, label, layer=None):
 # ---------------------------------------------------------------------------- summary
 
 
-def outputs_of(network, names, image_size, compiled=True):
-    """{name: output} of the modules called `names`, in the order in which they end, for one black
-    image; on the meta device only shapes are computed. `compiled` see `forward`."""
-    images = torch.zeros(1, 3, image_size, image_size, device=device_of(network))
+def outputs_of(network, names, image_size, compiled=True, count=1):
+    """{name: output} of the modules called `names`, in the order in which they end, for `count`
+    black images; on the meta device only shapes are computed. `compiled` see `forward`."""
+    images = torch.zeros(count, 3, image_size, image_size, device=device_of(network))
     with torch.no_grad(), evaluation(network), capture(network, names) as outputs:
         forward(network, images, compiled=compiled)
     return outputs

@@ -417,10 +417,12 @@ def layer_statistics(network, layers, images, preprocessing, bins=40):
 
 
 def rectifiers_of(network, image_size):
-    """The dotted paths of all activations that are called, or of all layers with weights where
-    there are none, and of the last layer."""
+    """The dotted paths of all activations that images go through, or of all layers with weights
+    where there are none, and of the last layer."""
     modules = {name: module for name, module in network.named_modules() if not [*module.children()]}
-    leaves = {name: modules[name] for name in networks.outputs_of(network, modules, image_size)}
+    outputs = networks.outputs_of(network, modules, image_size, count=2)
+    leaves = {name: modules[name] for name, output in outputs.items()
+              if torch.is_tensor(output) and len(output) == 2}  # not positions, as in Swin
     kinds = (*networks.ACTIVATIONS.values(), nn.ReLU6, nn.Hardswish)
     found = [name for name, module in leaves.items() if isinstance(module, kinds)]
     weighted = [name for name, module in leaves.items() if [*module.parameters()]]

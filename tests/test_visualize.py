@@ -603,7 +603,10 @@ def test_statistics_of_a_layer_by_hand():
     assert found["std"] == pytest.approx((4 * 0.04 / 24 - (0.8 / 24) ** 2) ** 0.5)
     assert found["counts"].tolist() == [0, 0, 0, 4]
     assert visualize.rectifiers_of(model, 2) == ["1", "3"]
-    model[0].aside = nn.ReLU()  # as the auxiliary classifiers of GoogLeNet: not called
+    # Not called, as the auxiliary classifiers of GoogLeNet; called with positions, as in Swin v2.
+    model[0].aside, model[0].positions = nn.ReLU(), nn.ReLU()
+    model[0].register_forward_pre_hook(lambda conv, given: conv.positions(conv.weight[:1]).size()
+                                       and given)
     assert visualize.rectifiers_of(model, 2) == ["1", "3"]
 
 
@@ -1075,6 +1078,7 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
     (["features", "RUN", "--layers=conv9"], "conv9.*conv1, conv2"),
     (["features", "RUN", "--layers", "conv1", "conv2"], "conv2: a word too many.*commas"),
     (["filters", "RUN", "--channel=3"], "channel=3.*0 to 2"),
+    (["features", "RUN", "--layers=conv1,"], "--layers=conv1,: nothing stands"),
     (["where", "RUN", "--class=whale"], "class=whale.*disc, ring"),
     (["where", "RUN", "--class=dics"], "did you mean disc"),
     (["filters", "torchvision:resnet-18"], "no such network; did you mean resnet18"),
