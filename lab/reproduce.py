@@ -412,6 +412,7 @@ def replace(path, content, sign):
 
 def read_results(path):
     """{(id, run, accuracy): `Row`} of a CSV file of measured results; ValueError for another."""
+    data_module.check_regular(path)
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         try:
             header, *lines = csv.reader(file, strict=True)

@@ -156,6 +156,12 @@ def test_results_are_written_and_never_over_another_file(tmp_path, capsys):
     assert path.read_text() == "my own results" and len([*path.parent.iterdir()]) == 1
 
 
+def test_results_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "results.csv")  # which would keep its reader waiting
+    with pytest.raises(OSError, match=r"results\.csv: not a regular file"):
+        reproduce.read_results(tmp_path / "results.csv")
+
+
 def measured(**values):
     """The row of experiment 1.1 of a run with these settings."""
     entry, = reproduce.choose("1.1/lenet")
