@@ -142,7 +142,7 @@ class _Watch(TorchDispatchMode):
         memory = {x.untyped_storage().data_ptr() for x in inputs}
         for part in tensors_in(args if value is None else value) if rule.rectify else ():
             sides = [side for side in (part > 0, part < 0) if side.any()]  # the GPU waits here
-            signs = [hash(side.cpu().numpy().tobytes()) for side in sides]
+            signs = [*map(signature, sides)]
             same = {*signs[:1]} & self.seen - self.known
             if len(sides) == 2:
                 self.seen.update(signs)
@@ -155,6 +155,11 @@ class _Watch(TorchDispatchMode):
             elif same:
                 rule.hidden.append(str(function).split(".")[1])
         return value
+
+
+def signature(mask):
+    """A number that stands for where `mask` is true, whatever its shape."""
+    return hash(mask.cpu().numpy().tobytes())  # the GPU waits here
 
 
 def tensors_in(values):
