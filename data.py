@@ -51,8 +51,8 @@ CUTOUT = 1 / 4
 MIXTURES = ("mixup", "cutmix")
 AUGMENTATIONS = ("flip", "alternating_flip", "crop", "cutout", *MIXTURES)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# See `crops_of`.
-OVERLAPPING = ("cpu", "cuda")  # devices that read views whose rows overlap without copying them
+# Devices that read views whose rows overlap without copying them, see `crops_of`.
+OVERLAPPING = ("cpu", "cuda")
 # Others are refused whatever a file is called: PostScript, for one, is handed to a program.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "bar", "flower", "crescent",
@@ -1139,11 +1139,16 @@ def write_atomically(path, content, older=None):
             os.close(folder)
 
 
-def check_ours(path, sign):
-    """FileExistsError if there is a file `path` that has not the text `sign` in it, and so was not
-    made here, or something else of that name: it is never replaced."""
+def is_others(path, sign):
+    """Whether there is a file `path` that has not the text `sign` in it, and so was not made here,
+    or something else of that name."""
     path = Path(path)
-    if path.exists() and not (path.is_file() and sign.encode() in path.read_bytes()):
+    return path.exists() and not (path.is_file() and sign.encode() in path.read_bytes())
+
+
+def check_ours(path, sign):
+    """FileExistsError if `path` is somebody else's (see `is_others`): it is never replaced."""
+    if is_others(path, sign):
         raise FileExistsError(f"{path}: is not from here (no {sign!r} in it) and stays as it is; "
                               f"move it away or choose another place")
 
@@ -1263,15 +1268,14 @@ def event_bytes(**event):
     return content.getvalue()
 
 
-def trim_events(folder, step):
-    """Drop from `folder`'s TensorBoard files what was logged after `step`.
+def trim_events(paths, step):
+    """Drop from TensorBoard's files `paths` what was logged after `step`.
 
     Those steps will be taken again: each shall be there once. A torn last record is dropped too.
     """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    names = f"events.out.tfevents.*[0-9].{'[0-9]' * 9}"  # a run's; not what others log there
-    for path in filter(Path.is_file, sorted(folder.glob(names))):
+    for path in paths:
         kept = []
         with contextlib.suppress(Exception):  # the loader raises at a torn record
             for event in LegacyEventFileLoader(str(path)).Load():

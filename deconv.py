@@ -136,11 +136,14 @@ class _Watch(TorchDispatchMode):
         self.rule, self.seen, self.known = rule, set(), set()  # hashes of where values had a sign
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        rule, changes = self.rule, function._schema.is_mutable and not self.rule.replaced
+        rule = self.rule
+        if not rule.rectify:  # their own derivative is wanted
+            return function(*args, **(kwargs or {}))
+        changes = function._schema.is_mutable and not rule.replaced
         inputs = [x.clone() if changes else x for x in tensors_in(args)]
         value = function(*args, **(kwargs or {}))
         memory = {x.untyped_storage().data_ptr() for x in inputs}
-        for part in tensors_in(args if value is None else value) if rule.rectify else ():
+        for part in tensors_in(args if value is None else value):
             sides = [side for side in (part > 0, part < 0) if side.any()]  # the GPU waits here
             signs = [*map(signature, sides)]
             same = {*signs[:1]} & self.seen - self.known

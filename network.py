@@ -189,9 +189,9 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
         raise ValueError("more memory than is reasonable")
     linear = []
     for inputs, outputs in itertools.pairwise(widths):
-        # The last linear layer gives logits, and has no activation behind it.
         linear += [nn.Linear(inputs, outputs), activation_layer(activation)]
     network.add_module("flatten", nn.Flatten())
+    # The last linear layer gives logits, and has no activation behind it.
     network.add_module("fc", nn.Sequential(*linear, nn.Linear(widths[-1], classes)))
     return network
 
@@ -986,7 +986,7 @@ def save(path, checkpoint, older=None):
     torch.save(checkpoint, buffer)
     content = bytearray(buffer.getbuffer())
     # A zip archive ends with the length of a comment and the comment: any zip reader accepts it.
-    content[-2:] = (32).to_bytes(2, "little")  # the end record's length of the comment
+    content[-2:] = (32).to_bytes(2, "little")
     write_atomically(path, content + hashlib.sha256(content).digest(), older)
 
 
@@ -1034,6 +1034,10 @@ class Description:
     settings: dict = field(default_factory=dict)
     epoch: int = 0
     step: int = 0
+
+    def class_names(self, count):
+        """The names of its `count` classes; numbers for a network from elsewhere."""
+        return self.classes or tuple(map(str, range(count)))
 
     @property
     def title(self):
@@ -1095,7 +1099,6 @@ def load(source, weights=None, image_size=None, device="cpu"):
         description = describe(checkpoint)
         make = partial(build, description.model, len(description.classes),
                        checkpoint["image_size"], **description.options)
-        # Shapes first, then memory.
         with torch.device("meta"):  # the options may ask for more memory than there is
             weights = fitting_weights(checkpoint, make())
         network = make()

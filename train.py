@@ -1215,7 +1215,9 @@ class RunFolder:
         lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
         write_atomically(self.path / "metrics.csv", "\n".join(lines) + "\n")
         self.write_config()
-        data.trim_events(self.path, state.step)
+        data.trim_events([path for path in written_by_a_run(self.path)  # not what others log there
+                          if path.parent == self.path and path.name.startswith("events")],
+                         state.step)
         self.events = self.path / f"events.out.tfevents.{time.time():.0f}.{state.step:09d}"
         data.append(self.events, data.event_bytes(file_version="brain.Event:2"))
         if not state.step:
@@ -1783,7 +1785,7 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
         return corruption_table(network, description, data, tta)
     test = open_test(description, data, root)
     logits = finite_logits(network, test.images, description.preprocessing, tta)
-    names = description.classes or [*map(str, range(logits.shape[1]))]
+    names = description.class_names(logits.shape[1])
     result = figures(logits, test.labels, names)
     if not description.classes:  # which of its thousand are in other data only the labels say
         result["per_class"] = {name: accuracy for name, accuracy in result["per_class"].items()
@@ -1822,7 +1824,7 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None, device: s
     if not pictures:
         raise OSError("; ".join(errors))
     logits = finite_logits(network, torch.stack([*pictures.values()]), description.preprocessing)
-    names = description.classes or [str(number) for number in range(logits.shape[1])]
+    names = description.class_names(logits.shape[1])
     if not 1 <= top <= len(names):
         raise ValueError(f"top={top}: must be from 1 to {len(names)}")
     shares, indices = logits.softmax(1).topk(top)

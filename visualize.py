@@ -41,6 +41,7 @@ from data import (
     closest,
     command_line,
     generator,
+    is_others,
     load,
     mean_of_image_stds,
     progress,
@@ -248,8 +249,7 @@ def file_of(out):
 
 def check_figure(path, flag=""):
     """FileExistsError if `path`, which may be what `flag` says, is there and holds no figure."""
-    # Matplotlib leaves its name in all that it writes.
-    if path.exists() and not (path.is_file() and b"atplotlib" in path.read_bytes()):
+    if is_others(path, "atplotlib"):  # Matplotlib leaves its name in all that it writes
         raise FileExistsError(f"{flag}{path}: is there already, and is no figure made here")
 
 
@@ -257,8 +257,8 @@ def snapshots(run, most=8):
     """The files with the weights of the run in a folder as they were at up to `most` times, evenly
     chosen, in order: its snapshots, or else the checkpoints that it kept, and the last of all. One
     alone is none."""
-    # By length first: epochs of more than five digits come after those of five.
     folder = folder_of(run)
+    # By length first: epochs of more than five digits come after those of five.
     files = sorted(folder.glob("snapshot-*.pth"), key=lambda path: (len(path.name), path.name))
     last = [*folder.glob("last.pth")]
     if not files:
@@ -365,9 +365,9 @@ def top_fields(network, layer, images, preprocessing, units, top):
     Returns the activations, units×top, and for each of these units·top the uint8 image, the
     position in C·H·W of the feature maps, and the receptive field (see `network.receptive_fields`).
     """
-    # Positions are numbers in the H·W of one map; fields are found by those in C·H·W.
     values, chosen, inside = top_activations(network, layer, images, preprocessing, units, top)
     fields = networks.receptive_fields(network, layer, preprocessing.image_size)  # C×H×W×4
+    # `inside` are numbers in the H·W of one map; fields are found by those in C·H·W.
     positions = (torch.tensor(units)[:, None] * fields[0, :, :, 0].numel() + inside).flatten()
     return values, images[chosen.flatten()], positions, fields.flatten(0, 2)[positions]
 
@@ -474,8 +474,8 @@ def precision_recall(scores, positive):
 
 def group_runs(runs):
     """{label: [metrics of each run]}: runs whose settings differ only in seed and name are one."""
-    # The full path, as relative ones of two folders may be the same.
     groups, labelled = {}, {}
+    # The full path, because "." has no name of its own.
     for run in map(Path, map(os.path.abspath, runs)):
         settings = {"run": str(run)}
         with contextlib.suppress(OSError, ValueError):
@@ -1116,7 +1116,7 @@ def predicted(network, about, test):
     logits = train.finite_logits(network, test.images, about.preprocessing, "none",
                                  f"predicting {len(test.images)} images")
     train.check_labels(test.labels, logits)
-    return logits, about.classes or [*map(str, range(logits.shape[1]))]  # from elsewhere: numbers
+    return logits, about.class_names(logits.shape[1])
 
 
 def listed(value):
@@ -1229,7 +1229,7 @@ def where(ckpt: str | None = None, method: typing.Literal[
     name = flags.pop("class", None)
     network, about, picture, _, source = open_picture(ckpt, image, index, **flags)
     shares = train.finite_logits(network, picture, about.preprocessing)[0].softmax(0)
-    classes = about.classes or [*map(str, range(len(shares)))]
+    classes = about.class_names(len(shares))
     if name not in (None, "none", *classes):
         raise ValueError(f"class={name}: must be of {', '.join(classes[:100])}"
                          f"{closest(name, classes)}")

@@ -30,7 +30,7 @@ from lab import reproduce
 from lab.reproduce import duration
 
 PAGES = ("report.html", "report.md")
-WRITTEN_BY = "<!-- Written by python -m lab report -->"  # and, before its end, a digest
+PAGE_SIGN = "<!-- Written by python -m lab report"  # in a page a digest and the end follow
 MAIN_SETTINGS = ("model", "data", "image_size", "epochs", "batch_size", "optimizer", "lr", "seed")
 RESULTS_SIGN = "Written by `python -m lab results` from lab/results.csv"
 
@@ -79,16 +79,16 @@ def render(template, sign, parts=None, **content):
 def sealed(text):
     """A page with a digest of itself, which tells whether it was changed since it was written."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return text.replace(WRITTEN_BY, f"{WRITTEN_BY[:-4]}: {digest} -->", 1)
+    return text.replace(f"{PAGE_SIGN} -->", f"{PAGE_SIGN}: {digest} -->", 1)
 
 
 def check_page(path):
     """FileExistsError if there is a file `path` that is no page of a report, or one that somebody
     has changed: it is never replaced."""
-    check_ours(path, WRITTEN_BY[:-4])
+    check_ours(path, PAGE_SIGN)
     text = path.read_text("utf-8", "replace") if path.exists() else ""
-    seal = re.compile(re.escape(WRITTEN_BY[:-4]) + ": [0-9a-f]{16} -->")
-    if seal.search(text) and sealed(seal.sub(WRITTEN_BY, text, count=1)) != text:
+    seal = re.compile(re.escape(PAGE_SIGN) + ": [0-9a-f]{16} -->")
+    if seal.search(text) and sealed(seal.sub(f"{PAGE_SIGN} -->", text, count=1)) != text:
         raise FileExistsError(f"{path}: was changed since it was written and stays as it is; move "
                               f"it away or choose another place (`out`)")
 
@@ -97,8 +97,8 @@ def write_report(folder, template, **content):
     """Write `template` with its `content` as report.html and report.md; return their paths."""
     paths = [folder / name for name in PAGES]
     for path in paths:
-        reproduce.replace(path, sealed(render(template, WRITTEN_BY, f"{path.name}.j2", **content)),
-                          WRITTEN_BY[:-4])
+        page = render(template, f"{PAGE_SIGN} -->", f"{path.name}.j2", **content)
+        reproduce.replace(path, sealed(page), PAGE_SIGN)
     return paths
 
 
