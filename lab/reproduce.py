@@ -112,10 +112,14 @@ class Book(typing.NamedTuple):
 def book():
     """The `Book` of this folder, read and parsed once."""
     content = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text("utf-8"))
-    runs = {(entry["id"], name): Run(entry["id"], name, line, config_of(line),
-                                     entry.get("reported", {}).get(name, {"test": None}),
-                                     name in entry.get("gpu", ()))
-            for entry in content["experiment"] for name, line in entry.get("runs", {}).items()}
+    runs = {}
+    for entry in content["experiment"]:
+        for name, line in entry.get("runs", {}).items():
+            claims = entry.get("reported", {}).get(name, {"test": False})
+            runs[entry["id"], name] = Run(
+                entry["id"], name, line, config_of(line),
+                {part: claim or None for part, claim in claims.items()},
+                name in entry.get("gpu", ()))
 
     def figure(experiment, line):
         named = {match[0]: runs[match[1] or experiment, match[2]]
@@ -361,8 +365,8 @@ def compare(run, done):
         precision = "fp32"
     rows = []
     for row in claims(run, state="–"):
-        measured = [100 * result[f"{row.accuracy}/accuracy"] for result in done
-                    if result[f"{row.accuracy}/accuracy"] is not None]
+        name = "test/accuracy_tta" if row.accuracy == "tta" else f"{row.accuracy}/accuracy"
+        measured = [100 * result[name] for result in done if result[name] is not None]
         rows.append(dataclasses.replace(
             row, measured=round(statistics.mean(measured), 2) if measured else None,
             # Over n − 1: seeds are a sample.

@@ -137,11 +137,19 @@ def test_the_page_of_results_shows_what_was_measured():
     assert text == report.results_markdown(ROOT / "lab" / "results.csv")
     claims = [row for entry in EXPERIMENTS for run in entry.runs.values()
               for row in reproduce.claims(run)]
-    assert len(re.findall(r"^\| \d", text, re.MULTILINE)) == len(claims)
+    assert len(re.findall(r"^\| (\d|recipes)", text, re.MULTILINE)) == len(claims)
     assert "| 3.5 | final | train | 99.99 | waits for a GPU | – |" in text
     for row in reproduce.read_results(ROOT / "lab" / "results.csv").values():
         assert row.data.startswith("cifar10") and "jpeg" not in row.data and row.commit
         assert row.precision and row.seeds and (row.threads or "cpu" not in row.device)
+
+
+def test_the_readme_says_what_the_recipes_reached():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in reproduce.read_results(reproduce.RESULTS).values():
+        if row.id == "recipes":
+            assert row.epochs == row.planned.epochs and row.data == "cifar10"
+            assert f"{reproduce.comparison([row], ['measured %']).rows[0][0]} %" in text
 
 
 def test_results_are_written_and_never_over_another_file(tmp_path, capsys):
