@@ -289,8 +289,9 @@ def costs():
     rows = []
     for name, experiment in book().experiments.items():
         known = [taken for run in experiment.runs if (taken := seconds.get((name, run)))]
-        missing = collections.Counter(run.state for run in experiment.runs.values()
-                                      if not seconds.get((name, run.name)))
+        missing = collections.Counter(
+            "not timed" if (name, run.name) in seconds else run.state
+            for run in experiment.runs.values() if not seconds.get((name, run.name)))
         cost = [duration(sum(known))] if known else []
         cost += [f"{count} {state}" for state, count in missing.items()]
         rows.append((name, experiment.report, experiment.shows, ", ".join(experiment.runs) or "–",

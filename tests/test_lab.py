@@ -100,12 +100,14 @@ def test_reproduce_alone_lists_the_experiments_with_their_cost_and_trains_nothin
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results.csv")
     reproduce.keep_results(reproduce.RESULTS, [
         reproduce.Row("1.1", "lenet", "test", seconds=50.9),
-        *(reproduce.Row("4.2", "conv2_25", part, seconds=230.0) for part in ("test", "val"))])
+        *(reproduce.Row("4.2", "conv2_25", part, seconds=230.0) for part in ("test", "val")),
+        reproduce.Row("4.3", "conv2_30", "test", measured=69.0)])  # beside other work
     table = reproduce.reproduce()
     rows = {row[0]: row[-1] for row in table.rows}
     assert [*rows] == [entry.id for entry in EXPERIMENTS]
     assert rows["1.1"] == "50.9 s" and rows["2.4"] == "figures only"
     assert rows["4.2"] == "4 min, 1 not measured"
+    assert rows["4.3"] == "1 not timed, 1 not measured"
     assert rows["3.3"] == "2 not measured, 1 waits for a GPU"
     lab("reproduce")
     assert "4.11" in capsys.readouterr().out
