@@ -124,6 +124,10 @@ def arranged(figure, axes, width, height, columns=1):
         one.set_subplotspec(cells[divmod(index, columns)])
         one.title.set_fontsize(8)
     figure.set_size_inches(width, height)
+    for legend in [*figure.legends]:  # whose columns were for another width
+        legend.remove()
+        visualize.add_legend(figure, {text.get_text(): handle for text, handle in zip(
+            legend.get_texts(), legend.legend_handles)})
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import io
 import json
 import os
 import re
@@ -338,6 +339,18 @@ def read_report(folder):
     assert str(folder.parent) not in page + text
     assert "\n\n\n" not in text and "{{" not in page + text
     return parsed, page, text
+
+
+@pytest.mark.parametrize("names", [("4.3-conv2_30", "4.3-conv2_40"), "abcdefg", ("n" * 30, "m")])
+def test_the_legend_of_a_page_is_as_wide_as_the_page(names, monkeypatch):
+    rows = [{name: [0.5, 0.6] for name in train.COLUMNS}]
+    monkeypatch.setattr(visualize, "group_runs", lambda _: dict.fromkeys(names, rows))
+    figure = report.draw_curves([])
+    figure.savefig(io.BytesIO(), dpi=20)
+    [legend] = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.get_texts()) == 2 * len(names)
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
 
 
 def test_the_report_of_a_run_has_every_section_and_needs_no_other_file(finished, tmp_path, capsys):
