@@ -253,8 +253,7 @@ def forward_to(network, layer, images, mode, rule, watch):
     """({module: output} of all modules up to `layer` where it shall `watch`, the layer's maps), in
     a graph whose rectifiers follow the open `mode`; ValueError where one of them does not.
 
-    A module that is called several times, as a shared rectifier, counts with its last call below
-    the layer, at the position of its first.
+    A module that is called several times, as a shared rectifier, counts with its first call.
     """
     names = [name for name, _ in network.named_modules() if name and watch]
     # The innermost context stops the network at the layer.
@@ -270,7 +269,7 @@ def forward_to(network, layer, images, mode, rule, watch):
                          f"hand, in place, in an autograd.Function, a scripted function, vmap, "
                          f"checkpointing or without gradients): call a function of torch for it, "
                          f"such as torch.relu, or take rule=gradient")
-    return outputs, networks.captured_maps(reached, layer)
+    return outputs, networks.captured_maps(reached, layer, len(images))
 
 
 def strongest(activations, unit="strongest"):
@@ -299,11 +298,8 @@ def top_reconstructions(network, layer, images, preprocessing, units, top, rule=
     for chunk in progress(torch.arange(len(positions)).split(count), f"back from {layer}"):
         batch = preprocessing(images[chunk], device)
         signals.append(project(network, layer, batch, positions[chunk].to(device), rule, bn).cpu())
-    pictures = preprocessing.pictures(images)
-    # A unit that no image excites shows nothing, not the first images of the data set.
-    pictures[values.flatten() == 0] = 0.5
-    return (*(visualize.cut_patches(whole, boxes).unflatten(0, values.shape)
-              for whole in (pictures, as_pictures(torch.cat(signals)))), values)
+    return (*(visualize.cut_patches(whole, boxes).unflatten(0, values.shape) for whole in (
+        preprocessing.pictures(images), as_pictures(torch.cat(signals)))), values)
 
 
 # ---------------------------------------------------------------------------- further experiments
@@ -328,18 +324,19 @@ def occlude(network, layer, image, preprocessing, unit, label, size, stride):
     """
     device, side = networks.device_of(network), preprocessing.image_size
     pixels, grey = (preprocessing(part, device) for part in (image, torch.full_like(image, 128)))
-    centres, line = torch.arange(stride // 2, side, stride), torch.arange(side)
+    centres, line = torch.tensor(range(min(stride, side) // 2, side, stride)), torch.arange(side)
     start = centres[:, None] - size // 2
     # A square covers the pixels whose row and whose column it covers: positions×side for both.
     covered = (line >= start) & (line < start + size)
     steps, parts, count = len(centres), [], train.images_at_once(network, side)
-    with networks.evaluation(network), networks.capture(network, [layer]) as outputs:
+    with networks.evaluation(network):
         for chunk in progress(torch.arange(steps**2).split(count), "sliding the square"):
             rows, columns = (covered[at].to(device) for at in (chunk // steps, chunk % steps))
             square = rows[:, None, :, None] & columns[:, None, None]  # n×1×side×side
-            shares = networks.logits_of(network, torch.where(square, grey, pixels)).softmax(1)
-            maps = networks.captured_maps(outputs, layer)[:, unit].float()
-            parts.append([maps.reshape(len(chunk), -1).sum(1), shares[:, label], shares.argmax(1)])
+            logits, maps = networks.logits_and_maps(network, [layer],
+                                                    torch.where(square, grey, pixels))
+            shares, sums = logits.softmax(1), maps[layer][:, unit].reshape(len(chunk), -1).sum(1)
+            parts.append([sums, shares[:, label], shares.argmax(1)])
     return Occlusion(*(torch.cat(column).view(steps, steps).cpu() for column in zip(*parts)))
 
 
@@ -372,15 +369,13 @@ def move_apart(network, layers, images, labels, amounts):
     and the probabilities of `labels`, amounts×N. Zeiler & Fergus (2014), section 4 and figure 5.
     """
     distances, shares = {layer: [] for layer in layers}, []
-    with networks.evaluation(network), networks.capture(network, layers) as outputs:
-        networks.logits_of(network, images)
-        start = {layer: networks.captured_maps(outputs, layer).float() for layer in layers}
+    with networks.evaluation(network):
+        _, start = networks.logits_and_maps(network, layers, images)
         for _, affine in progress(amounts, "moving images"):
-            logits = networks.logits_of(network, moved(images, affine))
+            logits, maps = networks.logits_and_maps(network, layers, moved(images, affine))
             shares.append(logits.softmax(1).gather(1, labels[:, None])[:, 0])
             for layer in layers:
-                change = networks.captured_maps(outputs, layer).float() - start[layer]
-                distances[layer].append(change.flatten(1).norm(dim=1))
+                distances[layer].append((maps[layer] - start[layer]).flatten(1).norm(dim=1))
     return {layer: torch.stack(rows).cpu() for layer, rows in distances.items()}, (
         torch.stack(shares).cpu())
 
@@ -415,12 +410,12 @@ def way_text(network, rule, bn):
     return f"{name}, batch norms left out" if left_out else name
 
 
-def draw_reconstructions(picture, descents, title, classes=()):
+def draw_reconstructions(picture, descents, title, classes):
     """A figure with a row a layer: the image, what the unit saw of it, what comes back.
 
     After figure 2 of Zeiler & Fergus (2014). `picture` is 3×S×S, 0…1, `descents` {layer:
     {"through" or "skip": Descent}}; with both of them the norms on the way down are plotted
-    beside. `classes` name the logits.
+    beside. `classes` {layer: names} are those of units that are logits.
     """
     from matplotlib.patches import Rectangle
 
@@ -432,7 +427,7 @@ def draw_reconstructions(picture, descents, title, classes=()):
     for row, (layer, ways) in enumerate(descents.items()):
         first = next(iter(ways.values()))
         top, left, side = window(first.signal[0])
-        panels = {f"{layer}, {unit_text(first, classes)}": picture,
+        panels = {f"{layer}, {unit_text(first, classes.get(layer))}": picture,
                   f"its {side}×{side} pixels": picture}
         panels |= {f"back, batch norm {bn}" if both else "what comes back":
                    as_pictures(way.signal)[0].cpu() for bn, way in ways.items()}
@@ -453,7 +448,7 @@ def unit_text(descent, classes):
         return "all units"
     position, activations = descent.positions[0].item(), descent.activations[0]
     unit = position // activations[0].numel()  # a map has H·W positions
-    named = f" ({classes[unit]})" if activations.shape == (len(classes),) else ""
+    named = f" ({classes[unit]})" if classes else ""
     return f"unit {unit}{named}: {activations.flatten()[position]:.3g}"
 
 
@@ -495,20 +490,22 @@ def draw_gallery(patches, back, values, units, title):
     return visualize.image_grid(blocks, titles, min(4, len(units)), title, cell=3.2)
 
 
-def draw_occlusion(picture, found, signal, size, unit, label, classes, title):
+def draw_occlusion(picture, found, signal, size, stride, unit, label, classes, title):
     """A figure after figure 6 of Zeiler & Fergus (2014; 7 of the preprint), for one image.
 
-    `picture` 3×S×S, 0…1; `found` an `Occlusion` with squares of `size`; `signal` what comes back
-    of the feature map, 3×S×S; `unit` and `label` say which map and class; `classes` name all.
+    `picture` 3×S×S, 0…1; `found` an `Occlusion` with squares of `size` and `stride`; `signal` what
+    comes back of the feature map, 3×S×S; `unit` and `label` say which map and class; `classes` name
+    all.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
     side, steps, colors = picture.shape[-1], len(found.activations), visualize.COLORS
-    # Cell i of a map stands for the square centred at about i·stride + stride/2.
-    extent, stride = (0, side, side, 0), side / steps
-    row, column = (int(step * stride + stride // 2) - size // 2
+    # Cell i of a map stands for the square centred at i·stride + stride/2; the border may cut the
+    # last one, as it cuts the image.
+    stride = min(stride, side)
+    row, column = (step * stride + stride // 2 - size // 2
                    for step in divmod(found.probabilities.argmin().item(), steps))
     shown = picture.clone()
     shown[:, max(row, 0):row + size, max(column, 0):column + size] = 0.5
@@ -522,9 +519,10 @@ def draw_occlusion(picture, found, signal, size, unit, label, classes, title):
         (ranks, "most likely class,\nby the square's position",
          {"cmap": ListedColormap(colors), "vmin": 0, "vmax": len(colors) - 1})]
     for axes, (values, text, options) in zip(figure.subplots(1, 5), panels):
-        drawn = axes.imshow(values, extent=extent, interpolation="nearest", **options)
+        edge = steps * stride if values.ndim == 2 else side
+        drawn = axes.imshow(values, extent=(0, edge, edge, 0), interpolation="nearest", **options)
         axes.set_title(text, fontsize=9)
-        axes.set(xticks=(), yticks=(), anchor="N")
+        axes.set(xlim=(0, side), ylim=(side, 0), xticks=(), yticks=(), anchor="N")
         if values.ndim == 2 and values is not ranks:
             bar = axes.inset_axes((0.1, -0.1, 0.8, 0.04))
             figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=MaxNLocator(4))
@@ -602,8 +600,10 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     descents = {layer: {way: descend(network, layer, images, unit, rule, way) for way in ways}
                 for layer in progress(layers, "going back")}
     title = f"{about.title}: {name}, {way_text(network, rule, bn)}"
+    classes = {layer: about.classes for layer in layers if about.classes and networks.last_linear(
+        network) in [*networks.find_layer(network, layer).modules()]}  # of the logits alone
     figure = draw_reconstructions(about.preprocessing.pictures(picture)[0], descents, title,
-                                  about.classes)
+                                  classes)
     name = "-".join(["reconstruct", *layers, *(["bn", bn] if bn != "through" else [])])
     return visualize.save_figure(figure, ckpt, name, **flags)
 
@@ -642,7 +642,7 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     visualize.need(size=size, stride=stride)
     images = about.preprocessing(picture, networks.device_of(network))
     logits = train.finite_logits(network, picture, about.preprocessing)[0]
-    classes = about.classes or [f"number {label}" for label in range(len(logits))]
+    classes = about.class_names(len(logits))
     kind = "true class"
     if label is None:
         label, kind = logits.argmax().item(), "class predicted at first"
@@ -651,7 +651,7 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     unit = descent.positions[0].item() // descent.activations[0, 0].numel()
     found = occlude(network, layer, picture, about.preprocessing, unit, label, size, stride)
     figure = draw_occlusion(
-        about.preprocessing.pictures(picture)[0], found, descent.signal[0].cpu(), size,
+        about.preprocessing.pictures(picture)[0], found, descent.signal[0].cpu(), size, stride,
         f"feature map {unit} of {layer}",
         f"{kind},\n{classes[label]} ({logits.softmax(0)[label]:.1%} without the square)", classes,
         f"{about.title}: {source}, behind a grey square")
@@ -701,9 +701,8 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
     test = subset(test, count, seed=0)
     images = about.preprocessing(test.images, networks.device_of(network))
     with torch.no_grad():
-        labels = networks.logits_of(network, images).argmax(1)
-    if about.classes:
-        labels = test.labels.to(labels.device)
+        logits = networks.logits_of(network, images)
+    labels = test.labels.to(logits.device) if about.classes else logits.argmax(1)
     mean, std = (torch.tensor(values)[:, None, None] for values in (
         about.preprocessing.mean, about.preprocessing.std))
     rows = {}
@@ -711,7 +710,7 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
         pictures = torch.stack([moved(images, affine).cpu() * std + mean for _, affine in amounts])
         rows[name] = ([amount for amount, _ in amounts], pictures.clamp(0, 1),
                       *move_apart(network, layers, images, labels, amounts))
-    names = [about.classes[label] if about.classes else f"number {label}" for label in labels]
+    names = [about.class_names(len(logits[0]))[label] for label in labels]
     kind = "" if about.classes else ", which was predicted at first"
     title = (f"{about.title}: distance of features to those of the image as it is, and probability "
              f"of the class{kind}")

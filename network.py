@@ -31,7 +31,7 @@ import textwrap
 import typing
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -468,11 +468,12 @@ def device_of(network):
     return held.device if held is not None else torch.device("cpu")
 
 
-def forward(network, images, dtype=None, compiled=True):
+def forward(network, images, dtype=None, compiled=True, weights=None):
     """What the network makes of normalised `images`, N×3×H×W, brought to its own type or `dtype`.
 
     Where its first layer takes one channel, it gets the mean of the three. Unless it is to run
-    `compiled`, if it was, its Python code runs. ValueError, in one line, when it cannot take them.
+    `compiled`, if it was, its Python code runs. `weights` take the place of its own, and gradients
+    lead to them. ValueError, in one line, when it cannot take the images.
     """
     values = itertools.chain(network.parameters(), network.buffers())
     dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
@@ -484,6 +485,8 @@ def forward(network, images, dtype=None, compiled=True):
                                  == getattr(first, "in_features", None)):
         images = images.mean(1, keepdim=True)
     try:
+        if weights is not None:
+            return torch.func.functional_call(network, weights, (images.to(dtype),))
         return (network if compiled else network.forward)(images.to(dtype))
     except Exception as error:  # anybody's code: whatever it raises
         shape = "×".join(map(str, images.shape))
@@ -492,13 +495,19 @@ def forward(network, images, dtype=None, compiled=True):
                          f"{str(dtype)[6:]} ({told:.240})") from error
 
 
-def logits_of(network, images):
-    """What `forward` gives as float32 logits N×classes; ValueError for an output that is none."""
-    logits = forward(network, images)
-    if not isinstance(logits, Tensor) or logits.shape[:1] != images.shape[:1] or logits.ndim != 2:
+def logits_of(network, images, weights=None):
+    """What `forward` gives as float32 logits N×classes; ValueError for an output that is none.
+
+    Probabilities, which come out of a network that ends with a softmax, become logarithms.
+    """
+    logits = forward(network, images, weights=weights)
+    if not isinstance(logits, Tensor) or logits.shape[:1] != images.shape[:1] or (
+            logits.ndim != 2 or not logits.is_floating_point()):
         kind = "×".join(map(str, getattr(logits, "shape", ()))) or f"a {type(logits).__name__}"
         raise ValueError(f"the network returns {kind}, not N×classes logits, for N images")
-    return logits.float()
+    error, logits = 16 * torch.finfo(logits.dtype).eps, logits.float()
+    shares = (logits.min() >= 0) & ((logits.sum(1) - 1).abs().max() <= error)
+    return torch.where(shares, logits.clamp(min=1e-30).log(), logits)  # chosen on the device
 
 
 class _Reached(BaseException):
@@ -507,18 +516,18 @@ class _Reached(BaseException):
 
 @contextlib.contextmanager
 def capture(network, layers, stop=False, inputs=False):
-    """While open, each forward pass leaves the outputs of `layers` in the dictionary it yields.
+    """While open, a forward pass leaves the outputs of `layers` in the dictionary it yields.
 
     What is kept is the layer's own output, which gradients reach; a clone of it is handed on, so
     that an activation in place behind the layer does not change it. A layer that is called
-    several times leaves its last output; the layer "" is the network itself. `stop` ends the
+    several times leaves its first output; the layer "" is the network itself. `stop` ends the
     block, quietly, as soon as all the layers have been reached; then it may be their `inputs`
     that are kept. The hooks come off whatever happens.
     """
     outputs = {}
 
     def keep(layer, output):
-        outputs[layer] = output
+        outputs.setdefault(layer, output)
         # An exception is the only way out of a forward pass that was written by somebody else.
         if stop and len(outputs) == len(layers):
             raise _Reached
@@ -537,8 +546,9 @@ def capture(network, layers, stop=False, inputs=False):
             yield outputs
 
 
-def captured_maps(outputs, layer):
-    """The output of `layer` that `capture` kept, as N×C×H×W or N×C; ValueError for any other.
+def captured_maps(outputs, layer, count):
+    """The output of `layer` that `capture` kept for `count` images, as N×C×H×W or N×C; ValueError
+    for any other.
 
     Channels that come last are told by square maps, N×S×S×C. Tokens N×T×C become N×C×S×S with
     the largest square S·S there is in T; those before it, such as the class token, are left out.
@@ -553,12 +563,21 @@ def captured_maps(outputs, layer):
         kind += f" of {str(maps.dtype)[6:]}" if isinstance(maps, Tensor) else ""
         raise ValueError(f"layer={layer}: returns {kind}, neither feature maps N×C×H×W or N×H×W×C, "
                          f"tokens N×T×C nor vectors N×C of real numbers")
+    if len(maps) != count:  # T×N×C, for one, which a transformer has unless batches come first
+        raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {count} images")
     if maps.ndim == 3:
         side = math.isqrt(maps.shape[1])
         maps = maps[:, -side * side:].unflatten(1, (side, side))
     elif maps.ndim == 2 or not maps.shape[1] == maps.shape[2] != maps.shape[3]:
         return maps
     return maps.permute(0, 3, 1, 2)
+
+
+def logits_and_maps(network, layers, images):
+    """(`logits_of` normalised images, {layer: its `captured_maps` as float32})."""
+    with capture(network, layers) as outputs:
+        logits = logits_of(network, images)
+    return logits, {layer: captured_maps(outputs, layer, len(images)).float() for layer in layers}
 
 
 def refuse_opaque(network):
@@ -624,12 +643,17 @@ def _pooled(function, x, kernel_size, stride=None, padding=0, dilation=1, ceil_m
 
 
 def _largest(_function, x, other=None, keepdim=False, dim=None):
-    """torch.max and maximum, of which the mean or sum is taken."""
+    """torch.max, maximum and the like, of which the mean or sum is taken."""
     if isinstance(other, Tensor):
         return x + other
     dim = dim if other is None else other
     return x.mean() if dim is None else torch.return_types.max(
         (x.mean(dim, keepdim), x.argmax(dim, keepdim)))
+
+
+def _added(_function, x, other, *_others, **_named):
+    """A difference or a quotient, which may cancel where all weights are equal: the sum."""
+    return _scaled(None, x + other if isinstance(other, Tensor) else x)
 
 
 def _grouped(_function, x, groups, *_others, **_named):
@@ -654,7 +678,8 @@ def _batch_norm(_function, x, *others, **named):
 
 # What takes the place of a function, given it and its arguments, in `Connections`.
 CONNECTIONS = {
-    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "hardtanh", "round", "floor", "ceil"], _scaled),
+    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "round", "floor", "ceil", "neg"], _scaled),
+    **dict.fromkeys(["sub", "rsub", "div", "rdiv"], _added),  # the names of the operators, too
     **dict.fromkeys(["sigmoid", "hardsigmoid"],  # gates, which multiply: near ½ for all values
                     lambda _, x, *others, **named: 0.5 + 1e-3 * (x - x.detach())),
     **dict.fromkeys(["softmax", "log_softmax"], _shared),
@@ -663,12 +688,13 @@ CONNECTIONS = {
         *x.shape[:-1], weight.shape[0]),
     **dict.fromkeys(["max_pool2d", "max_pool2d_with_indices"], _pooled),
     "adaptive_max_pool2d": lambda _, x, size, *others, **named: F.adaptive_avg_pool2d(x, size),
-    "amax": lambda _, x, *others, **named: x.mean(*others, **named),
-    **dict.fromkeys(["max", "maximum"], _largest),
+    **dict.fromkeys(["amax", "amin"], lambda _, x, *others, **named: x.mean(*others, **named)),
+    **dict.fromkeys(["max", "maximum", "min", "minimum"], _largest),
     "batch_norm": _batch_norm, "group_norm": _grouped,
     "instance_norm": lambda _, x, *others, **named: _grouped(None, x, x.shape[1]),
     "layer_norm": lambda _, x, shape, *others, **named: _scaled(
         None, x + x.mean([*range(-len(shape), 0)], True)),
+    "normalize": lambda _, x, p=2, dim=1, **named: _scaled(None, x + x.mean(dim, True)),
     # Queries T×N×C and values; the weights of attention are positive.
     "multi_head_attention_forward": lambda _, query, key, value, *others, **named: (
         query + value.mean(0, True), None),
@@ -691,7 +717,8 @@ class Connections(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", "").split(".")[0].strip("_")  # relu_, relu.default
-        if name in CONNECTIONS:
+        if name in CONNECTIONS and all(
+                value.is_floating_point() for value in args if isinstance(value, Tensor)):
             return CONNECTIONS[name](function, *([] if args else [kwargs.pop("input")]), *args,
                                      **kwargs)
         # Weights that are no layer's, such as an embedding or the scale of a channel.
@@ -724,7 +751,7 @@ def receptive_fields(network, layer, image_size):
     with (evaluation(network), torch.enable_grad(), Connections(network),
           capture(network, [layer], stop=True) as outputs):
         forward(network, noise.expand(-1, 3, -1, -1), dtype)
-    maps = captured_maps(outputs, layer)[0]  # C×H×W, or C for a linear layer
+    maps = captured_maps(outputs, layer, 1)[0]  # C×H×W, or C for a linear layer
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
     maps = maps if maps.ndim == 3 else maps[:, None, None]
@@ -833,7 +860,8 @@ def grad_cam(network, images, label, layer=None):
     for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
         with contextlib.suppress(ValueError):  # no output of its kind
             # Its rows and columns may be others than the output's; the same is done to the slopes.
-            maps, slopes = (captured_maps({name: part}, name) for part in (output, slope))
+            maps, slopes = (captured_maps({name: part}, name, len(images))
+                            for part in (output, slope))
             if maps.ndim == 4 and maps[0, 0].numel() > 1 and slopes.any():
                 weights = slopes.mean((2, 3), keepdim=True)
                 return (weights * maps).sum(1).clamp(min=0).detach(), name
@@ -1084,7 +1112,8 @@ def load(source, weights=None, image_size=None, device="cpu"):
     `source` is a checkpoint's file, a run's folder, or a network from elsewhere:
     `torchvision:NAME`, with weights from torch's local cache, or `package.module:function`, a
     function without arguments. `weights` is a file with a state dict for these, `image_size` the
-    side of their images (224). Nothing is downloaded. Raises ValueError or OSError.
+    side of their images: by default what torchvision's weights want, or 224. Their colours are
+    normalised as ImageNet's. Nothing is downloaded. Raises ValueError or OSError.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
@@ -1110,8 +1139,10 @@ def load(source, weights=None, image_size=None, device="cpu"):
 
 def _load_elsewhere(source, weights, image_size, device):
     module, _, name = source.partition(":")
+    wanted = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
     if module == "torchvision":
-        module, weights = "torchvision.models", weights or _cached_weights(name)
+        weights, wanted = _torchvision_weights(name, weights)
+        module = "torchvision.models"
     try:
         # As `python -c` and notebooks have it, so that `mymodule:function` is found where one
         # stands.
@@ -1121,6 +1152,8 @@ def _load_elsewhere(source, weights, image_size, device):
             network = getattr(importlib.import_module(module), name)()
         if not isinstance(network, nn.Module):
             raise TypeError(f"{name}() returns a {type(network).__name__}, which is no nn.Module")
+        if module == "torchvision.models":  # as it does for the weights of GoogLeNet and Inception
+            network.transform_input = True
         if weights:
             check_regular(weights, MOST_BYTES)
             state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -1133,24 +1166,30 @@ def _load_elsewhere(source, weights, image_size, device):
         weights = f", weights={weights}" if weights else ""
         raise ValueError(f"network={source}{weights}: "
                          f"{textwrap.shorten(told, 300, placeholder=' …')}") from error
-    imagenet = Preprocessing(image_size or 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return network, Description(source, (), imagenet)
+    wanted = replace(wanted, image_size=image_size or wanted.image_size)
+    return network, Description(source, (), wanted)
 
 
-def _cached_weights(name):
-    """The file with the newest weights of torchvision's network `name` in torch's local cache."""
+def _torchvision_weights(name, weights):
+    """(The file `weights`, or else the newest of torchvision's network `name` in torch's local
+    cache, how they want their images: as torchvision's of that file's name, or its newest)."""
     from torchvision import models
 
     cache = Path(torch.hub.get_dir(), "checkpoints")
     if name not in models.list_models(models):
         raise ValueError(f"network=torchvision:{name}: torchvision has no such network"
                          f"{closest(name, models.list_models(models))}")
+    versions = models.get_model_weights(name)
     # The last are the newest, and mostly the best.
-    for version in reversed(models.get_model_weights(name)):
-        if (cache / Path(version.url).name).exists():
-            return cache / Path(version.url).name
-    raise FileNotFoundError(f"network=torchvision:{name}: its weights are not here; put "
-                            f"{version.url} into {cache}; or give `weights=FILE`")
+    files = {version: cache / Path(version.url).name for version in reversed(versions)}
+    version = next((version for version, file in files.items() if (
+        file.name == Path(weights).name if weights else file.exists())), versions.DEFAULT)
+    if not (weights or files[version].exists()):
+        raise FileNotFoundError(f"network=torchvision:{name}: its weights are not here; put "
+                                f"{version.url} into {cache}; or give `weights=FILE`")
+    preset = version.transforms()
+    return weights or files[version], Preprocessing(
+        preset.crop_size[0], tuple(preset.mean), tuple(preset.std))
 
 
 def fitting_weights(checkpoint, network):

@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 import typing
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -184,8 +185,6 @@ class Config:
                              f"see `out`")
         if self.tta == "full" and self.size < 2:
             raise ValueError("tta=full: moves images, which must be at least 2×2")
-        if self.patience and self.val == 0:
-            raise ValueError("patience: needs images that are held out for validation (`val`)")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: needs a momentum above 0")
         networks.check_options(self.model, self.options)
@@ -575,6 +574,8 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
           contextlib.nullcontext() if workers.rank else data.lock(config.folder)):
         check_folder(config, resume, overwrite)
         dataset = load_images(config)
+        if config.patience and not dataset.val:  # a tenth of a few images is none
+            raise ValueError("patience: needs images that are held out for validation (`val`)")
         # What changes from here on is all in `state`; what is written goes through `folder`.
         state, batches, folder = prepare(config, dataset, device, workers, resume, changed_data)
         try:
@@ -1585,7 +1586,10 @@ def as_named(split, classes, description, data):
 
 def difference(classes, known):
     """How `classes` differ from those that a network knows, for a message."""
-    unknown, missing = ([name for name in one if name not in other]
+    # In ASCII where names would look the same, as é may be one character or two.
+    spelled = ascii if len({unicodedata.normalize("NFC", name) for name in {*classes, *known}}) < (
+        len({*classes, *known})) else str
+    unknown, missing = ([spelled(name) for name in one if name not in other]
                         for one, other in ((classes, known), (known, classes)))
     words = [f"{what} {', '.join(names)}" for what, names in (
         ("unknown to the network:", unknown), ("known to it and missing here:", missing)) if names]
@@ -1704,8 +1708,8 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
         for chunk in images.split(256):
             with networks.capture(network, [layer], stop=True, inputs=before) as outputs:
                 networks.forward(network, preprocessing(chunk, device))
-            maps = networks.captured_maps(outputs, layer).float()  # B×C×H×W, or B×D of a vector
-            points.append((maps.mean((2, 3)) if maps.ndim == 4 else maps).cpu())
+            maps = networks.captured_maps(outputs, layer, len(chunk)).float()
+            points.append((maps.mean((2, 3)) if maps.ndim == 4 else maps).cpu())  # B×C
     sprites = data.resize(images.float() / 255, min(images.shape[3], 32)).clamp(0, 1)
     for tag, vectors in (("features", torch.cat(points)), ("pixels", sprites.flatten(1))):
         board.add_embedding(vectors, labels, sprites, tag=tag, metadata_header=header)
@@ -1925,7 +1929,8 @@ MEANINGS = {"resume": "go on with the run, or start it if there is none; a RUN's
             "changed_data": "go on though image files have changed since the run began",
             "ckpt": "a checkpoint, the folder of a run, torchvision:NAME or module:function",
             "weights": "file with a state dict for a network from elsewhere",
-            "image_size": "side of a network from elsewhere's images; none: 224",
+            "image_size": "side of a network from elsewhere's images; none: 224, or as "
+                          "torchvision's weights want",
             "paths": "a network, then pictures or folders of them",
             "top": "how many classes of each",
             "out": "the file to write",

@@ -32,10 +32,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import network as networks
 import train
 from data import (
+    MIXTURES,
     Made,
     Table,
     closest,
@@ -302,11 +304,7 @@ def feature_maps(network, layers, images):
     """
     with networks.capture(network, layers, stop=True) as outputs:
         networks.forward(network, images)
-    found = {layer: networks.captured_maps(outputs, layer) for layer in layers}
-    for layer, maps in found.items():
-        if len(maps) != len(images):
-            raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for "
-                             f"{len(images)} images")
+    found = {layer: networks.captured_maps(outputs, layer, len(images)) for layer in layers}
     return {layer: maps if maps.ndim == 4 else maps[:, :, None, None]
             for layer, maps in found.items()}
 
@@ -364,12 +362,14 @@ def top_fields(network, layer, images, preprocessing, units, top):
 
     Returns the activations, units×top, and for each of these units·top the uint8 image, the
     position in C·H·W of the feature maps, and the receptive field (see `network.receptive_fields`).
+    A unit that no image excites looked at nothing, not at the first images of the data set.
     """
     values, chosen, inside = top_activations(network, layer, images, preprocessing, units, top)
     fields = networks.receptive_fields(network, layer, preprocessing.image_size)  # C×H×W×4
     # `inside` are numbers in the H·W of one map; fields are found by those in C·H·W.
     positions = (torch.tensor(units)[:, None] * fields[0, :, :, 0].numel() + inside).flatten()
-    return values, images[chosen.flatten()], positions, fields.flatten(0, 2)[positions]
+    boxes = fields.flatten(0, 2)[positions] * (values.flatten() != 0)[:, None]
+    return values, images[chosen.flatten()], positions, boxes
 
 
 def choose_units(network, layer, image_size, units, most=16):
@@ -395,12 +395,16 @@ def layer_statistics(network, layers, images, preprocessing, bins=40):
     # A first pass for the lowest and highest values.
     for _, outputs in map_batches(network, layers, images, preprocessing):
         for layer, values in outputs.items():
+            if not values.isfinite().all():
+                raise ValueError(f"layer={layer}: its outputs are not finite numbers")
             spans[layer] = span_of(torch.tensor([*values.aminmax(), *spans.get(layer, ())]))
+    centres = {layer: sum(span) / 2 for layer, span in spans.items()}
     # A second pass, because the bins have to be known before anything is counted.
     for _, outputs in map_batches(network, layers, images, preprocessing):
         for layer, values in outputs.items():
             values = values.float()
-            sums = [values.numel(), values.sum().item(), values.square().sum().item(),
+            centred = values - centres[layer]  # a large mean would leave the spread no digits
+            sums = [values.numel(), centred.sum().item(), centred.square().sum().item(),
                     (values == 0).sum().item(),
                     torch.histc(values[values != 0], bins, *spans[layer]),
                     values.abs().amax((2, 3)).sum(0)]
@@ -409,7 +413,7 @@ def layer_statistics(network, layers, images, preprocessing, bins=40):
     for layer, (count, total, squares, zeros, counts, peaks) in found.items():
         mean = total / count  # the variance is the mean of the squares less the mean's square
         statistics[layer] = {
-            "units": len(peaks), "mean": mean, "zeros": zeros / count,
+            "units": len(peaks), "mean": centres[layer] + mean, "zeros": zeros / count,
             "std": max(0, squares / count - mean**2) ** 0.5,
             "dead": (peaks == 0).nonzero()[:, 0].tolist(),
             "edges": spans[layer], "counts": counts.cpu()}
@@ -423,8 +427,8 @@ def rectifiers_of(network, image_size):
     outputs = networks.outputs_of(network, modules, image_size, count=2)
     leaves = {name: modules[name] for name, output in outputs.items()
               if torch.is_tensor(output) and len(output) == 2}  # not positions, as in Swin
-    kinds = (*networks.ACTIVATIONS.values(), nn.ReLU6, nn.Hardswish)
-    found = [name for name, module in leaves.items() if isinstance(module, kinds)]
+    found = [name for name, module in leaves.items()
+             if type(module).__module__ == nn.ReLU.__module__]
     weighted = [name for name, module in leaves.items() if [*module.parameters()]]
     if not weighted:
         raise ValueError("the network has no layer with weights; name `layers`")
@@ -492,6 +496,8 @@ def group_runs(runs):
         if settings.get("label_smoothing") and math.isnan(
                 metrics[0].get("train/objective", [math.nan])[-1]):
             label += " (training loss with label smoothing)"
+        if any(name in str(settings.get("augment")) for name in MIXTURES):
+            label += " (training on mixed images)"
         while label in labelled:  # runs of the same name in different folders
             label += "′"
         labelled[label] = metrics
@@ -734,10 +740,8 @@ def batch_loss(network, images, labels):
     Batch norm's running statistics are copied for each call, so that they stay as they are.
     """
     def loss_of(weights):
-        # As arguments of the call, the weights may be any tensors, and gradients lead to them.
         copies = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        logits = torch.func.functional_call(network, {**weights, **copies}, (images,))
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(networks.logits_of(network, images, {**weights, **copies}), labels)
     return loss_of
 
 
@@ -791,12 +795,13 @@ def draw_confusion(matrix, classes, title):
     # Shares, not counts: classes may differ in size.
     shares = torch.where(totals > 0, matrix / totals, math.nan)
     side = max(5.0, 0.52 * min(count, 25))
+    step = math.ceil(count / 100)  # there is no room for more names
     figure = new_figure(side + 3.4, side + 0.2, title)
     axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=(side, 2))
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    axes.set_xticks(range(count), classes, fontsize=size, rotation=45 if few else 90,
-                    ha="right" if few else "center")
-    axes.set_yticks(range(count), classes, fontsize=size)
+    axes.set_xticks(range(0, count, step), classes[::step], fontsize=size,
+                    rotation=45 if few else 90, ha="right" if few else "center")
+    axes.set_yticks(range(0, count, step), classes[::step], fontsize=size)
     axes.set_xlabel("predicted class", fontsize=9)
     axes.set_ylabel("true class (its images are 100 %)", fontsize=9)
     for row, column in itertools.product(range(count), repeat=2) if few else ():
@@ -806,8 +811,9 @@ def draw_confusion(matrix, classes, title):
                       va="center", fontsize=8, color="black" if share > 0.5 else "white")
     own = shares.diagonal()
     drawn = bars.barh(range(count), own.nan_to_num(), color=COLORS[0])
-    bars.bar_label(drawn, [NOTHING if math.isnan(share) else f"{share:.1%}"
-                           for share in own.tolist()], padding=2, fontsize=size)
+    if step == 1:
+        bars.bar_label(drawn, [NOTHING if math.isnan(share) else f"{share:.1%}"
+                               for share in own.tolist()], padding=2, fontsize=size)
     bars.set(xlim=(0, 1.3), xticks=(0, 1), xticklabels=("0", "100 %"))
     bars.set_title("accuracy of a class", fontsize=9)
     bars.tick_params(labelleft=False, left=False, labelsize=8)
@@ -826,7 +832,8 @@ def draw_pr_curves(curves, classes, title):
         axes = plot(figure, (rows, columns, index + 1), f"{name} · {measured}")
         for others in curves if len(classes) <= 25 else ():
             axes.plot(others[1], others[0], color="#CCCCCC", linewidth=0.6)
-        axes.plot(recall, precision, color=COLORS[0], linewidth=1.8)
+        axes.plot(recall, precision, "o" if len(recall) == 1 else "-", color=COLORS[0],
+                  linewidth=1.8, markersize=4, clip_on=False)
         axes.set(xlim=(0, 1.02), ylim=(0, 1.04), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     figure.supxlabel("recall", fontsize=9)
     figure.supylabel("precision", fontsize=9)
@@ -984,6 +991,7 @@ def draw_landscape_line(rows, title, xlabel="distance along the direction, in fi
     lines = []
     for index, part in enumerate(parts):
         values = {kind: torch.tensor([[row[f"{part}/{kind}"] for row in rows]]) for kind in UNITS}
+        values["loss"].clamp_(min=1e-4)  # 0 has no logarithm; as in the contours
         name, comma, words = part.partition(", ")
         lines.append((values, [row["x"] for row in rows], PART_NAMES[name] + comma + words, {
             "linestyle": "--" if name == "train" else "-", "color": COLORS[index % len(COLORS)]}))
@@ -1286,15 +1294,23 @@ def confusion(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
 
 
 def pr_curves(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
-    """Draw every class's precision against recall over the test images."""
+    """Draw every class's precision against recall over the test images; of more than a hundred
+    those of lowest average precision."""
     network, about, test = open_test(ckpt, **flags)
     logits, classes = predicted(network, about, test)
     lines = [precision_recall(scores, test.labels == label)
              for label, scores in enumerate(logits.softmax(1).T)]
     mean = torch.tensor([average for _, _, average in lines]).nanmean()  # of classes with images
-    title = (f"{about.title}: average precision of each class (mean {mean:.3f}), other classes in "
-             f"grey")
-    return save_figure(draw_pr_curves(lines, classes, title), ckpt, "pr_curves", **flags)
+    title = f"{about.title}: average precision of each class (mean {mean:.3f})"
+    title += ", other classes in grey" * (len(classes) <= 25)
+    shown = range(len(classes))
+    if len(classes) > 100:  # for more there is no room
+        shown = sorted((label for label in shown if (test.labels == label).any()),
+                       key=lambda label: lines[label][2])[:100]
+        title += f"; the {len(shown)} lowest"
+    figure = draw_pr_curves([lines[label] for label in shown],
+                            [classes[label] for label in shown], title)
+    return save_figure(figure, ckpt, "pr_curves", **flags)
 
 
 def filters(ckpt: str | None = None, layer: str = "conv1", channel: str | None = None,
@@ -1302,11 +1318,12 @@ def filters(ckpt: str | None = None, layer: str = "conv1", channel: str | None =
     """Draw the filters of LAYER's first convolution, in colour (`--channel=rgb`) where it sees the
     image's three channels, else what they do to one of its input channels, the first."""
     network, about = open_network(ckpt, **flags)
-    weights = next((module.weight.detach().cpu() for module in networks.find_layer(
-        network, layer).modules() if isinstance(module, nn.Conv2d)), None)
-    if weights is None:
+    convolution = next((module for module in networks.find_layer(network, layer).modules()
+                        if isinstance(module, nn.Conv2d)), None)
+    if convolution is None:
         raise ValueError(f"layer={layer}: has no convolution")
-    channels = weights.shape[1]
+    weights = convolution.weight.detach().cpu()
+    channels, groups = weights.shape[1], convolution.groups
     channel = str(("rgb" if channels == 3 else 0) if channel is None else channel)
     title = f"{about.title}: {layer}, {len(weights)} filters"
     if channel == "rgb" and channels == 3:
@@ -1314,7 +1331,8 @@ def filters(ckpt: str | None = None, layer: str = "conv1", channel: str | None =
         title += "\nin RGB, each on its own scale, grey is 0"
     elif channel in map(str, range(channels)):
         images = weights[:, int(channel)]
-        title += f"\nof input channel {channel} (from 0 to {channels - 1}), all on one scale"
+        title += (f"\nof input channel {channel} (from 0 to {channels - 1}"
+                  f"{', of its group' * (groups > 1)}), all on one scale")
     else:
         raise ValueError(f"channel={channel}: must be from 0 to {channels - 1}, or rgb for a layer "
                          f"that sees the image's three channels")
@@ -1378,6 +1396,7 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     if points < 3:
         raise ValueError(f"points={points}: must be at least 3")
     network, about = open_network(ckpt, **flags)
+    network.float()  # in half precision, short steps are none
     dataset = train.open_dataset(about, flags.get("data"), flags.get("root"))
     parts = {part: subset(getattr(dataset, part), images, seed) for part in ("train", "test")}
     title = (f"{about.title}: loss on {len(parts['train'].labels)} training and "
@@ -1401,7 +1420,7 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
         raise ValueError(f"{about.title}: its loss is not finite; there is no landscape around it")
     if hessian:
         title += (f"\nlargest eigenvalues of the training loss's Hessian: "
-                  f"{', '.join(f'{value:.3g}' for value in hessian_on(network, about, parts))}")
+                  f"{', '.join(f'{value:.2g}' for value in hessian_on(network, about, parts))}")
     figures = {}
     if directions == "random":
         line = values_at([(x, 0.0) for x in spaced(-span, span, 2 * points - 1)])
@@ -1426,13 +1445,19 @@ def hessian_on(network, about, parts):
         loss = batch_loss(network, about.preprocessing(chunk, device), answers.to(device))
         return lambda weights: loss(weights) * (len(answers) / len(labels))
 
-    return hessian_eigenvalues([*map(loss_of, images.split(128), labels.split(128))], weights)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            return hessian_eigenvalues([*map(loss_of, images.split(128), labels.split(128))],
+                                       weights)
+    except RuntimeError as error:
+        raise ValueError(f"hessian: this network has none that can be computed "
+                         f"({' '.join(str(error).split()):.200})") from error
 
 
 def line_to(to, ckpt, network, about, parts, points, title, **flags):
     """[figure, table] of the loss from a network to that of `to`, and a quarter beyond both."""
     other, its = open_network(to, device=flags.get("device") or "auto")
-    first, second = network.state_dict(), other.state_dict()
+    first, second = network.state_dict(), other.float().state_dict()
     if not networks.made_like(first, second) or about.classes != its.classes:
         raise ValueError(f"to={to}: is a network of another kind, or of other classes, than {ckpt}")
     key = fingerprint(network, other, *parts["train"], *parts["test"])
@@ -1486,7 +1511,8 @@ MEANINGS = {
     "runs": "folders of runs",
     "network": "instead of CKPT: torchvision:NAME or module:function",
     "weights": "file with a state dict for a network from elsewhere",
-    "image_size": "side of a network from elsewhere's images; none: 224",
+    "image_size": "side of a network from elsewhere's images; none: 224, or as torchvision's "
+                  "weights want",
     "data": "cifar10, cifar100, shapes, or a folder; none: the run's own",
     "root": "where data sets are downloaded to and cached",
     "device": "auto, cpu, cuda or mps",

@@ -368,7 +368,7 @@ def test_norms_on_the_way_down():
     torch.testing.assert_close(norms["0"], F.relu(at_relu).flatten(1).norm(dim=1))
 
 
-def test_norms_leave_out_what_has_no_signal_and_take_a_modules_last_call():
+def test_norms_leave_out_what_has_no_signal_and_take_a_modules_first_call():
     class Branched(nn.Module):
         def __init__(self):
             super().__init__()
@@ -384,7 +384,7 @@ def test_norms_leave_out_what_has_no_signal_and_take_a_modules_last_call():
     norms = deconv.descend(built, "b", x, "all").norms
     at_act = F.conv_transpose2d(built(x), built.b.weight)
     assert set(norms) == {"b", "act", "a", "image"}
-    torch.testing.assert_close(norms["act"], at_act.flatten(1).norm(dim=1))
+    torch.testing.assert_close(norms["act"], F.relu(at_act).flatten(1).norm(dim=1))
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -442,6 +442,69 @@ def test_occlusion_of_a_network_that_looks_at_one_pixel():
     assert (found.probabilities < 0.6).nonzero().tolist() == [[2, 0], [2, 1], [3, 0], [3, 1]]
 
 
+class Pooled(nn.Module):
+    """As many a first network: one pool that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.fc = nn.AvgPool2d(2), nn.Linear(12, 2)
+
+    def forward(self, x):
+        """N×3×8×8 to N×2."""
+        return self.fc(self.pool(2 * self.pool(x)).flatten(1))
+
+
+def test_of_a_layer_that_is_called_twice_the_first_call_counts_everywhere():
+    built, image = Pooled(), torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    preprocessing = Preprocessing(8, (0.5,) * 3, (0.25,) * 3)
+    x = preprocessing(image)
+    expected = F.avg_pool2d(x, 2)
+    for layers in (["pool"], ["pool", "fc"]):
+        assert torch.equal(visualize.feature_maps(built, layers, x)["pool"], expected)
+    assert torch.equal(deconv.descend(built, "pool", x).activations, expected)
+    # A square at the corner leaves the sum of map 1 as it is but for what it covers.
+    found = deconv.occlude(built, "pool", image, preprocessing, 1, 0, size=2, stride=2)
+    x[:, :, :2, :2] = 4 * 128 / 255 - 2
+    assert found.activations[0, 0].item() == pytest.approx(F.avg_pool2d(x, 2)[0, 1].sum().item(),
+                                                           abs=1e-4)
+    assert network.grad_cam(built, x, 0, "pool")[0].shape == (1, 4, 4)
+
+
+def test_tokens_whose_batch_is_no_first_dimension_are_refused():
+    patches = Residual(None)  # T×N×C, as a transformer of torch has them by default
+    patches.forward = lambda x: patches.conv(x).flatten(2).permute(2, 0, 1)
+    built = nn.Sequential(patches, nn.Identity(), Residual(None))
+    built[2].forward = lambda x: x.mean(0)
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    for look in (lambda x: deconv.project(built, "0", x),
+                 lambda x: deconv.move_apart(built, ["0"], x, torch.tensor([0]),
+                                             deconv.moves(8)["scale"]),
+                 lambda x: deconv.occlude(built, "0", image, Preprocessing(8, (0,) * 3, (1,) * 3),
+                                          0, 0, 8, 8)):
+        with pytest.raises(ValueError, match="layer=0: returns 64 maps or vectors for 1 images"):
+            look(images(1))
+
+
+@pytest.mark.parametrize("stride, centres", [(20, [10, 30]), (5, [2, 7, 12, 17, 22, 27]),
+                                             (100, [16])])
+def test_the_square_is_drawn_where_it_was(stride, centres):
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    preprocessing = Preprocessing(32, (0.5,) * 3, (0.25,) * 3)
+    found = deconv.occlude(OnePixel(), "conv", image, preprocessing, 1, 0, 8, stride)
+    assert found.probabilities.shape == (len(centres), len(centres))
+    found.probabilities[-1, -1] = 0
+    figure = deconv.draw_occlusion(torch.zeros(3, 32, 32), found, torch.zeros(3, 32, 32), 8, stride,
+                                   "", "", ["a", "b"], "")
+    shown = torch.tensor(figure.axes[0].images[0].get_array())[:, :, 0]
+    top, bottom = centres[-1] - 4, min(centres[-1] + 4, 32)
+    assert (shown == 0.5).nonzero().amin(0).tolist() == [top, top]
+    assert (shown == 0.5).nonzero().amax(0).tolist() == [bottom - 1, bottom - 1]
+    for axes in figure.axes[:5]:  # each cell lies around its square's centre
+        assert axes.get_xlim() == (0, 32) and axes.get_ylim() == (32, 0)
+    left, right, *_ = figure.axes[1].images[0].get_extent()
+    assert (right - left) / len(centres) == min(stride, 32)
+
+
 def test_features_of_moved_images_by_hand():
     x = torch.zeros(1, 3, 8, 8)
     x[0, 0, 5, 2] = 2
@@ -493,6 +556,17 @@ def test_the_papers_figures_of_a_run(run, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="two snapshots or more"):
         deconv.evolution(str(run / "last.pth.none"), "conv1")
+
+
+def test_a_hidden_layer_of_ten_units_has_no_classes(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(visualize, "DPI", 30)
+    built = network.build("simple_cnn", hidden=(10,))
+    checkpoint = network.read(run / "last.pth") | {"model": "simple_cnn", "weights": None,
+                                                   "options": {"hidden": (10,)}}
+    network.save(tmp_path / "a.pth", checkpoint | {"weights": built.state_dict()})
+    figure = deconv.reconstruct(str(tmp_path / "a.pth"), ("fc.0", "fc"), device="cpu")
+    hidden, logits = (axes.get_title() for axes in (figure.axes[0], figure.axes[3]))
+    assert "(" not in hidden and any(f"({name})" in logits for name in SHAPES)
 
 
 def test_snapshots_are_chosen_evenly_in_the_order_of_training(tmp_path):

@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,6 +252,40 @@ def test_an_output_that_is_no_logits_is_said():
                            (nn.MaxPool2d(2, return_indices=True), "a tuple")):
         with pytest.raises(ValueError, match=message):
             network.logits_of(built, images)
+
+
+def test_probabilities_become_the_logits_of_the_same_probabilities():
+    images, softmax = torch.rand(2, 3, 8, 8), nn.Sequential(nn.Flatten(), nn.Linear(192, 5),
+                                                            nn.Softmax(dim=1))
+    softmax[1].weight.data *= 20
+    for dtype, error in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)):
+        shares = softmax.to(dtype)(images.to(dtype)).float()
+        assert torch.allclose(network.logits_of(softmax, images).softmax(1), shares, atol=error)
+    logits = softmax.float()[:2]  # which are no probabilities, though they add up to 1
+    logits[1].weight.data.zero_()
+    logits[1].bias.data = torch.tensor([2.0, -1.0, 0, 0, 0])
+    assert network.logits_of(logits, images)[0].tolist() == [2, -1, 0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_images_are_as_torchvisions_weights_want_them(tmp_path, monkeypatch):
+    from torchvision import models
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    weights = models.GoogLeNet_Weights.DEFAULT
+    torch.save(models.googlenet(init_weights=False).state_dict(),
+               tmp_path / "checkpoints" / Path(weights.url).name)
+    theirs, images = models.get_model("googlenet", weights=weights).eval(), torch.rand(1, 3, 64, 64)
+    opened, about = network.load("torchvision:googlenet")
+    assert opened.transform_input and about.preprocessing.image_size == 224
+    assert torch.equal(opened(images), theirs(images))
+    for name, side, mean in (("inception_v3", 299, 0.485), ("efficientnet_v2_l", 480, 0.5)):
+        _, seen = network._torchvision_weights(name, "any.pth")
+        assert (seen.image_size, seen.mean[0]) == (side, mean)
+    for version in models.ViT_B_16_Weights:  # by the name of the file
+        _, seen = network._torchvision_weights("vit_b_16", f"a/{Path(version.url).name}")
+        assert [seen.image_size] == version.transforms().crop_size
 
 
 def test_layers_of_lenet_by_hand():

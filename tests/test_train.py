@@ -232,8 +232,12 @@ def test_patience_ends_a_run_where_it_should(tmp_path, monkeypatch):
             train.train(tiny(tmp_path, f"cut{at}", epochs=9, patience=2))
         train.train(tiny(tmp_path, f"cut{at}", epochs=9, patience=2), resume=True)
         assert_same_run(tmp_path / "run", tmp_path / f"cut{at}")
-    with pytest.raises(ValueError, match="patience"):
-        train.Config.create(patience=2, val=0)
+    few = image_folder(tmp_path / "few", "ab")  # of which a tenth is none
+    for config in (tiny(tmp_path, "none", patience=2, val=0),
+                   tiny(tmp_path, "small", patience=2, data=few, val=None)):
+        with pytest.raises(ValueError, match="patience: needs images"):
+            train.train(config)
+        assert not config.folder.exists()
 
 
 def test_snapshots_are_the_weights_of_their_epochs(tmp_path):
@@ -891,6 +895,8 @@ def test_classes_are_told_by_their_names(tmp_path):
         for opened in (train.open_test, train.open_dataset):
             with pytest.raises(ValueError, match=complaint):
                 opened(about, other)
+    told = train.difference(["caf\u00e9", "tea"], ["cafe\u0301", "tea"])
+    assert told.isascii() and "'tea'" not in told
     Path(ab, "train", "a").rename(Path(ab, "train", "z"))  # comes after b now
     Path(ab, "test", "a").rename(Path(ab, "test", "z"))
     with pytest.raises(ValueError, match=r"unknown to the network: z; .*missing here: a"):

@@ -144,12 +144,28 @@ def test_receptive_fields_where_the_border_breaks_the_formula():
 @pytest.mark.parametrize("rectify", [
     torch.relu, lambda x: torch.where(x > 0, x, 0), lambda x: x * (x > 0), lambda x: -F.relu(-x),
     lambda x: x.clamp(min=torch.tensor(0.0)), torch.sigmoid, lambda x: x.softmax(1), torch.round,
-    lambda x: F.log_softmax(x, 1)])
+    lambda x: F.log_softmax(x, 1), lambda x: (x - x.mean(1, True)) / x.std(1, keepdim=True),
+    lambda x: F.relu(x) + F.relu(-x)])
 def test_a_receptive_field_does_not_depend_on_the_activation(rectify):
     stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(rectify), nn.MaxPool2d(2)).half()
     weights = [weight.clone() for weight in stack.parameters()]
     assert network.receptive_fields(stack, "2", 16)[:, 3, 2].tolist() == [[6, 4, 10, 8]] * 4
     assert all(map(torch.equal, weights, stack.parameters()))
+
+
+def test_a_gate_adds_its_receptive_field():
+    """Highway networks (Srivastava et al. 2015): T·f(x) + (1 − T)·x."""
+    gate = nn.Conv2d(4, 4, 3, padding=1)
+    highway = Lambda(lambda x: gate(x).sigmoid() * x.flip(1) + (1 - gate(x).sigmoid()) * x)
+    fields = network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), highway).double(), "1", 16)
+    assert fields[:, 3, 5].tolist() == [[2, 4, 7, 9]] * 4
+
+
+@pytest.mark.parametrize("norm", [
+    F.normalize, lambda x: x / x.norm(dim=1)[:, None]])
+def test_a_normalisation_over_the_channels_sees_one_place(norm):
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(norm), nn.Conv2d(4, 4, 3)).double()
+    assert network.receptive_fields(stack, "2", 14)[:, 5, 5].tolist() == [[5, 5, 10, 10]] * 4
 
 
 @pytest.mark.parametrize("norm", [
@@ -251,6 +267,25 @@ def test_capture_hands_on_a_copy_and_takes_its_hooks_off_after_an_exception():
     assert not any(module._forward_hooks for module in stack.modules())
     with pytest.raises(ValueError, match="layer=0: returns a tuple"):
         visualize.feature_maps(nn.Sequential(nn.LSTM(4, 4)), ["0"], torch.randn(2, 4))
+
+
+def test_a_unit_that_no_image_excites_has_no_patches():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval()
+    model[0].weight.data[1], model[0].bias.data[1] = 0, 0
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    prep = data.Preprocessing(8, (0.5,) * 3, (0.25,) * 3)
+    values, chosen, _, boxes = visualize.top_fields(model, "1", images, prep, [0, 1], 2)
+    patches = visualize.cut_patches(prep.pictures(chosen), boxes).unflatten(0, (2, 2))
+    assert (patches[0] != visualize.GREY).any() and patches.shape[-1] == 3
+    assert values[1].tolist() == [0, 0] and (patches[1] == visualize.GREY).all()
+
+
+def test_a_filter_of_a_group_sees_the_channels_of_that_group(tmp_path, monkeypatch):
+    grouped = nn.Sequential(nn.Conv2d(6, 6, 3, groups=2))
+    monkeypatch.setattr(visualize, "open_network", lambda *_, **__: (grouped, network.Description(
+        "m", (), None)))
+    title = visualize.filters("m", "0", channel="1", out=str(tmp_path)).get_suptitle()
+    assert "input channel 1 (from 0 to 2, of its group)" in title
 
 
 def test_gradients_reach_what_capture_keeps():
@@ -406,6 +441,23 @@ def test_confusion_matrix_by_hand():
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
 
 
+def test_a_thousand_classes_have_a_figure_too(run, tmp_path, monkeypatch):
+    names = [f"class {number}" for number in range(300)]
+    figure = visualize.draw_confusion(torch.eye(300), names, "")
+    assert 50 < len({text for text in texts_of(figure) if text in names}) <= 100
+    labels = torch.arange(290).repeat(2)
+    test, logits = data.Split(torch.zeros(580, 3, 1, 1), labels), torch.randn(580, 300)
+    logits[range(580), labels] += 3
+    logits[7] = logits[297] = 9 * F.one_hot(torch.tensor(299), 300)
+    monkeypatch.setattr(visualize, "open_test", lambda *_, **__: (None, network.Description(
+        "m", tuple(names), None), test))
+    monkeypatch.setattr(visualize, "predicted", lambda *_: (logits, names))
+    shown = texts_of(visualize.pr_curves(str(run), out=str(tmp_path)))
+    drawn = [text for text in shown if " · " in text]
+    assert len(drawn) == 100 and drawn[0].startswith("class 7 · ")
+    assert any("the 100 lowest" in text for text in shown)
+
+
 def test_precision_and_recall_by_hand():
     scores = torch.tensor([0.9, 0.8, 0.8, 0.3, 0.1])
     positive = torch.tensor([True, False, True, False, True])
@@ -414,6 +466,10 @@ def test_precision_and_recall_by_hand():
     assert recall.tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
     assert average == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
     assert math.isnan(visualize.precision_recall(scores, torch.zeros(5, dtype=torch.bool))[2])
+    # Where all scores are the same there is one threshold, and its point is seen.
+    curve = visualize.precision_recall(scores * 0, positive)
+    line = visualize.draw_pr_curves([curve], ["a"], "").axes[0].lines[-1]
+    assert line.get_xydata().tolist() == [pytest.approx([1, 3 / 5])] and line.get_marker() == "o"
 
 
 def test_a_class_without_images_has_no_accuracy_and_no_average_precision(monkeypatch, run,
@@ -458,6 +514,8 @@ def test_a_training_loss_that_label_smoothing_raises_is_named(tmp_path, monkeypa
         assert [*visualize.group_runs([tmp_path])] == [label]
     monkeypatch.chdir(tmp_path)
     assert [*visualize.group_runs(["."])] == [name]
+    (tmp_path / "config.json").write_text('{"augment": ["flip", "cutmix"]}')
+    assert [*visualize.group_runs(["."])] == [f"{name} (training on mixed images)"]
 
 
 def test_a_comma_in_a_runs_path_is_part_of_it(tmp_path):
@@ -603,11 +661,28 @@ def test_statistics_of_a_layer_by_hand():
     assert found["std"] == pytest.approx((4 * 0.04 / 24 - (0.8 / 24) ** 2) ** 0.5)
     assert found["counts"].tolist() == [0, 0, 0, 4]
     assert visualize.rectifiers_of(model, 2) == ["1", "3"]
+    for kind in (nn.Tanh, nn.SELU, nn.PReLU, nn.Mish):
+        model[1] = kind()
+        assert visualize.rectifiers_of(model, 2) == ["1", "3"]
     # Not called, as the auxiliary classifiers of GoogLeNet; called with positions, as in Swin v2.
     model[0].aside, model[0].positions = nn.ReLU(), nn.ReLU()
     model[0].register_forward_pre_hook(lambda conv, given: conv.positions(conv.weight[:1]).size()
                                        and given)
     assert visualize.rectifiers_of(model, 2) == ["1", "3"]
+
+
+def test_statistics_of_a_layer_far_from_0_or_beyond_all_numbers():
+    images, prep = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), data.Preprocessing(
+        8, (0.5,) * 3, (0.25,) * 3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    model[0].weight.data *= 1e-3
+    model[0].bias.data.fill_(10.0)
+    found, values = visualize.layer_statistics(model, ["0"], images, prep)["0"], model(prep(images))
+    for name, value in (("std", values.double().std(correction=0)), ("mean", values.mean())):
+        assert found[name] == pytest.approx(value.item(), rel=1e-3)
+    model[0].weight.data = 3e4 * torch.randn(4, 3, 3, 3)
+    with pytest.raises(ValueError, match="layer=0: its outputs are not finite"):
+        visualize.layer_statistics(model.half(), ["0"], images, prep)
 
 
 def test_the_history_of_a_layer_by_hand(tmp_path):
@@ -718,6 +793,32 @@ def test_the_hessian_of_a_network_is_that_of_all_its_images(opened):
     assert first == pytest.approx(torch.linalg.eigvalsh(whole).max().item(), rel=1e-2)
 
 
+class Attention(nn.Module):
+    """Attention as torchvision's transformers have it: its quick ways have no second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).mT[:, None]
+        return self.fc(F.scaled_dot_product_attention(x, x, x).mean((1, 2)))
+
+
+def test_the_hessian_of_networks_from_elsewhere(opened):
+    torch.manual_seed(0)
+    split = data.Split(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), torch.arange(8) % 2)
+    about = dataclasses.replace(opened[1], preprocessing=data.Preprocessing(
+        8, (0.5,) * 3, (0.25,) * 3))
+    grey = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2))
+    for built in (grey, Attention()):
+        assert abs(visualize.hessian_on(built, about, {"train": split})[0]) > 0
+    quick = Lambda(lambda x: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0])
+    with pytest.raises(ValueError, match=r"hessian: .*not implemented"):
+        visualize.hessian_on(nn.Sequential(nn.Conv2d(3, 3, 3), quick, nn.Flatten()), about,
+                             {"train": split})
+
+
 def test_the_line_between_two_networks_begins_and_ends_at_them():
     torch.manual_seed(1)
     nets = [network.build("resnet20").eval() for _ in range(2)]
@@ -818,6 +919,12 @@ def test_where_the_loss_overflows_there_is_a_hole():
     with pytest.raises(ValueError, match="not one value is finite"):
         visualize.draw_landscape_contours([0, 1], [0, 1], {"test": values[1:, 1:] * math.nan}, "",
                                           ("x", "y"))
+
+
+def test_a_loss_of_0_is_at_the_bottom_of_the_line():
+    rows = [{"x": x, "test/loss": abs(x), "test/accuracy": 1.0} for x in (-1.0, 0.0, 1.0)]
+    axes = visualize.draw_landscape_line(rows, "").axes[0]
+    assert axes.lines[0].get_ydata() == pytest.approx([1, 1e-4, 1]) and axes.get_ylim()[0] < 1e-4
 
 
 @pytest.mark.parametrize("spread", [0, 1e-6, 1e-3])
@@ -930,7 +1037,12 @@ def test_a_network_from_elsewhere(tmp_path, monkeypatch, few_shapes, capsys):
         "from torch import nn\n"
         "def tiny():\n"
         "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(),\n"
-        "                         nn.Linear(4 * 14 * 14, 10))\n")
+        "                         nn.Linear(4 * 14 * 14, 10))\n"
+        "def half():\n"
+        "    return tiny().half()\n")
+    figure, *_ = visualize.landscape("some_nets:half", images=8, points=3, hessian=True,
+                                     data="shapes", image_size=16)
+    assert re.search(r"Hessian: \d", figure.get_suptitle())
     for words in (["features", "--network=some_nets:tiny", "--layers=0,3", "--data=shapes"],
                   ["filters", "--network=some_nets:tiny", "--layer=0"],
                   ["confusion", "some_nets:tiny", "--data=shapes"],
