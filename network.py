@@ -505,9 +505,12 @@ def logits_of(network, images, weights=None):
             logits.ndim != 2 or not logits.is_floating_point()):
         kind = "×".join(map(str, getattr(logits, "shape", ()))) or f"a {type(logits).__name__}"
         raise ValueError(f"the network returns {kind}, not N×classes logits, for N images")
-    error, logits = 16 * torch.finfo(logits.dtype).eps, logits.float()
+    # By chance, two logits may add up to nearly 1: as little as rounding allows.
+    error, logits = max(torch.finfo(logits.dtype).eps, 2e-6), logits.float()
+    if torch.is_autocast_enabled(images.device.type):  # networks of this package alone, in bf16
+        return logits
     shares = (logits.min() >= 0) & ((logits.sum(1) - 1).abs().max() <= error)
-    return torch.where(shares, logits.clamp(min=1e-30).log(), logits)  # chosen on the device
+    return torch.where(shares, logits.clamp(min=1e-18).log(), logits)  # chosen on the device
 
 
 class _Reached(BaseException):
@@ -563,8 +566,9 @@ def captured_maps(outputs, layer, count):
         kind += f" of {str(maps.dtype)[6:]}" if isinstance(maps, Tensor) else ""
         raise ValueError(f"layer={layer}: returns {kind}, neither feature maps N×C×H×W or N×H×W×C, "
                          f"tokens N×T×C nor vectors N×C of real numbers")
-    if len(maps) != count:  # T×N×C, for one, which a transformer has unless batches come first
-        raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {count} images")
+    if len(maps) != count:
+        raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {count} images, "
+                         f"which must come first (in a transformer, batch_first=True)")
     if maps.ndim == 3:
         side = math.isqrt(maps.shape[1])
         maps = maps[:, -side * side:].unflatten(1, (side, side))

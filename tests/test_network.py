@@ -265,6 +265,13 @@ def test_probabilities_become_the_logits_of_the_same_probabilities():
     logits[1].weight.data.zero_()
     logits[1].bias.data = torch.tensor([2.0, -1.0, 0, 0, 0])
     assert network.logits_of(logits, images)[0].tolist() == [2, -1, 0, 0, 0]
+    logits[1].bias.data = torch.tensor([0.25, 0.75, 0, 0, 0])
+    with torch.autocast("cpu", torch.bfloat16):  # as networks of this package are used
+        assert network.logits_of(logits, images)[0].tolist() == [0.25, 0.75, 0, 0, 0]
+    for count in (2, 10, 1000):
+        shares = nn.Sequential(nn.Flatten(), nn.Linear(192, count), nn.Softmax(1))
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            assert network.logits_of(shares.to(dtype), torch.randn(50, 3, 8, 8)).max() <= 0
 
 
 @pytest.mark.filterwarnings("ignore")
