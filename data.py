@@ -55,6 +55,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 OVERLAPPING = ("cpu", "cuda")
 # Others are refused whatever a file is called: PostScript, for one, is handed to a program.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+BUILT_IN = ("cifar10", "cifar100", "shapes")  # data sets; all else is a folder
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "bar", "flower", "crescent",
           "half")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
@@ -269,11 +270,16 @@ class _Source:
     fingerprint: str
 
 
+def folder_of(data):
+    """The folder that `data` means, however it is written; None for a built-in set."""
+    return None if data in BUILT_IN else Path(data).resolve()
+
+
 def _source(parts, data, root, image_size, skip_bad, writes):
     """The `_Source` that `data` names."""
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
-    if data not in ("cifar10", "cifar100", "shapes"):
+    if folder_of(data):
         return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes)
     if data == "shapes":
         sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed
@@ -288,6 +294,7 @@ def _cifar(name, root, parts, writes):
     from torchvision import datasets
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    new = not Path(root).exists()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             # torchvision compares the MD5 of every file each time.
@@ -303,6 +310,9 @@ def _cifar(name, root, parts, writes):
                                   f"is; move it away") from None
                 found = [source(root, train=part == "train", download=True) for part in parts]
     except Exception as error:  # torchvision reports a failed download in many ways
+        if new:
+            with contextlib.suppress(OSError):  # not empty, or not made
+                Path(root).rmdir()
         reason = f"cannot be downloaded ({str(error).splitlines()[0]})" if writes else (
             "is not downloaded to where a checkpoint says: give `root=FOLDER`")
         raise FileNotFoundError(
@@ -455,6 +465,9 @@ def _list_folder(folder):
             f"data={str(folder)!r}: no such data set or folder (cifar10, cifar100, shapes, or a "
             f"folder with train/<class>/* and test/<class>/*)")
     classes, left_out = {}, collections.Counter()
+    left_out["folders beside train and test"] = sum(
+        entry.is_dir() and entry.name not in ("train", "test") and not entry.name.startswith(".")
+        for entry in folder.iterdir())
     for part in ("train", "test"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder}: has no folder {part!r} (needed: train/<class>/*, "
@@ -490,6 +503,8 @@ def _list_class(folder, label, left_out):
             if os.path.isdir(entry.path):
                 left_out["files in folders within a class"] += sum(
                     len(files) for _, _, files in os.walk(entry.path))
+            elif entry.name.startswith("."):  # a Mac leaves ._cat.png beside cat.png
+                left_out["hidden files"] += suffix in IMAGE_SUFFIXES
             elif suffix in IMAGE_SUFFIXES:
                 try:
                     known = entry.stat()
@@ -497,7 +512,7 @@ def _list_class(folder, label, left_out):
                                   (known.st_mtime_ns, known.st_ctime_ns)))
                 except OSError:  # a link that leads nowhere; reading it will say so
                     found.append((entry.path, label, 0, (0, 0)))
-            elif not entry.name.startswith("."):
+            else:
                 left_out[f"files of type {suffix or 'unknown'}"] += 1
     if not found:
         raise ValueError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
@@ -1107,7 +1122,7 @@ def mix(images, labels, augment, seed, step):
 
 def write_atomically(path, content, older=None):
     """Replace the file `path` by bytes or text `content`, or what the function `content` writes to
-    the open file it is given: all or nothing.
+    the open file it is given: all or nothing. Its folder is made if it is not there.
 
     A reader of `path` sees the old file or the new one, also after a crash or on a full disk. The
     old file becomes the file `older`, if that is given. OSError names the file and the cause.
@@ -1116,11 +1131,13 @@ def write_atomically(path, content, older=None):
     partial_file = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path, "; the file before it, if any, is unchanged"):
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(partial_file, "wb") as file:
                 if callable(content):
                     content(file)
                 else:
-                    file.write(content.encode() if isinstance(content, str) else content)
+                    file.write(content.encode("utf-8", "surrogateescape")  # a file's name, as it is
+                               if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             # Between these two renames there is no `path`; whoever opens the folder next puts
@@ -1173,8 +1190,8 @@ def append(path, content):
 def read_text(path, most=1 << 24, errors="strict"):
     """The text of a regular file of at most `most` bytes, else OSError or ValueError; `errors` says
     what becomes of bytes that are no text."""
-    check_regular(path, most)
-    return Path(path).read_text(encoding="utf-8", errors=errors)
+    check_regular(path, most)  # Windows' and Excel's files begin with a mark of their encoding
+    return Path(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
 def read_json(path, meaning):
@@ -1439,6 +1456,8 @@ def parse_value(name, text, kind):
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
         raise ValueError(f"{name}={text}: takes no value, or true or false")
+    if kind is str:
+        return os.path.expanduser(text)  # which a shell does at the start of a word alone
     try:
         value = kind(text)
     except ValueError:
@@ -1570,8 +1589,7 @@ def canonical(words, known, listed, first):
             raise ValueError(f"{plain[-1]}: a word too many; values follow their flag, several of "
                              f"them with commas between")
         values[first] = plain.pop()
-    return plain, {name: os.path.expanduser(text) if re.match("~(/|$)", text) else text
-                   for name, text in values.items()}
+    return plain, values
 
 
 def dashed(word, known):
@@ -1689,11 +1707,12 @@ class _LastingFile(io.FileIO):
 def make_output_last():
     """Let nothing about standard output and standard error end a run: neither that they are closed
     nor that their encoding lacks a character, which is replaced."""
-    for name in ("stdout", "stderr"):
+    for name in ("stdin", "stdout", "stderr"):  # by their numbers: what is closed is opened so
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115
-        elif stream is getattr(sys, f"__{name}__"):  # no notebook's, no test's
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, errors="replace"))  # noqa: SIM115
+        elif name != "stdin" and stream is getattr(sys, f"__{name}__"):  # no notebook's, no test's
             stream.flush()
             setattr(sys, name, io.TextIOWrapper(
                 io.BufferedWriter(_LastingFile(stream.fileno(), "w", closefd=False)),

@@ -1208,6 +1208,12 @@ def fitting_weights(checkpoint, network):
     return weights
 
 
+def finite(weights):
+    """Whether all `weights`, a state dict, are finite numbers."""
+    return all(value.isfinite().all() for value in weights.values()
+               if torch.is_tensor(value))  # a quantised network keeps other things too
+
+
 def in_half(weights):
     """`weights` with filters and matrices in half precision, to be kept or given away.
 

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import importlib
 import io
 import itertools
@@ -115,6 +116,8 @@ def check_setting(name, value, kind, allowed):
         raise ValueError(f"{name}={value!r}: must be {kind}")
     if any(isinstance(part, str) and len(part) > MOST_LETTERS for part in parts):
         raise ValueError(f"{name}: a text of more than {MOST_LETTERS} letters")
+    if any(isinstance(part, str) and re.search("[\ud800-\udfff]", part) for part in parts):
+        raise ValueError(f"{name}={value!r}: has bytes that are no text in UTF-8; rename it")
     for part in parts if allowed else ():
         if isinstance(part, str) and part not in allowed:
             raise ValueError(f"{name}={text_of(value)}: must be of {', '.join(allowed)}"
@@ -283,9 +286,13 @@ def parse_flags(flags):
     Flags in the environment variable TRAIN_FLAGS are added to them and win: with
     TRAIN_FLAGS="--limit=512 --epochs=2" any training command is a quick trial.
     """
-    kinds = typing.get_type_hints(Config)
-    flags = {**flags, **dict(word.removeprefix("--").split("=", 1)
-                             for word in shlex.split(os.environ.get("TRAIN_FLAGS", "")))}
+    kinds, text = typing.get_type_hints(Config), os.environ.get("TRAIN_FLAGS", "")
+    try:
+        if words := shlex.split(text):
+            known = settings_flags([*words, f"--model={flags.get('model', Config.model)}"])
+            flags = {**flags, **data.canonical(words, known, None, None)[1]}
+    except ValueError as error:
+        raise ValueError(f"TRAIN_FLAGS={text}: {error}") from error
     model = flags.get("model", Config.model)
     kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
     if "options" in flags:
@@ -582,8 +589,7 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
             with catch_signals() as stop, live_progress(config, len(batches)) as bar:
                 # Processes that disagree on whether to go on would wait for each other for ever:
                 # they vote.
-                while state.epoch < config.epochs and not workers.any(
-                        0 < config.patience <= state.epoch - state.best_epoch, state.sums):
+                while not workers.any(is_over(config, state.epoch, state.best_epoch), state.sums):
                     train_epoch(state, batches, config, workers, folder, bar, stop)
                     bar(state, None)
                     end_epoch(state, dataset, batches, folder)
@@ -595,6 +601,11 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
             return result
         finally:
             folder.close()
+
+
+def is_over(config, epochs, best):
+    """Whether a run of `config` ends after so many `epochs`, of which number `best` was best."""
+    return epochs >= config.epochs or 0 < config.patience <= epochs - best
 
 
 def train_epoch(state, batches, config, workers, folder, bar, stop):
@@ -1000,10 +1011,14 @@ def announce(state, config, dataset, device, workers, say):
 
 @contextlib.contextmanager
 def enough_memory(config):
-    """A context in which memory that is not there is an OSError that says what helps."""
+    """A context in which memory, or a compiler, that is not there is an OSError that says what
+    helps."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if re.match(r"torch\._(dynamo|inductor)\b", type(error).__module__):
+            raise OSError(f"torch.compile does not work here ({str(error).splitlines()[0]}); leave "
+                          f"out `compile`") from error
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
                 or "allocate memory" in str(error)):  # on a CPU
             raise
@@ -1216,10 +1231,12 @@ class RunFolder:
         lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
         write_atomically(self.path / "metrics.csv", "\n".join(lines) + "\n")
         self.write_config()
-        data.trim_events([path for path in written_by_a_run(self.path)  # not what others log there
-                          if path.parent == self.path and path.name.startswith("events")],
-                         state.step)
-        self.events = self.path / f"events.out.tfevents.{time.time():.0f}.{state.step:09d}"
+        logged = [path for path in written_by_a_run(self.path)  # not what others log there
+                  if path.parent == self.path and path.name.startswith("events")]
+        data.trim_events(logged, state.step)
+        # In the order of their steps also where the clock was set back.
+        now = max([time.time(), *(int(path.name.split(".")[3]) for path in logged)])
+        self.events = self.path / f"events.out.tfevents.{now:.0f}.{state.step:09d}"
         data.append(self.events, data.event_bytes(file_version="brain.Event:2"))
         if not state.step:
             from torch.utils.tensorboard.summary import custom_scalars
@@ -1274,7 +1291,7 @@ class RunFolder:
         `snapshot` its weights in half precision."""
         weights, training = copied((state.weights(), training_state(state)))  # the GPU waits here
         # Never saved: the checkpoint before it is the one to go back to.
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
+        if not networks.finite(weights):
             raise ValueError(f"the weights are not finite at step {state.step}; {self.last_good()}")
         self.wait()
         if not self.writes:
@@ -1356,8 +1373,11 @@ def read_rows(run):
         return []
     except csv.Error as error:
         raise ValueError(f"{path}: damaged ({error})") from error
-    return [row for row in rows
+    rows = [row for row in rows
             if set(row) == set(COLUMNS) and None not in row.values() and row["epoch"].isdecimal()]
+    if not rows and len(text.split()) > 1:  # a resumed run would write over them
+        raise ValueError(f"{path}: damaged (not one row is whole); a run goes on without it")
+    return rows
 
 
 def read_metrics(run):
@@ -1367,9 +1387,6 @@ def read_metrics(run):
     """
     rows = read_rows(run)
     if not rows:
-        path = Path(run) / "metrics.csv"
-        if path.exists() and len(path.read_bytes().split()) > 1:
-            raise ValueError(f"{path}: damaged (not one row is whole)")
         raise FileNotFoundError(f"{run}: no run with a finished epoch (no rows in metrics.csv)")
     try:
         return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
@@ -1386,7 +1403,7 @@ def check_folder(config, resume, overwrite):
         raise FileExistsError(f"{folder}: is there and is not the folder of a run; a run needs a "
                               f"folder of its own (`name=NAME`, `out=FOLDER`)")
     if resume:
-        check_same_run(config)
+        check_same_run(config, moved=True)
     elif not overwrite and {path.name for path in written_by_a_run(folder)} - {".lock", MARKER}:
         raise FileExistsError(f"{folder}: a run is there already; go on with it (`resume`), take "
                               f"another name (`name=NAME`) or start it anew (`overwrite`)")
@@ -1394,23 +1411,26 @@ def check_folder(config, resume, overwrite):
 
 def check_apart(config, resume):
     """ValueError when images lie in the run's folder, or it lies among them."""
-    folder = config.folder.resolve()
-    for name in ("data",) if resume else ("data", "root"):  # `resume=.` makes `root` in the folder
-        path = Path(getattr(config, name)).resolve()
-        if not path.is_dir() and name == "data":
-            continue
+    folder, images = config.folder.resolve(), data.folder_of(config.data)
+    places = {} if resume else {"root": Path(config.root).resolve()}  # `resume=.` makes it there
+    places |= {"data": images} if images and images.is_dir() else {}
+    for name, path in places.items():
         if folder in (path, *path.parents) or (name == "data" and path in folder.parents):
             raise ValueError(f"{name}={getattr(config, name)}: images and the run's folder, "
                              f"{config.folder}, must lie apart (`{name}`, `out`, `name`)")
 
 
-def check_same_run(config, before=None):
+def check_same_run(config, before=None, moved=False):
     """ValueError when the run in `config.folder` began with settings of another meaning, unless it
-    is not there: with those `before`, or else those in its config.json."""
+    is not there: with those `before`, or else those in its config.json. With `moved` its images may
+    be in another folder now: whoever reads them compares them, see `check_checkpoint`."""
     path = config.folder / "config.json"
     if before is None and not path.exists():
         return
     now, before = config.all_settings(), (before or read_config(path)).all_settings()
+    here, there = (data.folder_of(values["data"]) for values in (now, before))
+    if here and (here == there or (moved and here.is_dir())):
+        before["data"] = now["data"]
     for name in sorted({*now, *before}):
         if now.get(name) != before.get(name) and name not in MAY_CHANGE:
             raise ValueError(f"{name}={now.get(name)}: the run in {config.folder} has "
@@ -1425,7 +1445,8 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
     """Whether `checkpoint` is of other images, which `changed_data` must allow. ValueError when it
     is of another run than the one that `config` and the new `description` speak of, whatever the
     other files of the run say."""
-    check_same_run(config, Config.from_json(checkpoint["settings"]))
+    known = "fingerprint" in checkpoint  # earlier ones have none
+    check_same_run(config, Config.from_json(checkpoint["settings"]), moved=known)
     if checkpoint["classes"] != description["classes"]:
         raise ValueError(f"data={config.data}: its classes are "
                          f"{difference(description['classes'], checkpoint['classes'])}")
@@ -1435,7 +1456,7 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
         networks.describe(each).preprocessing for each in (checkpoint, description))]
     others = (checkpoint.get("fingerprint") != description["fingerprint"]
               or math.dist(*colors) > 1e-4)
-    if others and not changed_data and "fingerprint" in checkpoint:  # earlier ones have none
+    if others and not changed_data and known:
         raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
                          f"began, which goes on with them as they are now if `changed_data` is "
                          f"given")
@@ -1521,8 +1542,7 @@ def open_network(source, device="auto", weights=None, image_size=None):
     """The network that `source` means (see `network.load`), in evaluation mode on the chosen
     device, and its `Description`."""
     network, description = networks.load(source, weights, image_size, choose_device(device))
-    if not all(value.isfinite().all() for value in network.state_dict().values()
-               if torch.is_tensor(value)):  # a quantised network keeps other things too
+    if not networks.finite(network.state_dict()):
         raise ValueError(f"{source}: holds weights that are not finite numbers")
     if description.settings:
         try:
@@ -1578,10 +1598,19 @@ def as_named(split, classes, description, data):
     known = {name: number for number, name in enumerate(description.classes or classes)}
     if not description.classes and all(re.fullmatch("[0-9]{1,9}", name) for name in classes):
         known = {name: int(name) for name in classes}  # the classes of such a network are numbers
+    elif not description.classes:
+        say_once(f"{data}: the classes {', '.join(classes)[:200]} are taken for those that the "
+                 f"network has at numbers 0 to {len(classes) - 1}")
     if not known.keys() >= {*classes}:
         raise ValueError(f"data={data}: its classes are {difference(classes, known)}")
     numbers = torch.tensor([known[name] for name in classes])  # their label i is our numbers[i]
     return split and split._replace(labels=numbers[split.labels])
+
+
+@functools.cache
+def say_once(line):
+    """Print a line on standard error, the first time only."""
+    print(line, file=sys.stderr)
 
 
 def difference(classes, known):
@@ -1608,8 +1637,10 @@ def finish(state, dataset, folder, workers):
     if state.epoch < config.epochs:
         print(f"validation accuracy has not risen for {config.patience} epochs: that is all")
     # Which epoch that is was chosen by validation images; the test set has no say in anything.
-    kept = folder.path / ("best.pth" if dataset.val else "last.pth")
-    network, _ = open_network(kept, config.device)
+    kept = networks.find_checkpoint(folder.path) if dataset.val else folder.path / "last.pth"
+    if dataset.val and kept.name != "best.pth":
+        folder.say(f"{folder.path}: best.pth is gone; the last epoch is measured")
+    network, about = open_network(kept, config.device)
     logits = finite_logits(network, dataset.test.images, prep)
     with_tta = None
     if config.tta != "none":
@@ -1617,10 +1648,10 @@ def finish(state, dataset, folder, workers):
         with_tta = score(views, labels, len(dataset.classes))["accuracy"]
     result = {
         **figures(logits, labels, dataset.classes), "test/accuracy_tta": with_tta,
-        "val/accuracy": state.best_accuracy if dataset.val else None,
+        "val/accuracy": state.best_accuracy if kept.name == "best.pth" else None,
         "train/accuracy": next((float(row["train/accuracy"]) for row in read_rows(folder.path)
                                 if int(row["epoch"]) == state.epoch), None),  # it may be lost
-        "epoch": state.best_epoch if dataset.val else state.epoch, "epochs": state.epoch,
+        "epoch": about.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
         "command": command_of(config), "processes": workers.world, **environment(network),
@@ -1829,8 +1860,9 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None, device: s
         raise OSError("; ".join(errors))
     logits = finite_logits(network, torch.stack([*pictures.values()]), description.preprocessing)
     names = description.class_names(logits.shape[1])
-    if not 1 <= top <= len(names):
-        raise ValueError(f"top={top}: must be from 1 to {len(names)}")
+    if top < 1:
+        raise ValueError(f"top={top}: must be at least 1")
+    top = min(top, len(names))  # two classes have no third
     shares, indices = logits.softmax(1).topk(top)
     found = {file: [(names[index], share) for share, index in zip(*row)]
              for file, *row in zip(pictures, shares.tolist(), indices.tolist())}
@@ -1851,7 +1883,8 @@ def read_pictures(paths, size):
     """({name: 3×S×S uint8} of the pictures `paths` and in the folders among them, what is wrong
     with those that cannot be read)."""
     files = [file for path in map(Path, paths) for file in (
-        sorted(found for found in path.rglob("*") if found.suffix.lower() in data.IMAGE_SUFFIXES
+        sorted(found for found in path.rglob("[!.]*") if found.suffix.lower() in
+               data.IMAGE_SUFFIXES
                and not found.with_name("tensors.tsv").exists())  # no sprites of the Projector
         if path.is_dir() else [path])]
     if not files:
@@ -1895,11 +1928,14 @@ def export(run: str, out: str):
     made = data.read_json(run / "result.json", how_made)
     checkpoint = networks.read(networks.find_checkpoint(run))
     checkpoint = {name: value for name, value in checkpoint.items() if name != "training"}
+    checkpoint["weights"] = networks.in_half(checkpoint["weights"])
+    if not networks.finite(checkpoint["weights"]):
+        raise ValueError(f"{run}: holds weights that are not finite numbers, or too large for half "
+                         f"precision")
     config = Config.from_json(checkpoint["settings"])
     checkpoint["settings"] |= {"name": None, "out": Config.out, "root": Config.root}
     made["command"] = command_of(dataclasses.replace(config, name=None, out=Config.out))
-    networks.save(out, {**checkpoint, "weights": networks.in_half(checkpoint["weights"]),
-                        "made": made})
+    networks.save(out, {**checkpoint, "made": made})
     return Path(out)
 
 

@@ -51,7 +51,6 @@ from data import (
     read_json,
     subset,
     write_atomically,
-    writing,
 )
 
 Format = typing.Literal["png", "svg", "pdf"]
@@ -281,8 +280,6 @@ def save_figure(figure, ckpt, name, out=None, format="png", **_others):
     """Write `figure` to its `figure_path`, which becomes `figure.path`, and return it."""
     path = figure_path(ckpt, name, out, format or "png")
     check_figure(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     # In memory first: a figure that fails, or a full disk, leaves the file before it as it was.
     kind, content = path.suffix[1:].lower(), io.BytesIO()
     # In JPEG alone matplotlib leaves no name, by which `file_of` knows what was made here.
@@ -686,7 +683,7 @@ def read_table(path):
     if not path.is_file():
         return []
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             return [{name: value if name == "model" else float(value) for name, value
                      in row.items()} for row in csv.DictReader(file)]
     except (ValueError, TypeError, csv.Error) as error:
@@ -695,7 +692,6 @@ def read_table(path):
 
 def write_table(path, rows):
     """Write `rows`, dictionaries with the same names, to the CSV file `path`, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = [*rows[0]]
     write_atomically(path, Table(columns, [[row[name] for name in columns] for row in rows]).csv())
 

@@ -399,7 +399,6 @@ def figures_of(experiment, runs, folder):
         captions[path] = "loss and accuracy after each epoch"
     for path, name in found.items():
         copy = folder / "figures" / f"report-{experiment.id}-{path.name}"
-        copy.parent.mkdir(parents=True, exist_ok=True)
         visualize.check_figure(copy)
         write_atomically(copy, path.read_bytes())
         captions[copy] = f"{path.stem}, {name}"

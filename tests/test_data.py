@@ -404,8 +404,10 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     for name, colour in (("a.gif", 50), ("b.TIF", 60)):
         Image.new("RGB", (8, 8), (colour, 0, 0)).save(folder / "test" / "cat" / name)
     (folder / "train" / "cat" / "inner" / "more").mkdir(parents=True)
-    for name in ("inner/1.png", "inner/more/2.png", "notes.txt", ".hidden", "README"):
+    for name in ("inner/1.png", "inner/more/2.png", "notes.txt", ".hidden", "._0.png", "README"):
         (folder / "train" / "cat" / name).touch()
+    for name in ("val", ".git"):
+        (folder / name).mkdir()
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     (folder / "train" / "beside.png").touch()
     (folder / "test" / "fish").symlink_to(tmp_path / "nowhere")
@@ -413,8 +415,8 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     assert dataset.test.images[:, 0, 0, 0].tolist() == [0, 0, 0, 50, 60, 100, 100, 100]
     assert capsys.readouterr().err == (
         f"{folder}: left out files beside the classes (2), files in folders within a class (2), "
-        "files of type .txt (1), files of type unknown (1), hidden folders beside the classes (1)"
-        "\n")
+        "files of type .txt (1), files of type unknown (1), folders beside train and test (1), "
+        "hidden files (1), hidden folders beside the classes (1)\n")
     (folder / "train" / "two\nlines").mkdir()
     (folder / "test" / "two\nlines").mkdir()
     with pytest.raises(ValueError, match=r"two\\nlines"):
@@ -427,6 +429,7 @@ def test_cifar_without_files_and_network(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(FileNotFoundError, match=r"cifar-10-python\.tar\.gz.*shapes.*FOLDER"):
         data.load("cifar10", tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()
 
 
 ODD_IMAGES = {
@@ -512,7 +515,8 @@ def test_a_mistyped_line_never_starts_work(line, complaint, capsys):
     (["--resume", "--big"], {"resume": True, "big": True}), (["--resume", "x"], {"resume": "x"}),
     (["--", "run"], {"ckpt": "run"}), (["--ckpt=--x=1"], {"ckpt": "--x=1"}),
     (["--ckpt", "-1"], {"ckpt": "-1"}), (["--ckpt=-"], {"ckpt": "-"}),
-    (["--ckpt=~/a"], {"ckpt": os.path.expanduser("~/a")}), (["--ckpt=~"], {
+    (["--ckpt=~/a"], {"ckpt": os.path.expanduser("~/a")}), (["--ckpt=~root/a"], {
+        "ckpt": os.path.expanduser("~root/a")}), (["--ckpt=~"], {
         "ckpt": os.path.expanduser("~")}), (["--ckpt=a~/b"], {"ckpt": "a~/b"}),
     (["--layers=none"], {"layers": ()}), (["--layers="], {"layers": ()}),
 ])
@@ -562,13 +566,14 @@ import data
 def command():
     for number in range(20_000):
         print(number, "épochs × ½ \udcff", flush=number % 100 == 0)
-    open({done!r}, "w").close()
+    with open({done!r}, "w") as file:
+        assert file.fileno() > 2  # whatever else is written there would go to this file
     return data.Table(("ü", "[/x]"), [("[v1]", ":cat:")], title="[bold]×")
 data.command_line({{"command": command}}, argv=["command"])
 """
 
 
-@pytest.mark.parametrize("line", ["| head -1", ">&-", ">&- 2>&-", "> /dev/full",
+@pytest.mark.parametrize("line", ["| head -1", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full",
                                   "< /dev/null > OUT"])
 def test_no_kind_of_standard_output_ends_a_run(line, tmp_path):
     script = RAN_OUT.format(folder=str(Path(data.__file__).parent), done=str(tmp_path / "done"))
@@ -616,6 +621,11 @@ def test_the_folder_is_synced_after_a_rename(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", note)
     data.write_atomically(tmp_path / "a", "text")
     assert synced == [False, True]
+
+
+def test_names_that_are_no_text_are_written_as_they_are(tmp_path):
+    data.write_atomically(tmp_path / "new" / "table.csv", os.fsdecode(b"f\xfcr"))
+    assert (tmp_path / "new" / "table.csv").read_bytes() == b"f\xfcr"
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 50 + "1" + "}" * 50, "{", "[]"])

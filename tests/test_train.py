@@ -89,6 +89,7 @@ def test_learning_rate_by_hand():
     ({"augment": ("flop",)}, "flop"), ({"schedule": "cos"}, "cosine"), ({"widht": 3}, "widht"),
     ({"dropout": 1.5}, "dropout"), ({"model": "lenet6"}, "lenet6"), ({"epochs": "3"}, "epochs"),
     ({"name": "x" * 5000}, "name: a text of more than 4096"),
+    ({"data": os.fsdecode(b"f\xfcr")}, "data='f.*no text in UTF-8"),
 ])
 def test_settings_are_checked(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
@@ -102,9 +103,14 @@ def test_every_network_has_a_recipe(model):
 
 
 def test_flags_of_the_environment_are_added_and_win(monkeypatch):
-    monkeypatch.setenv("TRAIN_FLAGS", "--data=shapes --epochs=2")
+    monkeypatch.setenv("TRAIN_FLAGS", "--data=shapes --epochs 2 --batch-size=8 --out=~/runs")
     assert train.parse_flags({"epochs": "30", "lr": "0.1"}) == {
-        "epochs": 2, "lr": 0.1, "data": "shapes"}
+        "epochs": 2, "lr": 0.1, "data": "shapes", "batch_size": 8,
+        "out": os.path.expanduser("~/runs")}
+    for flags in ("--limit", "--limit=8 '", "hello", "--nonsense=3", "--epochs=2 --epochs=3"):
+        monkeypatch.setenv("TRAIN_FLAGS", flags)
+        with pytest.raises(ValueError, match=f"TRAIN_FLAGS={flags}: "):
+            train.parse_flags({})
 
 
 def test_score_by_hand():
@@ -288,7 +294,8 @@ def test_predict_names_the_likeliest_classes(tmp_path):
         assert float(row["probability"]) == pytest.approx(share, abs=1e-5)
     assert rows[0]["probability"] >= rows[1]["probability"] and rows[1]["rank"] == "2"
     (tmp_path / "none").mkdir()
-    for images, top, complaint in (([str(tmp_path / "none")], 1, "no picture"), ([ab], 3, "top=3"),
+    assert train.predict_command(str(config.folder), ab)[0].header == ("image", "1", "2")
+    for images, top, complaint in (([str(tmp_path / "none")], 1, "no picture"), ([ab], 0, "top=0"),
                                    ([str(tmp_path / "x.png")], 1, "no such image")):
         with pytest.raises((ValueError, OSError), match=complaint):
             train.predict_command(str(config.folder), *images, top=top)
@@ -299,10 +306,12 @@ def test_predict_goes_on_past_what_is_no_picture(tmp_path, capsys):
     train.train(config)
     pictures = Path(image_folder(tmp_path / "ab", "ab"), "test")
     (pictures / "a" / "broken.png").write_bytes(b"no picture")
+    (pictures / "a" / "._0.png").write_bytes(b"what a Mac leaves beside 0.png")
     (pictures / "sprite.png").write_bytes(next(pictures.rglob("*.png")).read_bytes())
     (pictures / "tensors.tsv").touch()  # the sprites of TensorBoard's Projector lie beside one
     table, error = train.predict_command(str(config.folder), str(pictures))
     assert len(table.rows) == 8 and "broken.png: cannot be read" in str(error)
+    assert "._0.png" not in str(error)
     capsys.readouterr()
     with pytest.raises(SystemExit) as leave:
         data.command_line(train.COMMANDS, argv=["predict", str(config.folder), str(pictures)])
@@ -461,6 +470,7 @@ def test_whitening_filters_are_fitted_to_images_as_the_network_sees_them():
 
 @pytest.mark.parametrize("content, complaint", [
     ("epoch\n" + "9" * 200_000, "damaged"), ("", "2 of 2 epochs have no row"),
+    ("epoch;step\n1;5\n2;10\n", "damaged"),
     (None, "not a regular file"), ("\0\0", "2 of 2 epochs have no row")])
 def test_damaged_metrics_are_named(content, complaint, tmp_path, capsys):
     train.train(tiny(tmp_path))
@@ -484,7 +494,7 @@ def test_rows_of_earlier_versions_remain(tmp_path):
     train.train(config)
     path = config.folder / "metrics.csv"
     lines = path.read_text().splitlines()
-    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in lines))
+    path.write_text("".join(line.rpartition(",")[0] + "\r\n" for line in lines), "utf-8-sig")
     train.train(tiny(tmp_path, epochs=3), resume=True)
     assert path.read_text().splitlines()[:3] == lines
 
@@ -509,6 +519,55 @@ def test_other_images_of_the_same_names_and_sizes_are_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"\0" * 9, b"\xff" * 9))
     with pytest.raises(ValueError, match=r"files were added, removed or changed.*`changed_data`"):
         train.train(tiny(tmp_path / "runs", **values, epochs=3), resume=True)
+
+
+def test_a_run_goes_on_where_its_images_were_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("pets", 32), ("others", 31)):
+        image_folder(Path(name), ("cat", "dog"), size=size)
+    values = {"val": 0, "limit": None, "batch_size": 4, "image_size": 32, "root": "cache"}
+    first = tiny(tmp_path / "runs", **values, data="pets")
+    train.train(first)
+    for written in ("pets/", "./pets", str(tmp_path / "pets")):  # the same folder
+        assert reproduce.finished_result(dataclasses.replace(first, data=written))
+    Path("pets").rename("moved")
+    more = {**values, "epochs": 3}
+    with pytest.raises(ValueError, match="files were added, removed or changed"):
+        train.train(tiny(tmp_path / "runs", **more, data="others"), resume=True)
+    with pytest.raises(ValueError, match=r"data=shapes: the run in .* has pets"):
+        train.train(tiny(tmp_path / "runs", **more, data="shapes"), resume=True)
+    train.train(tiny(tmp_path / "runs", **more, data="moved"), resume=True)
+    assert train.read_config(first.folder / "config.json").data == "moved"
+    for name in ("others", "pets"):  # whose images nobody compares
+        with pytest.raises(ValueError, match=f"data={name}: the run in .* has moved"):
+            reproduce.finished_result(tiny(tmp_path / "runs", **more, data=name))
+    old = network.read(first.folder / "last.pth")
+    del old["fingerprint"]  # as checkpoints of earlier versions
+    network.save(first.folder / "last.pth", old)
+    with pytest.raises(ValueError, match=r"data=others: the run in .* has moved"):
+        train.train(tiny(tmp_path / "runs", **more, data="others"), resume=True)
+
+
+def test_a_run_may_be_called_as_its_images_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.train(tiny(".", "shapes", epochs=1))
+    assert train.train(tiny(".", "shapes"), resume=True)["epochs"] == 2
+
+
+def test_without_its_best_checkpoint_a_run_is_that_of_its_last_epoch(tmp_path, capsys):
+    train.train(config := tiny(tmp_path, lr=0.0))  # no epoch is better than the first
+    (config.folder / "best.pth").unlink()
+    result = train.train(config, resume=True)
+    assert "best.pth is gone" in capsys.readouterr().out and reproduce.checked(result)
+    assert (result["checkpoint"], result["epoch"], result["val/accuracy"]) == ("last.pth", 2, None)
+
+
+def test_points_stay_in_order_where_the_clock_was_set_back(tmp_path, monkeypatch):
+    train.train(tiny(tmp_path))
+    monkeypatch.setattr(train.time, "time", lambda: 1e9)
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    first, last = sorted((tmp_path / "run").glob("events.*"))
+    assert last.name.endswith(".000000012") and first.name.endswith(".000000000")
 
 
 def test_images_that_changed_since_the_run_began_are_refused(tmp_path):
@@ -561,6 +620,18 @@ def test_a_compiled_network_trains_to_the_end(tmp_path, monkeypatch):
     plain, compiled = (train.train(tiny(tmp_path, name=name, compile=name == "compiled"))
                        for name in ("plain", "compiled"))
     assert compiled["test/loss"] == pytest.approx(plain["test/loss"], rel=1e-4)
+
+
+def test_a_compiler_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    missing = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _: None)
+
+    def fail(*_):
+        raise missing("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBO")
+
+    monkeypatch.setattr(train, "train_step", fail)
+    with pytest.raises(OSError, match=r"\(InvalidCxx.* found\); leave out `compile`"):
+        train.train(tiny(tmp_path, compile=True))
 
 
 def test_orthogonalize():
@@ -904,11 +975,13 @@ def test_classes_are_told_by_their_names(tmp_path):
 
 
 @pytest.mark.parametrize("names, numbers", [(("10", "3"), [10, 3]), (("a", "b"), [0, 1])])
-def test_classes_called_by_numbers_are_these_of_a_network_from_elsewhere(names, numbers):
+def test_classes_called_by_numbers_are_these_of_a_network_from_elsewhere(names, numbers, capsys):
     elsewhere = network.Description("module:function", (), None)
     split = data.Split(torch.zeros(2, 3, 4, 4), torch.arange(2))
     assert train.as_named(split, names, elsewhere, "folder").labels.tolist() == numbers
     assert train.as_named(None, names, elsewhere, "folder") is None
+    assert capsys.readouterr().err == ("" if names[0] == "10" else (
+        "folder: the classes a, b are taken for those that the network has at numbers 0 to 1\n"))
 
 
 @pytest.mark.parametrize("source", ["folder", "cifar10"])
@@ -1119,6 +1192,17 @@ def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_pat
     assert torch.allclose(*logits, atol=1e-2)
 
 
+@pytest.mark.parametrize("value", [math.nan, 1e5])  # more than half precision takes
+def test_no_weights_are_exported_that_are_no_numbers(value, tmp_path):
+    train.train(config := tiny(tmp_path, val=0, epochs=1, limit=16))
+    checkpoint = network.read(config.folder / "last.pth")
+    checkpoint["weights"]["fc.4.weight"][0] = value
+    network.save(config.folder / "last.pth", checkpoint)
+    with pytest.raises(ValueError, match="not finite numbers"):
+        train.export(str(config.folder), str(tmp_path / "given.pth"))
+    assert not (tmp_path / "given.pth").exists()
+
+
 def test_nothing_is_exported_with_a_result_that_is_damaged(tmp_path):
     result = train.train(config := tiny(tmp_path))
     for name, value in (("seconds", None), ("device", ["x"]), ("test/accuracy", "1")):
@@ -1158,6 +1242,7 @@ def test_a_file_to_write_is_neither_a_picture_nor_a_file_of_a_run(tmp_path):
         train.export(str(config.folder), str(tmp_path / "given.pth"))
     assert (last.read_bytes(), picture.read_bytes()) == before
     train.export(str(config.folder), str(config.folder / "given.pth"))
+    train.export(str(config.folder), str(tmp_path / "new" / "folder" / "given.pth"))
 
 
 def test_resume_of_a_folder_takes_no_other_name(tmp_path):
