@@ -615,12 +615,13 @@ def measure_batch_norm(network, images, preprocessing):
     return len(norms)
 
 
-def hessian_eigenvalues(losses, weights, count=2, steps=100, tolerance=1e-3):
+def hessian_eigenvalues(losses, weights, count=2, steps=30, tolerance=1e-4):
     """The `count` eigenvalues of largest size of the Hessian, at the dictionary of tensors
     `weights`, of the sum of `losses`, functions of such a dictionary.
 
-    By power iteration with Hessian-vector products (Pearlmutter 1994; Yao et al. 2020, section 3):
-    the gradient's product with a vector, differentiated again. Vectors found before are taken out.
+    By Lanczos iteration with Hessian-vector products (Pearlmutter 1994; Yao et al. 2020, section
+    3): the gradient's product with a vector, differentiated again. Power iteration would find
+    neither of two eigenvalues that differ in their sign alone.
     """
     point = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
 
@@ -633,23 +634,23 @@ def hessian_eigenvalues(losses, weights, count=2, steps=100, tolerance=1e-3):
         return sum(flat(torch.autograd.grad(slope @ vector, [*point.values()],
                                             materialize_grads=True)) for slope in slopes)
 
-    vectors, values = [], []
-    for number in range(count):
-        start, value = flat(point.values()).detach(), math.nan
-        vector = torch.randn(start.shape, generator=generator("hessian", number)).to(start)
-        for _ in progress(range(steps), f"eigenvalue {number + 1} of the Hessian"):
-            # Eigenvectors of a symmetric matrix are at right angles: without its part along those
-            # that are known, the vector turns towards the next largest eigenvalue.
-            for other in vectors:
-                vector = vector - (vector @ other) * other
-            vector = F.normalize(vector, dim=0)
-            ahead = product(vector)
-            before, value = value, (vector @ ahead).item()  # the GPU waits
-            if abs(value - before) <= tolerance * abs(value):
-                break
-            vector = ahead  # each product stretches most what lies along the largest eigenvalue
-        vectors.append(F.normalize(vector, dim=0))
-        values.append(value)
+    start, basis, values = flat(point.values()).detach(), [], []
+    ahead, matrix = torch.randn(start.shape, generator=generator("hessian")).to(start), torch.zeros(
+        steps, steps, dtype=torch.float64)
+    for step in progress(range(min(steps, len(start))), "eigenvalues of the Hessian"):
+        basis.append(F.normalize(ahead, dim=0))
+        ahead = product(basis[-1])
+        # The Hessian as far as these vectors reach; only what is below its diagonal is read.
+        matrix[step, :step + 1] = torch.stack([ahead @ other for other in basis]).cpu()
+        before, values = values, sorted(
+            torch.linalg.eigvalsh(matrix[:step + 1, :step + 1]).tolist(), key=abs)[:-count - 1:-1]
+        if len(before) == count and all(abs(new - old) <= tolerance * abs(new)
+                                        for new, old in zip(values, before)):
+            break
+        for other in basis * 2:  # at right angles to all; once would leave rounding errors
+            ahead = ahead - (ahead @ other) * other
+        if ahead.norm() <= 1e-6 * abs(values[0]):  # they reach everything
+            break
     return values
 
 
@@ -1526,7 +1527,7 @@ MEANINGS = {
     "hessian": "the largest eigenvalues, in the titles",
     "x": "what the curves are drawn against:",
     "layer": "dotted path of a layer, such as conv2 or conv3_x.0; where: the last with maps",
-    "layers": "dotted paths of layers, separated by commas",
+    "layers": "dotted paths of layers, separated by commas; the first call of each counts",
     "channel": "rgb, or the number of an input channel; none: rgb, or 0",
     "maps": "at most so many feature maps of a layer",
     "units": "how many channels, or the numbers of several, separated by commas; none: 16",

@@ -773,6 +773,11 @@ def test_the_largest_eigenvalues_of_a_quadratics_hessian():
     weights = {"a": torch.randn(2), "b": torch.randn(3, 1)}
     values = visualize.hessian_eigenvalues([half_of_the_loss] * 2, weights, 3, tolerance=1e-7)
     assert values == pytest.approx([-7, 3, 1], rel=1e-4)
+    # Two that differ in their sign alone, in more dimensions than steps are taken.
+    sizes = torch.cat([torch.tensor([5.0, -5.0]), torch.linspace(-4, 4, 98)])
+    values = visualize.hessian_eigenvalues(
+        [lambda weights: (sizes * weights["a"] ** 2).sum() / 2], {"a": torch.randn(100)})
+    assert sorted(values) == pytest.approx([-5, 5], rel=1e-2)
 
 
 def test_the_hessian_of_a_network_is_that_of_all_its_images(opened):
