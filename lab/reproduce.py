@@ -246,7 +246,7 @@ def finished_result(config):
     # The folder may hold a run of that name from before an entry was changed.
     train.check_same_run(config)
     result = read_json(path, checked)
-    return result if result["epochs"] >= config.epochs else None
+    return result if train.is_over(config, result["epochs"], result["epoch"]) else None
 
 
 def checked(result):
@@ -411,7 +411,6 @@ def replace(path, content, sign):
     """Write a file that this package makes: all or nothing, and never over one that is not ours,
     which has not the text `sign` in it."""
     check_ours(path, sign)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
 
 
@@ -437,7 +436,6 @@ def keep_results(path, rows):
     kept |= {(row.id, row.run, row.accuracy): row for row in rows}
     # In the order of experiments.toml, so that a new row changes one place of the file.
     order = {name: number for number, name in enumerate(book().experiments)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, Table([*COLUMNS], [
         ["" if (value := getattr(row, name)) is None else str(value) for name in COLUMNS]
         for row in sorted(kept.values(), key=lambda row: order.get(row.id, len(order)))]).csv())

@@ -597,6 +597,13 @@ def test_a_run_killed_before_its_board_was_written_is_not_finished(tmp_path, mon
     assert reproduce.finished_result(config) and [*(config.folder / "test").glob("events*")]
 
 
+def test_a_run_that_patience_ended_is_finished(tmp_path):
+    config = train.Config.create(data="shapes", limit=64, epochs=4, lr=0.0, patience=1,
+                                 out=str(tmp_path))
+    assert train.train(config)["epochs"] == 2
+    assert reproduce.finished_result(config)["epochs"] == 2
+
+
 @pytest.mark.slow
 def test_two_sweeps_share_a_grid(tmp_path):
     line = [sys.executable, "-m", "lab", "sweep", "--data=shapes", "--limit=96", "--batch_size=16",
