@@ -272,14 +272,14 @@ class _Source:
 
 def folder_of(data):
     """The folder that `data` means, however it is written; None for a built-in set."""
-    return None if data in BUILT_IN else Path(data).resolve()
+    return None if data in BUILT_IN else Path(os.path.realpath(data))
 
 
 def _source(parts, data, root, image_size, skip_bad, writes):
     """The `_Source` that `data` names."""
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
-    if folder_of(data):
+    if data not in BUILT_IN:
         return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes)
     if data == "shapes":
         sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed

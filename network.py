@@ -1188,6 +1188,8 @@ def _torchvision_weights(name, weights):
     files = {version: cache / Path(version.url).name for version in reversed(versions)}
     version = next((version for version, file in files.items() if (
         file.name == Path(weights).name if weights else file.exists())), versions.DEFAULT)
+    if weights and files[version].name != Path(weights).name:  # as the network is built: the least
+        version = min(versions, key=lambda version: version.transforms().crop_size[0])
     if not (weights or files[version].exists()):
         raise FileNotFoundError(f"network=torchvision:{name}: its weights are not here; put "
                                 f"{version.url} into {cache}; or give `weights=FILE`")

@@ -289,7 +289,7 @@ def parse_flags(flags):
     kinds, text = typing.get_type_hints(Config), os.environ.get("TRAIN_FLAGS", "")
     try:
         if words := shlex.split(text):
-            known = settings_flags([*words, f"--model={flags.get('model', Config.model)}"])
+            known = settings_flags([f"--model={flags.get('model', Config.model)}", *words])
             flags = {**flags, **data.canonical(words, known, None, None)[1]}
     except ValueError as error:
         raise ValueError(f"TRAIN_FLAGS={text}: {error}") from error
@@ -1224,6 +1224,7 @@ class RunFolder:
         with contextlib.suppress(FileNotFoundError):  # else `state` is from last.pth
             os.replace(self.older(), self.path / "last.pth")
         # Rows and points behind the checkpoint are cut: their steps will be taken again.
+        check_columns(self.path / "metrics.csv")
         rows = [row for row in read_rows(self.path) if int(row["epoch"]) <= state.epoch]
         if len(rows) < state.epoch:
             self.say(f"{self.path / 'metrics.csv'}: {state.epoch - len(rows)} of {state.epoch} "
@@ -1373,11 +1374,17 @@ def read_rows(run):
         return []
     except csv.Error as error:
         raise ValueError(f"{path}: damaged ({error})") from error
-    rows = [row for row in rows
+    return [row for row in rows
             if set(row) == set(COLUMNS) and None not in row.values() and row["epoch"].isdecimal()]
-    if not rows and len(text.split()) > 1:  # a resumed run would write over them
-        raise ValueError(f"{path}: damaged (not one row is whole); a run goes on without it")
-    return rows
+
+
+def check_columns(path):
+    """ValueError for a metrics.csv of other columns, over which a resumed run would write."""
+    header = data.read_text(path, errors="replace").partition("\n")[0] if path.exists() else ""
+    header = header.strip("\0 \r")  # nothing but zeros may be there after a loss of power
+    if not ",".join(COLUMNS).startswith(header):  # earlier versions had fewer
+        raise ValueError(f"{path}: damaged (its first line is not {','.join(COLUMNS)}); a run goes "
+                         f"on without it")
 
 
 def read_metrics(run):
@@ -1387,6 +1394,7 @@ def read_metrics(run):
     """
     rows = read_rows(run)
     if not rows:
+        check_columns(Path(run) / "metrics.csv")
         raise FileNotFoundError(f"{run}: no run with a finished epoch (no rows in metrics.csv)")
     try:
         return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}

@@ -388,14 +388,14 @@ def layer_statistics(network, layers, images, preprocessing, bins=40):
     """{layer: numbers} over all outputs for uint8 `images`: "units", "mean", "std", "zeros" (their
     share), "dead" (units that are 0 for every image), and the histogram of what is not 0: "edges"
     (lowest, highest) and "counts"."""
-    spans, found = {}, {}
+    spans, centres, found = {}, {}, {}
     # A first pass for the lowest and highest values.
     for _, outputs in map_batches(network, layers, images, preprocessing):
         for layer, values in outputs.items():
             if not values.isfinite().all():
                 raise ValueError(f"layer={layer}: its outputs are not finite numbers")
             spans[layer] = span_of(torch.tensor([*values.aminmax(), *spans.get(layer, ())]))
-    centres = {layer: sum(span) / 2 for layer, span in spans.items()}
+            centres.setdefault(layer, values.float().mean().item())  # near that of all
     # A second pass, because the bins have to be known before anything is counted.
     for _, outputs in map_batches(network, layers, images, preprocessing):
         for layer, values in outputs.items():
@@ -424,8 +424,9 @@ def rectifiers_of(network, image_size):
     outputs = networks.outputs_of(network, modules, image_size, count=2)
     leaves = {name: modules[name] for name, output in outputs.items()
               if torch.is_tensor(output) and len(output) == 2}  # not positions, as in Swin
-    found = [name for name, module in leaves.items()
-             if type(module).__module__ == nn.ReLU.__module__]
+    kinds = (*networks.ACTIVATIONS.values(), nn.ReLU6, nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.PReLU,
+             nn.RReLU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus)
+    found = [name for name, module in leaves.items() if isinstance(module, kinds)]
     weighted = [name for name, module in leaves.items() if [*module.parameters()]]
     if not weighted:
         raise ValueError("the network has no layer with weights; name `layers`")
@@ -630,8 +631,8 @@ def hessian_eigenvalues(losses, weights, count=2, steps=30, tolerance=1e-4):
         return torch.cat([tensor.flatten() for tensor in tensors])
 
     def product(vector):
-        slopes = (flat(torch.autograd.grad(loss_of(point), [*point.values()], create_graph=True))
-                  for loss_of in losses)
+        slopes = (flat(torch.autograd.grad(loss_of(point), [*point.values()], create_graph=True,
+                                           materialize_grads=True)) for loss_of in losses)
         return sum(flat(torch.autograd.grad(slope @ vector, [*point.values()],
                                             materialize_grads=True)) for slope in slopes)
 
@@ -1447,6 +1448,8 @@ def hessian_on(network, about, parts):
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
             return hessian_eigenvalues([*map(loss_of, images.split(128), labels.split(128))],
                                        weights)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ValueError(f"hessian: this network has none that can be computed "
                          f"({' '.join(str(error).split()):.200})") from error

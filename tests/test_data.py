@@ -364,6 +364,10 @@ def test_small_images_are_enlarged_where_sizes_differ(tmp_path):
 
 
 def test_folder_errors_name_what_is_wrong(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="no such data set or folder"):
+        data.load(str(tmp_path / "loop"))
+    assert data.folder_of(str(tmp_path / "loop")).name == "loop"
     with pytest.raises(OSError, match="no such data set or folder"):
         data.load(str(tmp_path / "nothing"), tmp_path)
     folder = write_images(tmp_path / "images")

@@ -287,7 +287,8 @@ def test_images_are_as_torchvisions_weights_want_them(tmp_path, monkeypatch):
     opened, about = network.load("torchvision:googlenet")
     assert opened.transform_input and about.preprocessing.image_size == 224
     assert torch.equal(opened(images), theirs(images))
-    for name, side, mean in (("inception_v3", 299, 0.485), ("efficientnet_v2_l", 480, 0.5)):
+    for name, side, mean in (("inception_v3", 299, 0.485), ("efficientnet_v2_l", 480, 0.5),
+                             ("vit_h_14", 224, 0.485), ("vgg16", 224, 0.485)):
         _, seen = network._torchvision_weights(name, "any.pth")
         assert (seen.image_size, seen.mean[0]) == (side, mean)
     for version in models.ViT_B_16_Weights:  # by the name of the file

@@ -107,7 +107,8 @@ def test_flags_of_the_environment_are_added_and_win(monkeypatch):
     assert train.parse_flags({"epochs": "30", "lr": "0.1"}) == {
         "epochs": 2, "lr": 0.1, "data": "shapes", "batch_size": 8,
         "out": os.path.expanduser("~/runs")}
-    for flags in ("--limit", "--limit=8 '", "hello", "--nonsense=3", "--epochs=2 --epochs=3"):
+    for flags in ("--limit", "--model", "--limit=8 '", "hello", "--nonsense=3",
+                  "--epochs=2 --epochs=3"):
         monkeypatch.setenv("TRAIN_FLAGS", flags)
         with pytest.raises(ValueError, match=f"TRAIN_FLAGS={flags}: "):
             train.parse_flags({})
@@ -471,6 +472,7 @@ def test_whitening_filters_are_fitted_to_images_as_the_network_sees_them():
 @pytest.mark.parametrize("content, complaint", [
     ("epoch\n" + "9" * 200_000, "damaged"), ("", "2 of 2 epochs have no row"),
     ("epoch;step\n1;5\n2;10\n", "damaged"),
+    (",".join(train.COLUMNS) + "\n1,1,2", "2 of 2 epochs have no row"),
     (None, "not a regular file"), ("\0\0", "2 of 2 epochs have no row")])
 def test_damaged_metrics_are_named(content, complaint, tmp_path, capsys):
     train.train(tiny(tmp_path))

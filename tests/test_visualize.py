@@ -661,9 +661,11 @@ def test_statistics_of_a_layer_by_hand():
     assert found["std"] == pytest.approx((4 * 0.04 / 24 - (0.8 / 24) ** 2) ** 0.5)
     assert found["counts"].tolist() == [0, 0, 0, 4]
     assert visualize.rectifiers_of(model, 2) == ["1", "3"]
-    for kind in (nn.Tanh, nn.SELU, nn.PReLU, nn.Mish):
+    for kind in (nn.Tanh, nn.SELU, nn.PReLU, nn.Mish, type("Mine", (nn.ReLU,), {})):
         model[1] = kind()
         assert visualize.rectifiers_of(model, 2) == ["1", "3"]
+    model.append(nn.Softmax(1))  # shares of the classes, no activations
+    assert visualize.rectifiers_of(model, 2) == ["1", "3"]
     # Not called, as the auxiliary classifiers of GoogLeNet; called with positions, as in Swin v2.
     model[0].aside, model[0].positions = nn.ReLU(), nn.ReLU()
     model[0].register_forward_pre_hook(lambda conv, given: conv.positions(conv.weight[:1]).size()
@@ -680,6 +682,11 @@ def test_statistics_of_a_layer_far_from_0_or_beyond_all_numbers():
     found, values = visualize.layer_statistics(model, ["0"], images, prep)["0"], model(prep(images))
     for name, value in (("std", values.double().std(correction=0)), ("mean", values.mean())):
         assert found[name] == pytest.approx(value.item(), rel=1e-3)
+    model[0].bias.data.zero_()
+    images[0, :, 0, 0], prep = 255, data.Preprocessing(8, (0.5,) * 3, (1e-4, 1.0, 1.0))  # far out
+    values = model(prep(images)).double()
+    found = visualize.layer_statistics(model, ["0"], images, prep)["0"]
+    assert found["std"] == pytest.approx(values.std(correction=0).item(), rel=1e-4)
     model[0].weight.data = 3e4 * torch.randn(4, 3, 3, 3)
     with pytest.raises(ValueError, match="layer=0: its outputs are not finite"):
         visualize.layer_statistics(model.half(), ["0"], images, prep)
@@ -817,6 +824,7 @@ def test_the_hessian_of_networks_from_elsewhere(opened):
         8, (0.5,) * 3, (0.25,) * 3))
     grey = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2))
     for built in (grey, Attention()):
+        built.get_submodule("fc" if built is not grey else "2").unused = nn.Linear(2, 2)
         assert abs(visualize.hessian_on(built, about, {"train": split})[0]) > 0
     quick = Lambda(lambda x: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0])
     with pytest.raises(ValueError, match=r"hessian: .*not implemented"):
