@@ -1176,7 +1176,7 @@ def _load_elsewhere(source, weights, image_size, device):
 
 def _torchvision_weights(name, weights):
     """(The file `weights`, or else the newest of torchvision's network `name` in torch's local
-    cache, how they want their images: as torchvision's of that file's name, or its newest)."""
+    cache, how they want their images: as torchvision's of that file's name)."""
     from torchvision import models
 
     cache = Path(torch.hub.get_dir(), "checkpoints")
@@ -1186,15 +1186,15 @@ def _torchvision_weights(name, weights):
     versions = models.get_model_weights(name)
     # The last are the newest, and mostly the best.
     files = {version: cache / Path(version.url).name for version in reversed(versions)}
-    version = next((version for version, file in files.items() if (
-        file.name == Path(weights).name if weights else file.exists())), versions.DEFAULT)
-    if weights and files[version].name != Path(weights).name:  # as the network is built: the least
-        version = min(versions, key=lambda version: version.transforms().crop_size[0])
-    if not (weights or files[version].exists()):
+    known = next((version for version, file in files.items() if (
+        file.name == Path(weights).name if weights else file.exists())), None)
+    if not (known or weights):
         raise FileNotFoundError(f"network=torchvision:{name}: its weights are not here; put "
-                                f"{version.url} into {cache}; or give `weights=FILE`")
-    preset = version.transforms()
-    return weights or files[version], Preprocessing(
+                                f"{versions.DEFAULT.url} into {cache}; or give `weights=FILE`")
+    # Weights of another name are of the network as it is built, for the smallest images.
+    preset = (known or min(versions, key=lambda version: version.transforms().crop_size[0])
+              ).transforms()
+    return weights or files[known], Preprocessing(
         preset.crop_size[0], tuple(preset.mean), tuple(preset.std))
 
 

@@ -1891,8 +1891,8 @@ def read_pictures(paths, size):
     """({name: 3×S×S uint8} of the pictures `paths` and in the folders among them, what is wrong
     with those that cannot be read)."""
     files = [file for path in map(Path, paths) for file in (
-        sorted(found for found in path.rglob("[!.]*") if found.suffix.lower() in
-               data.IMAGE_SUFFIXES
+        sorted(found for found in path.rglob("[!.]*")
+               if found.suffix.lower() in data.IMAGE_SUFFIXES
                and not found.with_name("tensors.tsv").exists())  # no sprites of the Projector
         if path.is_dir() else [path])]
     if not files:
