@@ -804,16 +804,16 @@ def _shape_fields(u, v):
     arms = torch.maximum(torch.minimum(0.28 - u.abs(), 1 - v.abs()),
                          torch.minimum(0.28 - v.abs(), 1 - u.abs()))
     return torch.stack([
-        0.85 - r,
-        0.22 - (r - 0.75).abs(),
-        0.75 - box,
-        0.18 - (box - 0.7).abs(),
-        0.5 - torch.stack(sides).amax(0),
-        arms,
-        torch.minimum(0.25 - v.abs(), 1 - u.abs()),
-        0.6 + 0.35 * torch.cos(5 * torch.atan2(v, u)) - r,
-        torch.minimum(0.95 - r, ((u - 0.5) ** 2 + v**2).sqrt() - 0.65),
-        torch.minimum(0.95 - r, u),
+        0.85 - r,  # disc
+        0.22 - (r - 0.75).abs(),  # ring
+        0.75 - box,  # square
+        0.18 - (box - 0.7).abs(),  # frame
+        0.5 - torch.stack(sides).amax(0),  # triangle
+        arms,  # cross
+        torch.minimum(0.25 - v.abs(), 1 - u.abs()),  # bar
+        0.6 + 0.35 * torch.cos(5 * torch.atan2(v, u)) - r,  # flower of five petals
+        torch.minimum(0.95 - r, ((u - 0.5) ** 2 + v**2).sqrt() - 0.65),  # crescent
+        torch.minimum(0.95 - r, u),  # half a disc
     ])
 
 
@@ -897,6 +897,7 @@ def crops_of(pixels, first, size):
 
 def with_margins(pixels, margin):
     """N×H×W×3 `pixels` with `margin` reflected ones on each side."""
+    # A margin of two before 0 1 2 3 … is 2 1 | 0 1 2 3 …: the border itself is not repeated.
     for dim in (1, 2) if margin else ():
         size = pixels.shape[dim]
         before = pixels.narrow(dim, 1, margin).flip(dim)
@@ -948,6 +949,7 @@ class Batches:
         self.mean, self.std = tuple(mean), tuple(std)
         self.size = split.images.shape[3]
         self.margin = round(self.size * CROP) if "crop" in augment else 0
+        # A crop is as large as the image was: it has 2·margin + 1 places in each direction.
         self.side = self.size + 2 * self.margin
         self.flips = "flip" in augment or "alternating_flip" in augment
         self.way = way or self._choose_way()
@@ -1028,6 +1030,7 @@ class Batches:
         """
         plan = self.plan(epoch, crop)
         scale, shift = _row_constants(self.mean, self.std, self.size, self.device)
+        # Of the images of a step, this process has those of numbers rank, rank + world, …
         steps = [slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size,
                        self.world) for step in range(start, len(self))]
         crops = self._crops_of_store if self.way == "store" else self._crops_of_images
@@ -1102,7 +1105,7 @@ def mix(images, labels, augment, seed, step):
     share, y, x = torch.rand(3, generator=random).tolist()
     # Paired with the batch backwards: the batch is shuffled, so any pairing is a random one.
     others = images.flip(0)
-    if kind == "mixup":
+    if kind == "mixup":  # share·x + (1 − share)·x′
         images = images.lerp(others, 1 - share)
     else:
         # A rectangle of the images' form that covers a share 1 − share of them; at the border it is
@@ -1341,6 +1344,8 @@ class Table:
         def room(block):  # a column has three characters of lines and space, the table one
             return width - 1 - sum(least[column] + 3 for column in block)
 
+        # As many columns side by side as have room for their longest words; the first one, which
+        # says what a row is about, begins every block.
         blocks = [[0]]
         for column in range(1, len(columns)):
             if room([*blocks[-1], column]) < 0 < len(blocks[-1][1:]):
@@ -1382,7 +1387,7 @@ class Made(list):
 def _grow(widths, full, room):
     """`widths` of columns made up to `full`, evenly, where `room` characters are left."""
     widths = [*widths]
-    for _ in range(max(room, 0)):
+    for _ in range(max(room, 0)):  # a character goes to the narrowest column that lacks one
         short = [column for column in range(len(widths)) if widths[column] < full[column]]
         if short:
             widths[min(short, key=widths.__getitem__)] += 1
@@ -1438,7 +1443,7 @@ def parse_value(name, text, kind):
     if origin in (typing.Union, types.UnionType):
         if type(None) in parts and text.lower() == "none":
             return None
-        *others, last = (part for part in parts if part is not type(None))
+        *others, last = (part for part in parts if part is not type(None))  # the last may complain
         for other in others:
             with contextlib.suppress(ValueError):
                 return parse_value(name, text, other)
@@ -1500,6 +1505,7 @@ def nearest(word, known):
     if word.lower() == "gpu" and "cuda" in names:
         return "cuda"
     short = {initials(name): name for name in known if "_" in name}
+    # A slip of the fingers first; then initials, either way: learning_rate: lr, bs: batch_size.
     for name in difflib.get_close_matches(plain(word), names, 1):
         return names[name]
     return names.get(initials(word)) or short.get(plain(word))
@@ -1562,6 +1568,7 @@ def canonical(words, known, listed, first):
     `known` has the command's flags. A word without a flag is the value of the flag `first` (None:
     of none), or all are kept, if the command has a list of them (`listed`). `--` says nothing.
     """
+    # `--flag=text`, `--flag text` and `--flag` alone all become {flag: text}, or are an error.
     words, plain, values = [word for word in words if word != "--"], [], {}
     while words:
         word = words.pop(0)
@@ -1645,6 +1652,7 @@ def parse(commands, words, default=None, moved=None):
     spec = inspect.getfullargspec(function)  # a parameter that is named always takes no such word
     plain, texts = canonical(words[1:], known, spec.varargs, next(iter(spec.args), None))
     fire.Fire(remember, command=[f"--{name}={text}" for name, text in texts.items()])
+    # What a network's own options mean only the function itself knows.
     values = {name: parse_value(name, text, own[name].kind) if name in own else text
               for name, text in remembered.items()}
     missing = [name.upper() if name == next(iter(own)) else f"--{name}={name.upper()}"

@@ -139,6 +139,7 @@ class _Watch(TorchDispatchMode):
         rule = self.rule
         if not rule.rectify:  # their own derivative is wanted
             return function(*args, **(kwargs or {}))
+        # What works in place leaves nothing to compare with, so that is copied first.
         changes = function._schema.is_mutable and not rule.replaced
         inputs = [x.clone() if changes else x for x in tensors_in(args)]
         value = function(*args, **(kwargs or {}))
@@ -147,10 +148,10 @@ class _Watch(TorchDispatchMode):
             sides = [side for side in (part > 0, part < 0) if side.any()]  # the GPU waits here
             signs = [*map(signature, sides)]
             same = {*signs[:1]} & self.seen - self.known
-            if len(sides) == 2:
+            if len(sides) == 2:  # as of a convolution, whose next reader is looked for, or leaky
                 self.seen.update(signs)
                 same = same and not rule.replaced and any(keeps_less(x, part) for x in inputs)
-            elif same:
+            elif same:  # as of relu(x), above 0 just where x was
                 sizes = part.abs()
                 same = not torch.equal(sizes, sizes.max() * sides[0])  # or it is a mask
             if same and (rule.replaced or part.untyped_storage().data_ptr() in memory):  # a view
@@ -226,6 +227,7 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
         start = found.detach().flatten(1)
         positions = unit if isinstance(unit, Tensor) else strongest(found.detach(), unit)
         if positions is not None:
+            # All of the layer becomes 0 but for one value of each image: N×C·H·W.
             start = start * torch.nn.functional.one_hot(positions, start.shape[1])
         # One backward pass gives the signal everywhere: what is kept is in the graph, so the
         # "gradient" of the start with respect to it is the signal there.
@@ -279,7 +281,7 @@ def strongest(activations, unit="strongest"):
         return maps.flatten(1).argmax(1) if unit == "strongest" else None
     if isinstance(unit, str) or not 0 <= unit < maps.shape[1]:
         raise ValueError(f"unit={unit}: must be strongest, all, or from 0 to {maps.shape[1] - 1}")
-    return unit * maps.shape[2] + maps[:, unit].argmax(1)
+    return unit * maps.shape[2] + maps[:, unit].argmax(1)  # map `unit` begins at unit·H·W
 
 
 def top_reconstructions(network, layer, images, preprocessing, units, top, rule="deconvnet",
@@ -333,6 +335,7 @@ def occlude(network, layer, image, preprocessing, unit, label, size, stride):
         for chunk in progress(torch.arange(steps**2).split(count), "sliding the square"):
             rows, columns = (covered[at].to(device) for at in (chunk // steps, chunk % steps))
             square = rows[:, None, :, None] & columns[:, None, None]  # n×1×side×side
+            # One pass gives both: what the layer says and what the network decides.
             logits, maps = networks.logits_and_maps(network, [layer],
                                                     torch.where(square, grey, pixels))
             shares, sums = logits.softmax(1), maps[layer][:, unit].reshape(len(chunk), -1).sum(1)
@@ -388,6 +391,7 @@ def as_pictures(signals):
     # By their 99th percentile, because a few large values would leave all others grey.
     scales = [signal[signal != 0].abs().quantile(0.99) if signal.any() else 1
               for signal in signals]
+    # One scale for all three colours of a signal, or its hues would change.
     panels = [0.5 + 0.5 * signal / scale for signal, scale in zip(signals, scales)]
     return torch.stack(panels).clamp(0, 1)
 

@@ -82,6 +82,7 @@ def activation_layer(name):
 
 def conv_bn(inputs, outputs, kernel, stride=1, activation=None):
     """A convolution without bias, padded to keep the size, batch norm, and maybe an activation."""
+    # Batch norm subtracts the mean, and with it any constant that a bias had added.
     layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
               nn.BatchNorm2d(outputs)]
     return layers + ([activation_layer(activation)] if activation else [])
@@ -101,6 +102,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """N×C×H×W to N×width×H/stride×W/stride."""
+        # Through the sum the gradient reaches x as it is, past all layers of the residual branch.
         return self.activation(self.residual(x) + self.shortcut(x))
 
 
@@ -114,6 +116,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs, width, stride, activation, shortcut):
         super().__init__()
+        # The 3×3 convolution has a quarter of the channels on either side: it costs 1/16.
         outputs = width * self.expansion
         self.residual = nn.Sequential(*conv_bn(inputs, width, 1, 1, activation),
                                       *conv_bn(width, width, 3, stride, activation),
@@ -142,6 +145,7 @@ class PaddedShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """N×C×H×W to N×(C + extra)×H/stride×W/stride."""
+        # F.pad counts from the last dimension: of W and H nothing, of C none before, some behind.
         return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, 0, self.extra))
 
 
@@ -174,6 +178,7 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
         outputs, kernel, padding = map(int, re.fullmatch(r"(\d+)k(\d+)(?:p(\d+))?", word)
                                          .groups("0"))
         stages[-1].append(nn.Conv2d(channels, outputs, kernel, padding=padding))
+        # So many places there are for a kernel×kernel window in a row of S + 2·padding pixels.
         channels, side = outputs, side + 2 * padding - kernel + 1
         largest = max(largest, channels * side**2)
         stages[-1] += [nn.BatchNorm2d(channels)] if batch_norm else []
@@ -182,7 +187,7 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
     network = nn.Sequential(OrderedDict(
         (f"conv{number}", nn.Sequential(*stage)) for number, stage in enumerate(stages, 1) if stage
     ))
-    widths = [channels * side**2, *hidden]
+    widths = [channels * side**2, *hidden]  # C·S·S values are left for the first linear layer
     if side < 1:
         raise ValueError("nothing is left of them")
     if max(largest, math.prod(widths[:2])) > 2**28:
@@ -228,6 +233,7 @@ def resnet(block, depths, first_width, stem, shortcut=projection_shortcut, *, cl
     for stage, depth in enumerate(depths):
         blocks = [nn.MaxPool2d(3, 2, 1)] if stem == "imagenet" and stage == 0 else []
         for number in range(depth):
+            # Maps of half the side are twice as many: every stage's blocks cost the same.
             first_of_later_stage = stage > 0 and number == 0
             blocks.append(block(inputs, width * 2**stage, 2 if first_of_later_stage else 1,
                                 activation, shortcut))
@@ -249,6 +255,7 @@ class WhiteningConv(nn.Conv2d):
     """
 
     def __init__(self):
+        # A patch of 2×2 pixels in 3 colours has 12 directions, and each has two signs.
         super().__init__(3, 24, 2, bias=False)
         self.weight.requires_grad_(False)
 
@@ -263,7 +270,7 @@ class WhiteningConv(nn.Conv2d):
         patches = F.unfold(images.cpu(), 2).permute(0, 2, 1).flatten(0, 1).double()
         values, vectors = torch.linalg.eigh(patches.T.cov())
         filters = (vectors / (values + 5e-2).sqrt()).T.reshape(-1, *self.weight.shape[1:])
-        with torch.no_grad():
+        with torch.no_grad():  # the negatives keep what the activation cuts off of the others
             self.weight.copy_(torch.cat([filters, -filters]))
 
 
@@ -301,6 +308,7 @@ def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (48, 128,
     network.conv1 = nn.Sequential(WhiteningConv(), activation_layer(activation))
     inputs = network.conv1[0].out_channels
     for number, width in enumerate(channels, 2):
+        # Pooled first, norm and activation have a quarter of the values to go through.
         convolution, norm = conv_bn(inputs, width, 3)
         network.add_module(f"conv{number}_x", nn.Sequential(
             convolution, MixedPool(2), norm, activation_layer(activation),
@@ -319,6 +327,9 @@ def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (48, 128,
 
 def he_initialization(network):
     """Normal weights, std √(2 / fan in), before every activation (He et al. 2015, section 2.2)."""
+    # A sum of n terms w·x has the variance n·Var(w)·E(x²). Where x comes from a rectifier, E(x²) is
+    # half the variance of what went into it; so with Var(w) = 2/n the variance stays the same from
+    # layer to layer. Behind the last layer there is no rectifier.
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module is not last_linear(network):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -510,6 +521,7 @@ def logits_of(network, images, weights=None):
     if torch.is_autocast_enabled(images.device.type):  # networks of this package alone, in bf16
         return logits
     shares = (logits.min() >= 0) & ((logits.sum(1) - 1).abs().max() <= error)
+    # The softmax of log p is p again: so these are logits.
     return torch.where(shares, logits.clamp(min=1e-18).log(), logits)  # chosen on the device
 
 
@@ -570,7 +582,7 @@ def captured_maps(outputs, layer, count):
         raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {count} images, "
                          f"which must come first (in a transformer, batch_first=True)")
     if maps.ndim == 3:
-        side = math.isqrt(maps.shape[1])
+        side = math.isqrt(maps.shape[1])  # 14 for ViT-B/16 at 224: a class token and 14·14 others
         maps = maps[:, -side * side:].unflatten(1, (side, side))
     elif maps.ndim == 2 or not maps.shape[1] == maps.shape[2] != maps.shape[3]:
         return maps
@@ -623,6 +635,7 @@ def _averaged(function, x, weight, bias=None, *options, **named):
     # conv2d and conv_transpose2d both have `groups` as the fourth of their options.
     groups = named.pop("groups", options[3] if len(options) > 3 else 1)
     outputs = weight.shape[1] * groups if "transpose" in function.__name__ else weight.shape[0]
+    # With equal weights a sum over channels may come first, and all outputs of a group are one.
     means = x.unflatten(1, (groups, -1)).mean(2).flatten(0, 1)[:, None]  # N·groups×1×H×W
     kernel = x.new_full((1, 1, *weight.shape[2:]), 1 / weight[0, 0].numel())
     options = (*options[:3], *[1][:len(options) - 3], *options[4:])
@@ -867,6 +880,7 @@ def grad_cam(network, images, label, layer=None):
             maps, slopes = (captured_maps({name: part}, name, len(images))
                             for part in (output, slope))
             if maps.ndim == 4 and maps[0, 0].numel() > 1 and slopes.any():
+                # α = the mean of ∂score/∂A over the positions (equation 1), then (Σ α·A)⁺ (2).
                 weights = slopes.mean((2, 3), keepdim=True)
                 return (weights * maps).sum(1).clamp(min=0).detach(), name
     raise ValueError(f"layer={layer or 'any'}: Grad-CAM needs one whose output has rows and "
@@ -937,6 +951,7 @@ def layers(network, image_size):
     for name in [*shapes, *(name for name in modules if name not in shapes)]:
         module = modules[name]
         inside = [name + "." * bool(name) + child for child, _ in module.named_children()]
+        # The counter gives a module what happens inside its children too: they have their own rows.
         own = counts.get(name, 0) - sum(counts.get(child, 0) for child in inside)
         parameters = sum(value.numel() for value in module.parameters(recurse=False)
                          if value.requires_grad)

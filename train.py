@@ -370,6 +370,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
+        # The gradient of loss + weight_decay/2·‖w‖² has the weights themselves as an addend.
         gradient = parameter.grad.add(parameter, alpha=0 if parameter.ndim == 4 else weight_decay)
         buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
         step = gradient.add_(buffer, alpha=momentum)  # Nesterov: as if momentum had moved us on
@@ -378,6 +379,8 @@ class Muon(torch.optim.Optimizer):
             return
         rows = step.permute(0, 2, 3, 1)  # a view of channels-last filters, so nothing is copied
         step = orthogonalize(rows.flatten(1)).view_as(rows).permute(0, 3, 1, 2)
+        # Behind batch norm the length of the filters says nothing but how large a step is beside
+        # them: so a step is told in shares of it, and it is kept.
         norm = parameter.norm()  # on the device: nothing here waits for its value
         parameter.sub_(step * (lr * norm / step.norm().clamp(min=1e-12)))
         parameter.mul_(norm / parameter.norm().clamp(min=1e-12))
@@ -893,13 +896,11 @@ def make_repeatable(config, device):
 
 def describe(config, dataset):
     """What a checkpoint says of its network, besides weights and progress."""
-    description = {"model": config.model, "options": dict(config.options),
-                   "classes": list(dataset.classes),
-                   "image_size": config.size,
-                   "mean": list(dataset.mean), "std": list(dataset.std),
-                   "settings": dataclasses.asdict(config), "commit": commit_of_code(),
-                   "fingerprint": dataset.fingerprint}
-    return description
+    return {"model": config.model, "options": dict(config.options),
+            "classes": list(dataset.classes), "image_size": config.size,
+            "mean": list(dataset.mean), "std": list(dataset.std),
+            "settings": dataclasses.asdict(config), "commit": commit_of_code(),
+            "fingerprint": dataset.fingerprint}
 
 
 def batches_of(config, dataset, device, workers):
@@ -1145,6 +1146,7 @@ def score(logits, labels, classes):
     A class without an image has no accuracy: None.
     """
     check_labels(labels, logits)
+    # Of logits that are all NaN the first is "the largest": no answer, and none that is right.
     correct = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     totals = torch.bincount(labels, minlength=classes)
     hits = torch.bincount(labels[correct], minlength=classes)
@@ -1160,6 +1162,8 @@ def calibration(logits, labels, bins=15):
     calibration error (Guo et al. 2017, equations 2 and 3). NaN where a bin has no images."""
     confidence, guess = logits.double().softmax(1).max(1)  # N each
     number = (confidence * bins).ceil().long().clamp(1, bins) - 1  # ((m − 1)/bins, m/bins]
+    # A bin's share of the images times |accuracy − confidence| is |hits − sums| / N: so bins
+    # without images count for nothing in the error.
     images, sums, hits = (torch.bincount(number, weights, bins) for weights in (
         None, confidence, (guess == labels).double()))
     return images, sums / images, hits / images, ((hits - sums).abs().sum() / len(labels)).item()

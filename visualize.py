@@ -213,6 +213,7 @@ def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row
 
 def spaced(low, high, count):
     """`count` numbers from `low` to `high`; if they are symmetric and odd, 0 is exactly there."""
+    # Not low + index·step, whose rounding would miss the 0 in the middle, the network itself.
     return [(low * (count - 1 - index) + high * index) / (count - 1) for index in range(count)]
 
 
@@ -445,6 +446,7 @@ def relevance(network, images, label, method, layer=None):
         name, explain = GRADIENTS[method]
         return explain(network, images, label).abs().sum(1), name
     maps, layer = networks.grad_cam(network, images, label, layer)
+    # A deep layer's map has few rows and columns: they are spread over the image's pixels.
     return (F.interpolate(maps[:, None].float(), images.shape[2:], mode="bilinear")[:, 0],
             f"Grad-CAM at {layer} ({'×'.join(map(str, maps.shape[1:]))})")
 
@@ -468,8 +470,10 @@ def precision_recall(scores, positive):
     hits = positive[order].double().cumsum(0)
     # Images with the same score are accepted together: only the last of them is a threshold.
     last = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])
+    # Of the k images with the highest scores, hits[k − 1] are positive: precision hits / k.
     precision = (hits / torch.arange(1, len(order) + 1))[last]
     recall = (hits / hits[-1].clamp(min=1))[last]
+    # Σ P·ΔR, the area below steps; that of trapezoids is too high (Davis & Goadrich 2006).
     average = (precision * recall.diff(prepend=torch.zeros(1))).sum().item()
     return precision, recall, average if positive.any() else math.nan
 
@@ -512,6 +516,7 @@ def filter_normalized_direction(network, random):
     for name, weight in filters_of(network).items():
         # One row a filter. Without this, a network whose weights are merely larger, which batch
         # norm makes possible without any other effect, would look flatter.
+        # d ← d / ‖d‖ · ‖θ‖ for each filter, section 4 of the paper.
         noise = F.normalize(torch.randn(weight.shape, generator=random).flatten(1))
         norms = weight.flatten(1).norm(dim=1, keepdim=True)
         direction[name] = (noise.to(weight.device) * norms).view_as(weight)
@@ -569,6 +574,7 @@ def moved(network, directions, amounts):
 def loss_on(network, parts, preprocessing, what=""):
     """{"train/loss": …, "train/accuracy": …, "test/loss": …} of `parts` ({"train": split, …}), in
     full precision; `what` is added to the names of the parts."""
+    # With 8 bits, bf16 would draw steps into a surface that is smooth.
     preprocessing, values = dataclasses.replace(preprocessing, precision="fp32"), {}
     for name, split in parts.items():
         logits = train.predict(network, split.images, preprocessing)
@@ -603,7 +609,8 @@ def measure_batch_norm(network, images, preprocessing):
     """Make batch norm's statistics the means over batches of uint8 `images`; how many norms."""
     norms = networks.batch_norms(network)
     momenta = [norm.momentum for norm in norms]
-    # The rest of the network stays in evaluation mode: dropout would shift the statistics.
+    # Halfway between two networks, outputs have another mean and spread than either knows of. The
+    # rest of the network stays in evaluation mode: dropout would shift them as well.
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
@@ -1142,11 +1149,13 @@ def need(out=None, **least):
 
 
 def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: int = 0,
-            out: str | None = None, format: Format = "png"):
+            image_size: int | None = None, skip_bad: bool = False, out: str | None = None,
+            format: Format = "png"):
     """Draw COUNT random training images of each class, a row a class, and the data set's figures.
     """
     need(count=count)
-    dataset = load(data, root, val=0)
+    file_of(out)
+    dataset = load(data, root, image_size, val=0, skip_bad=skip_bad)
     images, labels = dataset.train
     # One shuffle of all; each class takes its first COUNT in that order.
     order = torch.randperm(len(labels), generator=generator(seed, "samples"))
@@ -1326,6 +1335,7 @@ def filters(ckpt: str | None = None, layer: str = "conv1", channel: str | None =
     channel = str(("rgb" if channels == 3 else 0) if channel is None else channel)
     title = f"{about.title}: {layer}, {len(weights)} filters"
     if channel == "rgb" and channels == 3:
+        # Weights have signs and colours have none: 0 is grey, ± the largest are black and white.
         images = 0.5 + weights / (2 * weights.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12))
         title += "\nin RGB, each on its own scale, grey is 0"
     elif channel in map(str, range(channels)):
@@ -1513,7 +1523,8 @@ MEANINGS = {
     "network": "instead of CKPT: torchvision:NAME or module:function",
     "weights": "file with a state dict for a network from elsewhere",
     "image_size": "side of a network from elsewhere's images; none: 224, or as torchvision's "
-                  "weights want",
+                  "weights want (samples: to which larger ones are resized; none: as they are)",
+    "skip_bad": "leave out image files that cannot be read",
     "data": "cifar10, cifar100, shapes, or a folder; none: the run's own",
     "root": "where data sets are downloaded to and cached",
     "device": "auto, cpu, cuda or mps",

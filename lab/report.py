@@ -374,7 +374,7 @@ def lab_rows(experiment, runs, flags):
             continue
         planned, config = run.config, train.Config.from_json(done[0]["settings"])
         # The page's command must make these very figures, a trial's as well.
-        flags |= {key: getattr(config, key) for key in ("data", "limit", "epochs")
+        flags |= {key: getattr(config, key) for key in ("data", "limit", "epochs", "precision")
                   if getattr(config, key) != getattr(planned, key)}
         flags |= {"seeds": len(done)} if len(done) > 1 else {}
         rows += reproduce.compare(run, done)

@@ -455,13 +455,17 @@ def test_a_lab_report_of_nothing_says_so(tmp_path):
 
 def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "4.1-base")
+    for name in ("config.json", "result.json"):  # as `reproduce --precision=bf16` leaves them
+        path = tmp_path / "4.1-base" / name
+        path.write_text(path.read_text().replace('"precision": "auto"', '"precision": "bf16"'))
     report.report("cnn-trials", runs=str(tmp_path))
     parsed, page, text = read_report(tmp_path / "cnn-trials")
     assert len(parsed.links) == 1 and parsed.headings[1].startswith("4.1 ")
     assert re.search(r"\| 4.1 \| base \| test \| 64.86 \| [\d.]+ \| other images \| 1 \|", text)
     assert "0 were measured again" in text and "reported elsewhere" not in text
     assert r"| 4.2 | conv2_25 | test | 68.07 | not measured |" in text
-    assert "reproduce cnn-trials --data=shapes --limit=40 --epochs=1" in page
+    again = " ".join(page.replace("\\\n", " ").split())
+    assert "reproduce cnn-trials --data=shapes --limit=40 --epochs=1 --precision=bf16" in again
     assert "python train.py --model=simple_cnn --optimizer=adam \\\n    --schedule" in page
     assert "--out=runs/reproduce --name=4.1-base" in page
 

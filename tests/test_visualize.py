@@ -1038,6 +1038,19 @@ def test_samples_are_a_row_a_class_and_filters_have_numbers(run, tmp_path, few_s
     assert "input channel 0 (from 0 to 5)" in figure.get_suptitle()
 
 
+def test_samples_of_images_of_several_sizes(tmp_path):
+    for index, size in enumerate([(8, 8), (12, 8)] * 2):
+        path = tmp_path / "pets" / ("train", "test")[index // 2] / "cat" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(path)
+    (path.parent / "bad.png").write_text("no picture")
+    flags = {"count": 2, "root": str(tmp_path), "out": str(tmp_path / "a.png")}
+    with pytest.raises(ValueError, match="`image_size=N` makes them equal"):
+        visualize.samples(str(tmp_path / "pets"), skip_bad=True, **flags)
+    figure = visualize.samples(str(tmp_path / "pets"), image_size=8, skip_bad=True, **flags)
+    assert [image.get_array().shape for image in figure.axes[0].images] == [(8, 8, 3)] * 2
+
+
 def test_without_a_run_a_figure_goes_to_runs(tmp_path, monkeypatch, few_shapes):
     monkeypatch.chdir(tmp_path)
     assert visualize.samples("shapes", count=2).path == Path("runs/figures/samples-shapes.png")
