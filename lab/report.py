@@ -328,21 +328,18 @@ def report_of_lab(what, runs, folder):
     beside = [str(path.parent) for path in Path(what).parent.glob("*/config.json")]
     # What was meant may have been a run: those beside it are named too.
     experiments = reproduce.choose(what, "run or experiment", beside)
-    flags = {}
-    rows = [row for experiment in experiments for row in lab_rows(experiment, runs, flags)]
+    rows = [row for experiment in experiments for row in lab_rows(experiment, runs)]
     done = [row for row in rows if row.data]
     return write_report(
         folder, "experiments.j2", title=reproduce.book().reports.get(what, f"Experiments: {what}"),
         experiments=experiments, rows=rows,
         comparison=reproduce.comparison(rows, reproduce.ON_PAGE),
         others=sorted({row.data for row in rows if row.elsewhere}),
-        machines=sorted({f"{row.device}, {f'{row.threads} threads, ' if row.threads else ''}"
-                         f"{row.precision}, commit {row.commit or 'unknown'}" for row in done}),
+        machines=sorted({", ".join([row.device, *threads_text(row.threads), row.precision,
+                                    f"commit {row.commit or 'unknown'}"]) for row in done}),
         commands={experiment.id: commands_for(experiment) for experiment in experiments},
         figures={experiment.id: figures_of(experiment, runs, folder) for experiment in experiments},
-        again=shell(["python", "-m", "lab", "reproduce", what,
-                     *(f"--{name}={value}" for name, value in flags.items())],
-                    ["python", "-m", "lab", "report", what]))
+        again=made_again(what, experiments, runs))
 
 
 def commands_for(experiment, out="runs/reproduce"):
@@ -360,25 +357,52 @@ def with_seeds(folder):
     return [folder, *sorted(folder.parent.glob(f"{folder.name}-seed*"))]
 
 
-def lab_rows(experiment, runs, flags):
-    """The rows of an experiment's comparison, from the runs in the folder `runs`.
+def threads_text(count):
+    """[how many threads computed], or [] where nobody knows."""
+    return [f"{count} thread{'s' * (count != 1)}"] if count else []
 
-    Settings that are not the experiment's own are added to `flags`.
-    """
+
+def results_of(run, runs):
+    """The results of a run of an experiment that is in the folder `runs`, and of its repetitions
+    with other seeds: those that are finished."""
+    return [result for result in map(finished, with_seeds(run.folder(runs))) if result]
+
+
+def lab_rows(experiment, runs):
+    """The rows of an experiment's comparison, from the runs in the folder `runs`."""
     rows = []
     for run in experiment.runs.values():
-        folder = run.folder(runs)
-        done = [result for result in map(finished, with_seeds(folder)) if result]
-        if not done:
-            rows += reproduce.claims(run, "not finished" if folder.exists() else None)
-            continue
-        planned, config = run.config, train.Config.from_json(done[0]["settings"])
-        # The page's command must make these very figures, a trial's as well.
-        flags |= {key: getattr(config, key) for key in ("data", "limit", "epochs", "precision")
-                  if getattr(config, key) != getattr(planned, key)}
-        flags |= {"seeds": len(done)} if len(done) > 1 else {}
-        rows += reproduce.compare(run, done)
+        done, begun = results_of(run, runs), run.folder(runs).exists()
+        rows += reproduce.compare(run, done) if done else reproduce.claims(
+            run, "not finished" if begun else None)
     return rows or [reproduce.Row(experiment.id, "–", "figures", state="–")]
+
+
+def made_again(what, experiments, runs):
+    """The command lines that make the runs of a page again, and the page: one for all of `what`,
+    unless its experiments were run with different flags."""
+    given = {experiment.id: flags_of(experiment, runs) for experiment in experiments}
+    kinds = [flags for flags in given.values() if flags]
+    if all(flags == kinds[0] for flags in kinds):
+        given = {what: kinds[0] if kinds else {}}
+    return shell(*(["python", "-m", "lab", "reproduce", name, *(
+        f"--{flag}={value}" for flag, value in flags.items())] for name, flags in given.items()),
+        ["python", "-m", "lab", "report", what])
+
+
+def flags_of(experiment, runs):
+    """The flags with which `reproduce` makes the very runs in the folder `runs`, those that an
+    experiment shows of others too: what is not as experiments.toml has it, as in a trial."""
+    own = [*experiment.runs.values()]
+    flags = {}
+    for run in (*own, *(run for figure in experiment.figures for run in figure.runs.values())):
+        if done := results_of(run, runs):
+            planned, config = run.config, train.Config.from_json(done[0]["settings"])
+            its = {key: getattr(config, key) for key in ("data", "limit", "epochs", "precision")
+                   if getattr(config, key) != getattr(planned, key)}
+            its |= {"seeds": len(done)} if len(done) > 1 and run in own else {}
+            flags = its | flags  # its own runs come first, and have the last word
+    return flags
 
 
 def figures_of(experiment, runs, folder):

@@ -450,7 +450,8 @@ def test_a_class_without_test_images_has_no_accuracy():
 def test_a_lab_report_of_nothing_says_so(tmp_path):
     report.report("4.9", runs=str(tmp_path / "none"))
     _, _, text = read_report(tmp_path / "none" / "4.9")
-    assert "0 were measured again" in text and "| 72.82 | not measured |" in text
+    assert "the same images: 0;" in " ".join(text.split())
+    assert "| 72.82 | not measured |" in text
 
 
 def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tmp_path):
@@ -462,12 +463,21 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
     parsed, page, text = read_report(tmp_path / "cnn-trials")
     assert len(parsed.links) == 1 and parsed.headings[1].startswith("4.1 ")
     assert re.search(r"\| 4.1 \| base \| test \| 64.86 \| [\d.]+ \| other images \| 1 \|", text)
-    assert "0 were measured again" in text and "reported elsewhere" not in text
+    assert "the same images: 0;" in " ".join(text.split()) and "reported elsewhere" not in text
     assert r"| 4.2 | conv2_25 | test | 68.07 | not measured |" in text
     again = " ".join(page.replace("\\\n", " ").split())
     assert "reproduce cnn-trials --data=shapes --limit=40 --epochs=1 --precision=bf16" in again
     assert "python train.py --model=simple_cnn --optimizer=adam \\\n    --schedule" in page
     assert "--out=runs/reproduce --name=4.1-base" in page
+    # Of runs with different flags each experiment has its own line, also of what it only shows.
+    for name, more in (("4.1-base-seed1", ""), ("1.1-lenet", "lenet-vgg")):
+        shutil.copytree(tmp_path / "4.1-base" if not more else finished, tmp_path / name)
+    lines = report.made_again("x", reproduce.choose("4.1") + reproduce.choose("lenet-vgg"),
+                              tmp_path).replace("\\\n    ", "").split("\n")
+    assert lines[:3] == ["python -m lab reproduce 4.1 --data=shapes --limit=40 --epochs=1 "
+                         "--precision=bf16 --seeds=2",
+                         *(f"python -m lab reproduce 1.{number} --data=shapes --limit=40 --epochs=1"
+                           for number in (1, 2))]
 
 
 @pytest.mark.parametrize("words, message", [
