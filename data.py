@@ -339,7 +339,7 @@ def read_arrays(path, labels=None):
     found = []
     for file, kind, shape in ((path, "u", (32, 32, 3)), (labels, "ui", ())):
         check_regular(file, 1 << 30)
-        try:
+        try:  # mapped: what claims to be huge takes no memory before its shape was looked at
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{file}: not an array of NumPy ({error})") from error
@@ -617,7 +617,7 @@ def _write_images(file, key, count, images, free, medium):
     """
     rows, checksum = [], 0
     for number, pixels in images:
-        need = count * pixels.numel()
+        need = count * pixels.numel()  # before the first is written, not when the disk is full
         if not rows and need > free:
             raise OSError(f"the images need {need / 1e9:.2f} GB of {medium}, {free / 1e9:.2f} GB "
                           f"are free; `limit=N` takes fewer; `image_size=N` makes them smaller; "
@@ -702,6 +702,7 @@ def free_memory(device="cpu"):
     """The bytes that may still be taken on `device`; infinite where nobody tells."""
     device, known = torch.device(device), [math.inf]
     if device.type == "cuda":
+        # What PyTorch keeps of the GPU's memory without using it may be taken too.
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
     if device.type == "mps":
@@ -868,6 +869,7 @@ def resize(images, size):
     """Float N×3×H×W images resized to N×3×size×size (bilinear); None or the same size: as is."""
     if size is None or tuple(images.shape[2:]) == (size, size):
         return images
+    # Made smaller without antialiasing, a picture would lose the pixels between those it reads.
     return F.interpolate(images, (size, size), mode="bilinear", antialias=size < images.shape[3])
 
 
@@ -1228,6 +1230,7 @@ def lock(folder):
     A folder in which nothing was done does not remain.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
+    # The system's lock is on the open file: it goes with its process, also with one that is killed.
     folder.mkdir(parents=True, exist_ok=True)
     with open_lock(folder / ".lock") as file:
         if not lock_file(file):

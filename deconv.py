@@ -42,6 +42,8 @@ import train
 import visualize
 from data import command_line, progress, subset
 
+# What goes on down, given the signal and where the rectifier's input was positive; None: the
+# derivative that the function has.
 RULES = {"deconvnet": lambda signal, positive: signal.clamp(min=0),
          "guided": lambda signal, positive: signal.clamp(min=0) * positive,
          "gradient": None}
@@ -707,6 +709,7 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
     with torch.no_grad():
         logits = networks.logits_of(network, images)
     labels = test.labels.to(logits.device) if about.classes else logits.argmax(1)
+    # The moved pictures are shown as the network saw them: normalised, then brought back.
     mean, std = (torch.tensor(values)[:, None, None] for values in (
         about.preprocessing.mean, about.preprocessing.std))
     rows = {}

@@ -349,14 +349,19 @@ VGG_LAYERS = {depth: " ".join(word if word == "M" else f"{word}k3p1" for word in
 TRIAL_HIDDEN = (360, 252, 99, 30)
 
 NETWORKS = {
+    # LeCun et al. 1998, for colour images and with today's activations; its colour variant of a
+    # lab report has three times the channels and the paper's average pooling.
     "lenet": partial(plain, "6k5 M 16k5 M", (120, 84)),
     "lenet5_color": partial(plain, "18k5p1 A 48k5p1 A", (360, 252, 30)),
+    # The small networks of the lab reports (lab/experiments.toml, 2.x and 4.x).
     "convnet": partial(plain, "32k3 32k3 M 64k3 64k3 M", (512,)),
     "convnet_large": partial(plain, "32k3 64k3 M 128k3 256k3 M", (1024, 512)),
     "simple_cnn": simple_cnn,
     "trial_3conv": partial(plain, "18k3p1 M 54k3p1 M 108k3p1 M", TRIAL_HIDDEN),
     "trial_4conv": partial(plain, "18k3p1 M 54k3p1 M 108k3p1 M 216k3p1 M", TRIAL_HIDDEN),
     "trial_4conv_late_pool": partial(plain, "18k3p1 54k3p1 M 108k3p1 M 216k3p1 M", TRIAL_HIDDEN),
+    # Simonyan & Zisserman 2015, table 1: vgg16_1x1 is configuration C, others are A, B, D and E,
+    # vgg_a is A with hidden linear layers, and those in _bn have batch norm.
     "vgg16_1x1": partial(vgg, "64k3p1 64k3p1 M 128k3p1 128k3p1 M 256k3p1 256k3p1 256k1 M "
                               "512k3p1 512k3p1 512k1 M 512k3p1 512k3p1 512k1 M", (256, 256)),
     "vgg_a": partial(vgg, VGG_LAYERS[11], (512, 512)),
@@ -365,11 +370,14 @@ NETWORKS = {
     **{f"vgg{depth}_bn": partial(vgg, layers, batch_norm=True)
        for depth, layers in VGG_LAYERS.items()},
     "speednet": speednet,
+    # He et al. 2016, table 1, for images of 32×32: without the first stride and pooling.
     "resnet18": partial(resnet, BasicBlock, (2, 2, 2, 2), 64, "cifar"),
     "resnet34": partial(resnet, BasicBlock, (3, 4, 6, 3), 64, "cifar"),
     "resnet50": partial(resnet, Bottleneck, (3, 4, 6, 3), 64, "cifar"),
+    # Section 4.2, the paper's own networks for CIFAR-10: 6·n + 2 layers, for n = 3 and n = 9.
     "resnet20": partial(resnet, BasicBlock, (3, 3, 3), 16, "cifar", PaddedShortcut),
     "resnet56": partial(resnet, BasicBlock, (9, 9, 9), 16, "cifar", PaddedShortcut),
+    # Table 1 as it stands, for 224×224.
     "resnet18_imagenet": partial(resnet, BasicBlock, (2, 2, 2, 2), 64, "imagenet"),
 }
 

@@ -131,17 +131,20 @@ def check_setting(name, value, kind, allowed):
 class Config:
     """All settings of a run, checked. `Config.create` fills in the recipe of the network."""
 
+    # What is trained, and on what.
     model: str = setting("lenet", "network; python network.py list shows all", networks.NETWORKS)
     options: dict = field(default_factory=dict, metadata={"allowed": None})
     data: str = setting("cifar10", "cifar10, cifar100, shapes, or a folder of images")
     root: str = setting("data", "where data sets are downloaded to and cached")
     image_size: int | None = setting(None, "side of the network's images; none: its own", (1, 1024))
+    # Small images are cheap, and enough for early epochs; late ones see what test images are like.
     early_size: int | None = setting(None, "side in the early epochs; none: the same", (1, 1024))
     early_share: float = setting(0.5, "share of the epochs that see images of early_size", (0, 1))
     uncropped_epochs: int = setting(0, "last epochs whose images are not cropped", (0, 1e6))
     val: int | None = setting(None, "training images held out; none: a tenth", (0, 1e9))
     limit: int | None = setting(None, "use so many training and so many test images", (1, 1e9))
     skip_bad: bool = setting(False, "leave out image files that cannot be read")
+    # How it is trained.
     epochs: int = setting(30, "passes over the training images", (1, 1e6))
     batch_size: int = setting(128, "images a step, over all processes", (1, 1e6))
     optimizer: str = setting("sgd", "what takes the steps:", OPTIMIZERS)
@@ -165,12 +168,14 @@ class Config:
     snapshots: tuple[int, ...] = setting((), "epochs whose weights are kept; none: a few, of a "
                                          "small network", (0, 99_999))
     tta: str = setting("none", "views of a test image whose logits are averaged:", TTA)
+    # With what, and what the machine may do about it.
     seed: int = setting(0, "of weights, split, order and augmentation", (0, 2**62))
     device: str = setting("auto", "auto: a GPU if there is one;", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "auto: bf16 on a GPU made for it;", ("auto", "fp32", "bf16"))
     compile: bool = setting(False, "compile the network with torch.compile")
     deterministic: bool = setting(False, "the same result again on a GPU too, more slowly")
     on_nan: str = setting("stop", "at a loss or gradient that is not finite:", ("stop", "skip"))
+    # What is told and kept of it, and where.
     log_steps: int = setting(0, "print the mean loss every so many steps; 0: never", (0, 1e9))
     save_minutes: float = setting(10.0, "minutes between checkpoints within an epoch", (0, 1e6))
     keep: int = setting(2, "checkpoints that remain, last.pth among them; 0: all", (0, 1e6))
@@ -247,6 +252,7 @@ class Config:
 
 
 # What trains each network well on CIFAR-10 on its own; anything not said here is in `Config`.
+# Their costs and what they reach are in README.md, how they were found in lab/BENCHMARKS.md.
 _CLASSIC = {"epochs": 30, "lr": 0.02, "augment": ("flip", "crop")}
 _VGG = {"epochs": 60, "lr": 0.02, "warmup_epochs": 2.0}
 _VGG_BN = {"epochs": 100, "lr": 0.1, "warmup_epochs": 2.0}
@@ -255,6 +261,7 @@ _FAST = {"batch_size": 512, "optimizer": "muon", "momentum": 0.6, "weight_decay"
          "schedule": "linear", "warmup_epochs": 0.0, "early_size": 24, "val": 0, "tta": "full"}
 _RESNET = {**_FAST, "epochs": 20, "lr": 0.1, "label_smoothing": 0.1,
            "augment": ("alternating_flip", "crop", "cutout")}
+# He et al. 2016, section 4.2, take 64 000 steps of 128 images.
 _THIN_RESNET = {"epochs": 160, "lr": 0.1, "warmup_epochs": 2.0, "nesterov": True,
                 "weight_decay": 2e-4}
 RECIPES = {
@@ -814,13 +821,13 @@ class State:
     sums: torch.Tensor
     totals: tuple[float, ...] = (0.0,) * 4
     logged: tuple[float, ...] = (0.0,) * 4
-    epoch: int = 0
-    step: int = 0
-    epoch_seconds: float = 0.0
-    seconds: float = 0.0
-    best_accuracy: float = -1.0
+    epoch: int = 0  # epochs that are done
+    step: int = 0  # steps that are done, over all epochs
+    epoch_seconds: float = 0.0  # of the epoch so far
+    seconds: float = 0.0  # of the epochs that are done, their steps alone
+    best_accuracy: float = -1.0  # on validation images: below any, so that the first epoch is best
     best_epoch: int = 0
-    average: dict | None = None
+    average: dict | None = None  # the weights' running mean, if `ema` asks for one
 
     def follow(self, ema):
         """Let `average` follow the weights: it keeps the share `ema` of itself.
