@@ -413,160 +413,6 @@ def orthogonalize(matrix, steps=5):
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
 
-# ---------------------------------------------------------------------------- device, processes
-
-
-def choose_device(name="auto"):
-    """The device called `name`; `auto` prefers CUDA, then MPS, then the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    if name == "auto":
-        name = next(name for name in available if available[name])
-    if name not in available:
-        raise ValueError(f"device={name}: must be of auto, {', '.join(available)}"
-                         f"{closest(name, available)}")
-    if not available[name]:
-        raise ValueError(f"device={name}: not available here; there is "
-                         f"{', '.join(name for name in available if available[name])}")
-    if name != "cuda":
-        return torch.device(name)
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
-        raise ValueError(f"device=cuda: process {local} of this machine has none to itself; there "
-                         f"are {torch.cuda.device_count()} GPUs")
-    # Convolutions would compute in TF32, with 10 bits after the point, where fp32 is asked for.
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device(name, local)
-
-
-def in_bf16(device, precision):
-    """Whether the network computes in bf16 on `device`; "auto": where the device really does."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda"
-                                   and torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def autocast(device, precision):
-    """A context in which the network computes in `precision`. Weights stay float32, and the loss
-    needs no scaling: bf16 reaches as far as float32 does, with fewer digits."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, precision))
-
-
-@dataclass(frozen=True)
-class Workers:
-    """The processes that share this run (torchrun): their number and the number of this one."""
-
-    rank: int = 0
-    world: int = 1
-
-    def add_up(self, tensors):
-        """Begin to sum float32 `tensors` over all processes, in one exchange; the function that
-        is returned waits for the sums and puts them in place."""
-        flat = torch.cat([tensor.flatten() for tensor in tensors])  # small messages cost as much
-        with together():
-            exchange = distributed.all_reduce(flat, async_op=True)
-
-        def finish():
-            with together():
-                exchange.wait()
-            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-                tensor.copy_(part.view_as(tensor))
-        return finish
-
-    @contextlib.contextmanager
-    def sharing(self, network, parameters, sums):
-        """While open, a backward pass leaves gradients that are summed over all processes, as
-        are `sums` then; batch norm's statistics become the means.
-
-        The gradients travel while those of the layers below are still being computed. Unlike
-        those of DistributedDataParallel, the buckets never change, so a resumed run adds up in
-        the same order.
-        """
-        if self.world == 1:
-            yield
-            return
-        statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        means = [buffer / self.world for buffer in statistics]  # which autograd does not let change
-        waiting, ready, begun = buckets_of(parameters), set(), [self.add_up([*means, sums])]
-
-        def note(parameter):
-            ready.add(parameter)
-            while waiting and ready.issuperset(waiting[0]):  # in the same order everywhere
-                begun.append(self.add_up([parameter.grad for parameter in waiting.pop(0)]))
-
-        hooks = [parameter.register_post_accumulate_grad_hook(note) for parameter in parameters]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for finish in begun:
-            finish()
-        for buffer, mean in zip(statistics, means):
-            buffer.copy_(mean)
-
-    def any(self, flag, like):
-        """Whether `flag` is true in any process, told by tensors on the device of `like`: all
-        processes wait here for each other."""
-        if self.world == 1:
-            return bool(flag)
-        votes = like.new_full((1,), bool(flag))
-        self.add_up([votes])()
-        return votes.item() > 0
-
-
-def buckets_of(parameters, most=2**20):
-    """`parameters`, last ones first, as a backward pass comes to them, in lists of about `most`
-    values, which travel together."""
-    buckets, values = [], most
-    for parameter in reversed(parameters):
-        if values >= most:
-            buckets.append([])
-            values = 0
-        buckets[-1].append(parameter)
-        values += parameter.numel()
-    return buckets
-
-
-@contextlib.contextmanager
-def together():
-    """A context in which the loss of another process is a ConnectionError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError("another process of this run is gone; the same command with "
-                              "`resume` goes on from the last checkpoint") from error
-
-
-@contextlib.contextmanager
-def join_workers(device):
-    """The `Workers` that torchrun started, connected for as long as the context lasts."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        yield Workers()
-        return
-    if device.type == "mps":
-        raise ValueError(f"device=mps: {world} processes cannot share it; take `device=cpu`")
-    try:
-        store, rank, _ = next(distributed.rendezvous("env://"))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"the {world} processes cannot meet at {os.environ.get('MASTER_ADDR')}:"
-                      f"{os.environ.get('MASTER_PORT')} ({reason})") from error
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # A restarted torchrun keeps its store, with the addresses of the processes before.
-        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    # Functions of this module keep the group that exists when PyTorch first imports them, on the
-    # way; Gloo's threads would then outlive the group, and may abort a process that ends.
-    importlib.import_module("torch.distributed.nn")
-    on_gpu = device.type == "cuda"
-    distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
-                                   world_size=world, device_id=device if on_gpu else None)
-    try:
-        yield Workers(rank, world)
-    finally:
-        distributed.destroy_process_group()
-
-
 # ---------------------------------------------------------------------------- the story
 
 
@@ -1080,6 +926,160 @@ def live_progress(config, steps):
                 shown[0] = time.monotonic()
 
         yield update
+
+
+# ---------------------------------------------------------------------------- device, processes
+
+
+def choose_device(name="auto"):
+    """The device called `name`; `auto` prefers CUDA, then MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        name = next(name for name in available if available[name])
+    if name not in available:
+        raise ValueError(f"device={name}: must be of auto, {', '.join(available)}"
+                         f"{closest(name, available)}")
+    if not available[name]:
+        raise ValueError(f"device={name}: not available here; there is "
+                         f"{', '.join(name for name in available if available[name])}")
+    if name != "cuda":
+        return torch.device(name)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise ValueError(f"device=cuda: process {local} of this machine has none to itself; there "
+                         f"are {torch.cuda.device_count()} GPUs")
+    # Convolutions would compute in TF32, with 10 bits after the point, where fp32 is asked for.
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device(name, local)
+
+
+def in_bf16(device, precision):
+    """Whether the network computes in bf16 on `device`; "auto": where the device really does."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda"
+                                   and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def autocast(device, precision):
+    """A context in which the network computes in `precision`. Weights stay float32, and the loss
+    needs no scaling: bf16 reaches as far as float32 does, with fewer digits."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, precision))
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that share this run (torchrun): their number and the number of this one."""
+
+    rank: int = 0
+    world: int = 1
+
+    def add_up(self, tensors):
+        """Begin to sum float32 `tensors` over all processes, in one exchange; the function that
+        is returned waits for the sums and puts them in place."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])  # small messages cost as much
+        with together():
+            exchange = distributed.all_reduce(flat, async_op=True)
+
+        def finish():
+            with together():
+                exchange.wait()
+            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(part.view_as(tensor))
+        return finish
+
+    @contextlib.contextmanager
+    def sharing(self, network, parameters, sums):
+        """While open, a backward pass leaves gradients that are summed over all processes, as
+        are `sums` then; batch norm's statistics become the means.
+
+        The gradients travel while those of the layers below are still being computed. Unlike
+        those of DistributedDataParallel, the buckets never change, so a resumed run adds up in
+        the same order.
+        """
+        if self.world == 1:
+            yield
+            return
+        statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        means = [buffer / self.world for buffer in statistics]  # which autograd does not let change
+        waiting, ready, begun = buckets_of(parameters), set(), [self.add_up([*means, sums])]
+
+        def note(parameter):
+            ready.add(parameter)
+            while waiting and ready.issuperset(waiting[0]):  # in the same order everywhere
+                begun.append(self.add_up([parameter.grad for parameter in waiting.pop(0)]))
+
+        hooks = [parameter.register_post_accumulate_grad_hook(note) for parameter in parameters]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for finish in begun:
+            finish()
+        for buffer, mean in zip(statistics, means):
+            buffer.copy_(mean)
+
+    def any(self, flag, like):
+        """Whether `flag` is true in any process, told by tensors on the device of `like`: all
+        processes wait here for each other."""
+        if self.world == 1:
+            return bool(flag)
+        votes = like.new_full((1,), bool(flag))
+        self.add_up([votes])()
+        return votes.item() > 0
+
+
+def buckets_of(parameters, most=2**20):
+    """`parameters`, last ones first, as a backward pass comes to them, in lists of about `most`
+    values, which travel together."""
+    buckets, values = [], most
+    for parameter in reversed(parameters):
+        if values >= most:
+            buckets.append([])
+            values = 0
+        buckets[-1].append(parameter)
+        values += parameter.numel()
+    return buckets
+
+
+@contextlib.contextmanager
+def together():
+    """A context in which the loss of another process is a ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError("another process of this run is gone; the same command with "
+                              "`resume` goes on from the last checkpoint") from error
+
+
+@contextlib.contextmanager
+def join_workers(device):
+    """The `Workers` that torchrun started, connected for as long as the context lasts."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield Workers()
+        return
+    if device.type == "mps":
+        raise ValueError(f"device=mps: {world} processes cannot share it; take `device=cpu`")
+    try:
+        store, rank, _ = next(distributed.rendezvous("env://"))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"the {world} processes cannot meet at {os.environ.get('MASTER_ADDR')}:"
+                      f"{os.environ.get('MASTER_PORT')} ({reason})") from error
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # A restarted torchrun keeps its store, with the addresses of the processes before.
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    # Functions of this module keep the group that exists when PyTorch first imports them, on the
+    # way; Gloo's threads would then outlive the group, and may abort a process that ends.
+    importlib.import_module("torch.distributed.nn")
+    on_gpu = device.type == "cuda"
+    distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
+                                   world_size=world, device_id=device if on_gpu else None)
+    try:
+        yield Workers(rank, world)
+    finally:
+        distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------- evaluation
