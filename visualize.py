@@ -18,6 +18,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -27,6 +28,7 @@ import os
 import re
 import textwrap
 import typing
+import warnings
 from pathlib import Path
 
 import torch
@@ -79,9 +81,13 @@ def new_figure(width, height, title):
         """A figure in which a $ begins no formula, as names of classes and runs may hold it."""
 
         def draw(self, renderer):
-            with rc_context({"text.parse_math": False}):  # for the ticks, which are made now
+            with warnings.catch_warnings(), rc_context(
+                    {"text.parse_math": False}):  # for the ticks, which are made now
+                warnings.filterwarnings("ignore", "Glyph .* missing")  # `fonts_for` says so
                 for text in self.findobj(Text):
                     text.set_parse_math(False)
+                    if not text.get_text().isascii():
+                        text.set_fontfamily(fonts_for(frozenset(text.get_text())))
                 super().draw(renderer)
 
         def _repr_png_(self):
@@ -96,6 +102,28 @@ def new_figure(width, height, title):
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.07)
     figure.suptitle("\n".join(lines), fontsize=11)
     return figure
+
+
+@functools.cache
+def fonts_for(letters):
+    """The names of installed fonts that draw a set of letters: matplotlib's own, which has those of
+    Europe, and one that has the others, such as a class's name in Chinese may need."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    def lacking(path):
+        return {letter for letter in letters if letter.isprintable()
+                and not FT2Font(path).get_char_index(ord(letter))}
+
+    letters = lacking(findfont(FontProperties()))
+    for font in fontManager.ttflist if letters else ():
+        with contextlib.suppress(OSError, RuntimeError):  # its file is damaged, or gone
+            if not lacking(font.fname) and "Last Resort" not in font.name:  # which has but boxes
+                return ["sans-serif", font.name]
+    if letters:
+        train.say_once(f"no font here draws {''.join(sorted(letters))}: figures have boxes "
+                       f"instead; one such as Noto Sans CJK would")
+    return ["sans-serif"]
 
 
 def plot(figure, position, title, xlabel="", ylabel=""):

@@ -1051,6 +1051,16 @@ def test_samples_of_images_of_several_sizes(tmp_path):
     assert [image.get_array().shape for image in figure.axes[0].images] == [(8, 8, 3)] * 2
 
 
+def test_names_in_letters_that_matplotlibs_own_font_lacks(capsys, recwarn):
+    figure = visualize.new_figure(3, 1, "猫 \u2312 é")  # ⌒ is in STIX alone, 猫 maybe nowhere
+    figure._repr_png_()
+    assert visualize.fonts_for(frozenset("aé")) == ["sans-serif"]
+    assert visualize.fonts_for(frozenset("a\u2312")) == ["sans-serif", "STIXGeneral"]
+    told = capsys.readouterr().err
+    assert not any("Glyph" in str(warning.message) for warning in recwarn)
+    assert not told or told.startswith("no font here draws \u2312猫:")
+
+
 def test_without_a_run_a_figure_goes_to_runs(tmp_path, monkeypatch, few_shapes):
     monkeypatch.chdir(tmp_path)
     assert visualize.samples("shapes", count=2).path == Path("runs/figures/samples-shapes.png")
