@@ -1133,22 +1133,31 @@ def find_checkpoint(path):
     raise FileNotFoundError(f"{path}: a folder without best.pth or last.pth")
 
 
-def load(source, weights=None, image_size=None, device="cpu"):
+def load(source, weights=None, device="cpu", image_size=None, mean=None, std=None):
     """The network that `source` means, in evaluation mode, and its `Description`.
 
     `source` is a checkpoint's file, a run's folder, or a network from elsewhere:
     `torchvision:NAME`, with weights from torch's local cache, or `package.module:function`, a
-    function without arguments. `weights` is a file with a state dict for these, `image_size` the
-    side of their images: by default what torchvision's weights want, or 224. Their colours are
-    normalised as ImageNet's. Nothing is downloaded. Raises ValueError or OSError.
+    function without arguments. `weights` is a file with a state dict for these (see
+    `state_dict_in`); `image_size`, `mean` and `std` say how they want their images (see
+    `Preprocessing`): by default as torchvision's weights do, or 224 pixels and ImageNet's colours.
+    Nothing is downloaded. Raises ValueError or OSError.
     """
+    wishes = {"image_size": image_size, "mean": mean and tuple(mean), "std": std and tuple(std)}
+    wishes = {name: value for name, value in wishes.items() if value is not None}
+    for name, value in wishes.items():
+        least = -math.inf if name == "mean" else 0
+        if name != "image_size" and (len(value) != 3 or not all(
+                least < part < math.inf for part in value)):
+            raise ValueError(f"{name}={text_of(value)}: must be three numbers, one a colour"
+                             f"{', above 0' * (name == 'std')}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
     if re.fullmatch(r"[\w.]+:[\w-]+", str(source)) and not Path(source).exists():
-        return _load_elsewhere(str(source), weights, image_size, device)
-    if weights or image_size is not None:
-        raise ValueError("`weights` and `image_size` are for networks from elsewhere, such as "
-                         "torchvision:resnet18")
+        return _load_elsewhere(str(source), weights, wishes, device)
+    if weights or wishes:
+        raise ValueError("`weights`, `image_size`, `mean` and `std` are for networks from "
+                         "elsewhere, such as torchvision:resnet18")
     path = find_checkpoint(source)
     checkpoint = read(path)
     try:
@@ -1164,7 +1173,7 @@ def load(source, weights=None, image_size=None, device="cpu"):
     return network.eval().to(device), description
 
 
-def _load_elsewhere(source, weights, image_size, device):
+def _load_elsewhere(source, weights, wishes, device):
     module, _, name = source.partition(":")
     wanted = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
     if module == "torchvision":
@@ -1186,15 +1195,14 @@ def _load_elsewhere(source, weights, image_size, device):
             state = torch.load(weights, map_location="cpu", weights_only=True)
             if isinstance(state, dict) and REQUIRED.keys() <= state.keys():
                 raise ValueError("is a checkpoint of this package; name it alone")
-            network.load_state_dict(state)
+            network.load_state_dict(state_dict_in(state, network))
         network.eval().to(device)
     except (Exception, SystemExit) as error:  # anybody's code and files: whatever they raise
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
         weights = f", weights={weights}" if weights else ""
         raise ValueError(f"network={source}{weights}: "
                          f"{textwrap.shorten(told, 300, placeholder=' …')}") from error
-    wanted = replace(wanted, image_size=image_size or wanted.image_size)
-    return network, Description(source, (), wanted)
+    return network, Description(source, (), replace(wanted, **wishes))
 
 
 def _torchvision_weights(name, weights):
@@ -1219,6 +1227,19 @@ def _torchvision_weights(name, weights):
               ).transforms()
     return weights or files[known], Preprocessing(
         preset.crop_size[0], tuple(preset.mean), tuple(preset.std))
+
+
+def state_dict_in(content, network):
+    """The state dict of `network` in what a file of weights holds: all of it, or a part, as in
+    {"net": …, "acc": …}, without what DataParallel and torch.compile put before the names. What
+    holds none is returned as it is."""
+    parts = [content, *content.values()] if isinstance(content, dict) else []
+    for part in parts:
+        state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value
+                 for name, value in part.items()} if isinstance(part, dict) else {}
+        if state and state.keys() == network.state_dict().keys():
+            return state
+    return content
 
 
 def fitting_weights(checkpoint, network):

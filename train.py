@@ -1557,10 +1557,19 @@ def newest_checkpoint(folder, say):
 # ---------------------------------------------------------------------------- opening a network
 
 
-def open_network(source, device="auto", weights=None, image_size=None):
-    """The network that `source` means (see `network.load`), in evaluation mode on the chosen
-    device, and its `Description`."""
-    network, description = networks.load(source, weights, image_size, choose_device(device))
+class Elsewhere(typing.TypedDict, total=False):
+    """The flags of commands that take a network from elsewhere; `MEANINGS` says what they mean."""
+
+    weights: str | None
+    image_size: int | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def open_network(source, device="auto", weights=None, **wishes):
+    """The network that `source` means, in evaluation mode on the chosen device, and its
+    `Description`. See `network.load`; `wishes` are how it wants its images."""
+    network, description = networks.load(source, weights, choose_device(device), **wishes)
     if not networks.finite(network.state_dict()):
         raise ValueError(f"{source}: holds weights that are not finite numbers")
     if description.settings:
@@ -1824,7 +1833,7 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
 
 def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
              tta: typing.Literal["none", "flip", "full"] = "none", device: str = "auto",
-             weights: str | None = None, image_size: int | None = None):
+             **elsewhere: typing.Unpack[Elsewhere]):
     """Measure the network in CKPT (a file or a run folder) on the test images of its data set.
 
     Accuracy, also of the five likeliest of more than ten classes, loss, and expected calibration
@@ -1834,7 +1843,7 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
     corruptions and severities. `--tta=flip` and `--tta=full` average the logits of several views.
     A network from elsewhere is torchvision:NAME or module:function; its classes are numbers.
     """
-    network, description = open_network(ckpt, device, weights, image_size)
+    network, description = open_network(ckpt, device, **elsewhere)
     if data and (Path(data) / "labels.npy").exists():
         return corruption_table(network, description, data, tta)
     test = open_test(description, data, root)
@@ -1862,7 +1871,7 @@ def corruption_table(network, description, folder, tta):
 
 
 def predict_command(*paths: str, top: int = 3, out: str | None = None, device: str = "auto",
-                    weights: str | None = None, image_size: int | None = None):
+                    **elsewhere: typing.Unpack[Elsewhere]):
     """The likeliest classes of pictures: CKPT PICTURE …, files or folders of them.
 
     `--top` classes of each with their probabilities; `--out` is a CSV file of them. Pictures that
@@ -1873,7 +1882,7 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None, device: s
     if out:
         check_output(out, ".csv")
         data.check_ours(out, ",".join(PREDICTED))
-    network, description = open_network(paths[0], device, weights, image_size)
+    network, description = open_network(paths[0], device, **elsewhere)
     pictures, errors = read_pictures(paths[1:], description.preprocessing.image_size)
     if not pictures:
         raise OSError("; ".join(errors))
@@ -1986,6 +1995,9 @@ MEANINGS = {"resume": "go on with the run, or start it if there is none; a RUN's
             "weights": "file with a state dict for a network from elsewhere",
             "image_size": "side of a network from elsewhere's images; none: 224, or as "
                           "torchvision's weights want",
+            "mean": "of the colours as a network from elsewhere wants them, such as .49,.48,.45; "
+                    "none: ImageNet's",
+            "std": "of the colours, the same",
             "paths": "a network, then pictures or folders of them",
             "top": "how many classes of each",
             "out": "the file to write",

@@ -1100,15 +1100,13 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
 # ---------------------------------------------------------------------------- commands
 
 
-class Flags(typing.TypedDict, total=False):
+class Flags(train.Elsewhere, total=False):
     """The flags of every command that opens a network; `MEANINGS` says what they mean."""
 
     data: str | None
     root: str | None
     device: typing.Annotated[str, "auto"]
     network: str | None
-    weights: str | None
-    image_size: int | None
     out: str | None
     format: Format | None
 
@@ -1118,15 +1116,15 @@ WhereFlags = typing.TypedDict("WhereFlags", {**Flags.__annotations__, "class": s
                               total=False)
 
 
-def open_network(ckpt=None, network=None, weights=None, image_size=None, device="auto", data=None,
-                 root=None, out=None, format=None):
+def open_network(ckpt=None, network=None, device="auto", data=None, root=None, out=None,
+                 format=None, **elsewhere):
     """The network that `ckpt` or `network` names, in evaluation mode, and its `Description`.
     It takes all `Flags`, and so refuses any other; what is not used here is for those below."""
     file_of(out)  # may refuse, which is better said now than when all is computed
     if (ckpt is None) == (network is None):
         raise ValueError("give either a checkpoint (a file, or a run's folder) or a network from "
                          "elsewhere (`network=torchvision:NAME` or package.module:function)")
-    return train.open_network(ckpt or network, device, weights, image_size)
+    return train.open_network(ckpt or network, device, **elsewhere)
 
 
 def open_test(ckpt, **flags):
@@ -1550,8 +1548,9 @@ MEANINGS = {
     "runs": "folders of runs",
     "network": "instead of CKPT: torchvision:NAME or module:function",
     "weights": "file with a state dict for a network from elsewhere",
-    "image_size": "side of a network from elsewhere's images; none: 224, or as torchvision's "
-                  "weights want (samples: to which larger ones are resized; none: as they are)",
+    **{name: train.MEANINGS[name] for name in ("mean", "std")},
+    "image_size": f"{train.MEANINGS['image_size']} (samples: to which larger ones are resized; "
+                  f"none: as they are)",
     "skip_bad": "leave out image files that cannot be read",
     "data": "cifar10, cifar100, shapes, or a folder; none: the run's own",
     "root": "where data sets are downloaded to and cached",

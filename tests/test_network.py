@@ -392,6 +392,33 @@ def test_settings_nested_without_end_are_refused(entry, tmp_path):
         network.load(tmp_path / "a.pth")
 
 
+@pytest.mark.parametrize("wrapped", [
+    lambda weights: weights,
+    lambda weights: {"net": {f"module.{name}": weights[name] for name in weights}, "acc": 95.2},
+    lambda weights: {"epoch": 3, "optimizer": {"state": {}, "param_groups": []}, "state_dict": {
+        f"module._orig_mod.{name}": weights[name] for name in weights}}])
+def test_weights_as_other_programs_save_them(wrapped, tmp_path, monkeypatch):
+    (tmp_path / "their_net.py").write_text(
+        "import network\ndef make():\n    return network.build('lenet')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    weights = network.build("lenet").state_dict()
+    torch.save(wrapped(weights), tmp_path / "ckpt.pth")
+    colours = {"mean": [0.4914, 0.4822, 0.4465], "std": (0.2023, 0.1994, 0.201)}
+    opened, about = network.load("their_net:make", tmp_path / "ckpt.pth", image_size=32, **colours)
+    assert all(torch.equal(value, weights[name]) for name, value in opened.state_dict().items())
+    black = about.preprocessing(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))[0, :, 0, 0]
+    assert black.tolist() == pytest.approx([-0.4914 / 0.2023, -0.4822 / 0.1994, -0.4465 / 0.201])
+
+
+@pytest.mark.parametrize("wish, said", [
+    ({"mean": (0.5,)}, "mean=0.5: must be three numbers, one a colour$"),
+    ({"std": (1.0, 1.0, 0.0)}, "std=1.0,1.0,0.0: must be three numbers, one a colour, above 0"),
+    ({"mean": (0.5, float("nan"), 0.5)}, "mean="), ({"image_size": 0}, "image_size=0: must be at")])
+def test_images_that_no_network_wants_are_one_line(wish, said):
+    with pytest.raises(ValueError, match=said):
+        network.load("torchvision:resnet18", **wish)
+
+
 MODULES = {"leaves": "import sys; print('hello'); sys.exit(3)", "number": "def make(): return 3",
            "parses": "import argparse; argparse.ArgumentParser().parse_args(['--no'])",
            "wants": "def make(x): pass", "broken": "def make(:", "raises": "raise KeyError('x')"}

@@ -1090,6 +1090,13 @@ def test_a_network_from_elsewhere(tmp_path, monkeypatch, few_shapes, capsys):
     torch.save(weights, "tiny.pth")
     table, line = train.evaluate("some_nets:tiny", "shapes", device="cpu", weights="tiny.pth",
                                  image_size=16)
+    train.command_line(train.COMMANDS, argv=[
+        "evaluate", "some_nets:tiny", "--data=shapes", "--weights=tiny.pth", "--image_size=16",
+        "--mean=.485,.456,.406", "--std=.229,.224,.225", "--device=cpu"])
+    assert line in capsys.readouterr().out  # these are ImageNet's
+    changed = train.evaluate("some_nets:tiny", "shapes", device="cpu", weights="tiny.pth",
+                             image_size=16, mean=(0.0, 0.0, 0.0), std=(0.1, 0.1, 0.1))
+    assert changed[1] != line
     assert [row[0] for row in table.rows] == [*"0123456789"] and line.startswith("test accuracy ")
     picture = Path("runs/figures/confusion.png")
     table, = train.predict_command("some_nets:tiny", str(picture), device="cpu",
