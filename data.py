@@ -33,6 +33,7 @@ import textwrap
 import time
 import types
 import typing
+import unicodedata
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -183,7 +184,7 @@ def _limited(source, part, limit, seed):
 
 def held_out(labels, count, seed):
     """The numbers of the images that stay, and of `count` that are held out (see `balanced`)."""
-    if not 0 <= count < len(labels):
+    if not isinstance(count, int) or not 0 <= count < len(labels):
         raise ValueError(f"val={count}: must be from 0 to {len(labels) - 1}, less than the "
                          f"{len(labels)} training images")
     held = balanced(labels, count, seed) if count else torch.arange(0)
@@ -343,6 +344,8 @@ def read_arrays(path, labels=None):
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{file}: not an array of NumPy ({error})") from error
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{file}: is an archive of arrays, not a single one")
         if array.dtype.kind not in kind or array.shape[1:] != shape or not array.ndim:
             raise ValueError(f"{file}: must be N{''.join(f'×{side}' for side in shape)} whole "
                              f"numbers, is {array.dtype} {array.shape}")
@@ -397,13 +400,14 @@ def read_image(path, size=None, only_larger=False):
                     raise ValueError(f"{image.width}×{image.height} pixels are too many")
                 if image.mode == "F":
                     raise ValueError("pixels that are floating-point numbers")
-                image = ImageOps.exif_transpose(image)
+                with contextlib.suppress(Exception):  # what says how to turn it may be damaged
+                    image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 0…65535 = 257·255
                     image = image.convert("I")
                     low, high = image.getextrema()
                     if not 0 <= low <= high <= 65535:
                         raise ValueError(f"grey values from {low} to {high}, more than 16 bits")
-                    image = image.point(lambda value: value / 257).convert("L")
+                    image = image.point(lambda value: value / 257 + 0.5).convert("L")  # rounds
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     white = Image.new("RGBA", image.size, "white")
@@ -481,7 +485,7 @@ def _list_folder(folder):
     names, odd = sorted(classes["train"]), sorted(classes["train"] ^ classes["test"])
     if odd or not names:
         raise ValueError(f"{folder}: train and test must have the same classes, and at least one; "
-                         f"in one of them only: {', '.join(odd) or 'none at all'}")
+                         f"in one of them only: {', '.join(told_apart(odd)) or 'none at all'}")
     for name in names:
         if not name.isprintable():
             raise ValueError(f"{folder}: the class {name!r} has characters that cannot be shown")
@@ -492,6 +496,13 @@ def _list_folder(folder):
     if told:
         print(f"{folder}: left out {', '.join(told)}", file=sys.stderr)
     return files, names
+
+
+def told_apart(names):
+    """`names` as they are shown: in ASCII where two of them would look the same, as é may be one
+    character or two, and a space may stand behind a name."""
+    looks = {unicodedata.normalize("NFC", name).strip() for name in names}
+    return names if len(looks) == len({*names}) else [*map(ascii, names)]
 
 
 def _list_class(folder, label, left_out):
@@ -1550,10 +1561,9 @@ def all_flags(function, words, meanings=None):
 def value_in(words, flag):
     """The text that `words` give `flag`, or None."""
     for word, after in zip(words, [*words[1:], ""]):
-        if word.startswith(f"--{flag}="):
-            return word.partition("=")[2]
-        if word == f"--{flag}":
-            return after
+        name, equals, text = word.partition("=")
+        if is_flag(name) and name.strip("-").replace("-", "_") == flag:
+            return text if equals else after
     return None
 
 

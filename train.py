@@ -31,7 +31,6 @@ import sys
 import threading
 import time
 import typing
-import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -127,6 +126,16 @@ def check_setting(name, value, kind, allowed):
                              f"{allowed[1]:g}")
 
 
+def as_setting(value):
+    """A value that Python code gives for a setting, as settings have it: lists are tuples, paths
+    texts, and NumPy's numbers Python's."""
+    if isinstance(value, list):
+        return tuple(map(as_setting, value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") else value
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run, checked. `Config.create` fills in the recipe of the network."""
@@ -201,6 +210,7 @@ class Config:
     def create(cls, model="lenet", **values):
         """Settings from the recipe of `model`, changed by `values`, fields or network options."""
         fields = {entry.name for entry in dataclasses.fields(cls)}
+        values = {name: as_setting(value) for name, value in values.items()}
         options = {name: value for name, value in values.items() if name not in fields}
         known = networks.options_of(model)
         for name in options:
@@ -296,7 +306,7 @@ def parse_flags(flags):
     kinds, text = typing.get_type_hints(Config), os.environ.get("TRAIN_FLAGS", "")
     try:
         if words := shlex.split(text):
-            known = settings_flags([f"--model={flags.get('model', Config.model)}", *words])
+            known = settings_flags([*words, f"--model={flags.get('model', Config.model)}"])
             flags = {**flags, **data.canonical(words, known, None, None)[1]}
     except ValueError as error:
         raise ValueError(f"TRAIN_FLAGS={text}: {error}") from error
@@ -429,7 +439,10 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
     if isinstance(config, str):
         config = Config.create(**parse_flags({"model": config, **settings}))
     elif settings:
-        config = dataclasses.replace(config, **settings)
+        config = Config.create(**{**dataclasses.asdict(config), **settings})
+    if not isinstance(resume, bool):
+        raise ValueError(f"resume={resume!r}: must be True or False; `out` and `name` say which "
+                         f"run is meant")
     device = choose_device(config.device)
     make_repeatable(config, device)
     check_folder(config, resume, overwrite)  # here before anything is written, below for good
@@ -442,7 +455,7 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
         # What changes from here on is all in `state`; what is written goes through `folder`.
         state, batches, folder = prepare(config, dataset, device, workers, resume, changed_data)
         try:
-            with catch_signals() as stop, live_progress(config, len(batches)) as bar:
+            with catch_signals() as stop, live_progress(config, batches) as bar:
                 # Processes that disagree on whether to go on would wait for each other for ever:
                 # they vote.
                 while not workers.any(is_over(config, state.epoch, state.best_epoch), state.sums):
@@ -901,7 +914,7 @@ def catch_signals():
 
 
 @contextlib.contextmanager
-def live_progress(config, steps):
+def live_progress(config, batches):
     """A function of (state, step of the epoch) that keeps a bar up to date on a terminal or in a
     notebook; without a step, the network is being validated."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -912,7 +925,7 @@ def live_progress(config, steps):
         return
     with Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(20), TextColumn(
             "{task.fields[doing]}"), TimeRemainingColumn(), transient=True, console=console) as bar:
-        task = bar.add_task("", total=config.epochs * steps, epoch=1, doing="")
+        task = bar.add_task("", total=config.epochs * len(batches), epoch=1, doing="")
 
         def update(state, step):
             if step is None:
@@ -922,7 +935,7 @@ def live_progress(config, steps):
                 count = count or math.nan  # all may have been skipped
                 bar.update(task, completed=state.step, epoch=f"{state.epoch + 1}/{config.epochs}",
                            doing=f"loss {loss / count:.3f}  acc {correct / count:.1%}  "
-                                 f"{step * config.batch_size / state.epoch_seconds:.0f} images/s")
+                                 f"{step * batches.batch_size / state.epoch_seconds:.0f} images/s")
                 shown[0] = time.monotonic()
 
         yield update
@@ -1385,14 +1398,17 @@ def read_rows(run):
         return []
     except csv.Error as error:
         raise ValueError(f"{path}: damaged ({error})") from error
-    return [row for row in rows
-            if set(row) == set(COLUMNS) and None not in row.values() and row["epoch"].isdecimal()]
+    # What another program has saved may have 1.0 for 1.
+    return [{**row, "epoch": re.sub(r"\.0*$", "", row["epoch"])} for row in rows
+            if set(row) == set(COLUMNS) and None not in row.values()
+            and re.fullmatch(r"\d{1,9}(\.0*)?", row["epoch"], re.ASCII)]
 
 
 def check_columns(path):
     """ValueError for a metrics.csv of other columns, over which a resumed run would write."""
     header = data.read_text(path, errors="replace").partition("\n")[0] if path.exists() else ""
     header = header.strip("\0 \r")  # nothing but zeros may be there after a loss of power
+    header = ",".join(next(csv.reader([header]), []))  # without quotes
     if not ",".join(COLUMNS).startswith(header):  # earlier versions had fewer
         raise ValueError(f"{path}: damaged (its first line is not {','.join(COLUMNS)}); a run goes "
                          f"on without it")
@@ -1643,10 +1659,9 @@ def say_once(line):
 
 def difference(classes, known):
     """How `classes` differ from those that a network knows, for a message."""
-    # In ASCII where names would look the same, as é may be one character or two.
-    spelled = ascii if len({unicodedata.normalize("NFC", name) for name in {*classes, *known}}) < (
-        len({*classes, *known})) else str
-    unknown, missing = ([spelled(name) for name in one if name not in other]
+    every = [*dict.fromkeys([*classes, *known])]
+    shown = dict(zip(every, data.told_apart(every)))
+    unknown, missing = ([shown[name] for name in one if name not in other]
                         for one, other in ((classes, known), (known, classes)))
     words = [f"{what} {', '.join(names)}" for what, names in (
         ("unknown to the network:", unknown), ("known to it and missing here:", missing)) if names]
@@ -1690,7 +1705,7 @@ def finish(state, dataset, folder, workers):
     write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
     made = (folder.path / name for name in ("result.json", "metrics.csv", "best.pth", "last.pth"))
     data.show([*shown_result(result), *filter(Path.exists, made),
-               f"tensorboard --logdir {folder.path}"])
+               f"tensorboard --logdir {shlex.quote(str(folder.path))}"])
     return result
 
 
@@ -1804,11 +1819,24 @@ def processor_name():
 # ---------------------------------------------------------------------------- commands
 
 
+def resumed_model(resume, out, name):
+    """The network of the run that is gone on with: of that in the folder `resume`, or with True of
+    that called `name` in `out`. Where there is none, the network of runs that name none."""
+    if resume:
+        folder = Path(out or Config.out, name or Config.model) if resume is True else Path(resume)
+        with contextlib.suppress(OSError, ValueError):  # no such run
+            folder = folder.parent if folder.is_file() else folder
+            return read_config(folder / "config.json").model
+    return Config.model
+
+
 def train_command(*, resume: bool | str = False, overwrite: bool = False,
                   changed_data: bool = False, **flags):
     """Train a network, or go on with a run (--resume)."""
     if resume and overwrite:
         raise ValueError("`resume` and `overwrite`: take one of the two")
+    if resume:
+        flags = {"model": resumed_model(resume, flags.get("out"), flags.get("name")), **flags}
     given = parse_flags(flags)
     if isinstance(resume, str):
         path = Path(resume)
@@ -1818,8 +1846,9 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
         if twice := {"out", "name"} & {*given}:
             raise ValueError(f"resume={resume}: says which run it is; leave out "
                              + ", ".join(f"`{name}`" for name in sorted(twice)))
-        named = path.name not in ("", "..")  # "." has no name of its own
-        given |= {"out": str(path.parent if named else path / ".."), "name": path.resolve().name}
+        # Folder and name of one and the same path: of a link, and of ".", where it really is.
+        path = path if path.name == path.resolve().name else path.resolve()
+        given |= {"out": str(path.parent), "name": path.name}
     # Checked as a new run's would be, before the settings of the old one come in.
     config = Config.create(**given)
     if resume and (config.folder / "config.json").exists():  # its own settings, and those given
@@ -1967,9 +1996,13 @@ def export(run: str, out: str):
     return Path(out)
 
 
-def settings_flags(words):
-    """{name: `Flag`} of a run's settings, those of the network that is named in `words`."""
-    model = data.value_in(words, "model") or Config.model
+def settings_flags(words, model=None):
+    """{name: `Flag`} of a run's settings: those of the network `model`, or else of the one that is
+    named in `words`, or of the run that they go on with."""
+    resume, out, name = (data.value_in(words, flag) for flag in ("resume", "out", "name"))
+    if resume is not None and (not resume or data.is_flag(resume)):
+        resume = True  # a RUN need not follow it
+    model = model or data.value_in(words, "model") or resumed_model(resume, out, name)
     defaults, kinds = Config.create(model), typing.get_type_hints(Config)
     flags = {}
     for entry in dataclasses.fields(Config):

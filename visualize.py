@@ -26,6 +26,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import textwrap
 import typing
 import warnings
@@ -1537,7 +1538,7 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
         # It announces what it writes anew, which only the command line may.
         train.add_projector(board, network, about.preprocessing, test.images, labels, layer,
                             ["class", "predicted", "verdict"])
-    return folder, f"tensorboard --logdir {folder}   (then: Projector)"
+    return folder, f"tensorboard --logdir {shlex.quote(str(folder))}   (then: Projector)"
 
 
 COMMANDS = {command.__name__: command for command in (

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import Split, Table, load
+from data import CROP, Split, Table, load
 from network import image_size_of, multiply_adds
 
 
@@ -28,20 +28,22 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
     """
     if rounds < 1 or seconds <= 0:
         raise ValueError(f"rounds={rounds}, seconds={seconds:g}: must be above 0")
-    usual_transforms(augment)  # complains of what torchvision has not
+    usual_transforms(augment, 32)  # complains of what torchvision has not
     chosen = train.choose_device(device)
     config = train.Config.create(
         model, data=data, root=root, batch_size=batch_size, augment=augment, epochs=1, val=0,
         precision=precision, device=device, compile=compile, save_minutes=1e6,
+        early_size=None, uncropped_epochs=0,  # (b) and (c) have neither
         lr=1e-4)  # so low that no network diverges over the rounds
     train.make_repeatable(config, chosen)  # and as quick as in training
     dataset = load(data, root, image_size_of(model), val=0)
     state = train.new_state(config, train.describe(config, dataset), chosen)
     batches = train.batches_of(config, dataset, chosen, train.Workers())
     images, labels = next(batches.epoch(0))
+    config = dataclasses.replace(config, batch_size=len(labels))  # there may be fewer images
     # As many steps as take SECONDS: the same number for each of the three ways.
     one_step = bare_steps(config, state, images, labels, 3, chosen) / 3
-    steps = int(max(3, min(len(batches), seconds / one_step)))
+    steps = int(min(len(batches), max(3, seconds / one_step)))  # (a) and (c) are one epoch
     with tempfile.TemporaryDirectory() as folder:
         ways = {
             "a: this package": lambda: package_steps(config, dataset, state, steps, chosen, folder),
@@ -51,10 +53,10 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
         # In turn, so that a machine that grows warm or busy slows all of them alike.
         for _ in range(rounds):
             for name, way in ways.items():
-                rates[name].append(steps * batch_size / way())
+                rates[name].append(steps * config.batch_size / way())
             rates["d"].append(matrix_rate(chosen, precision))
-    title = (f"{model}, batch {batch_size}, {','.join(augment) or 'no augmentation'}, {steps} "
-             f"steps × {rounds} rounds, {train.environment(state.network)['device']}")
+    title = (f"{model}, batch {config.batch_size}, {','.join(augment) or 'no augmentation'}, "
+             f"{steps} steps × {rounds} rounds, {train.environment(state.network)['device']}")
     # A forward pass is one multiply-add a weight, the backward pass two: six operations in all.
     return rates_table(rates, 6 * multiply_adds(state.network, images.shape[3]), title)
 
@@ -94,7 +96,7 @@ def package_steps(config, dataset, state, steps, device, folder):
     run = train.RunFolder(folder, config, train.describe(config, dataset))
     run.open(state, anew=True)
     try:
-        with train.live_progress(config, steps) as progress:
+        with train.live_progress(config, batches) as progress:
             return timed(lambda: train.train_epoch(state, batches, config, train.Workers(), run,
                                                    progress, []), device)
     finally:
@@ -120,11 +122,11 @@ def bare_steps(config, state, images, labels, steps, device):
     return timed(step, device, steps) * steps
 
 
-def usual_transforms(augment):
-    """torchvision's transforms of PIL images that do what `augment` names."""
+def usual_transforms(augment, size):
+    """torchvision's transforms of PIL images of size×size that do what `augment` names."""
     from torchvision import transforms
 
-    known = {"crop": transforms.RandomCrop(32, padding=4),
+    known = {"crop": transforms.RandomCrop(size, padding=round(size * CROP)),
              "flip": transforms.RandomHorizontalFlip()}
     if unknown := [name for name in augment if name not in known]:
         raise ValueError(f"augment={unknown[0]}: torchvision has none to compare with; there are "
@@ -141,8 +143,10 @@ def usual_loader(config, dataset, steps, device):
     source.data = dataset.train.images[:steps * config.batch_size].permute(0, 2, 3, 1).numpy()
     source.targets = dataset.train.labels.tolist()
     source.target_transform = None
+    side = dataset.train.images.shape[3]
+    resized = [transforms.Resize(config.size)] if side != config.size else []
     source.transform = transforms.Compose(
-        [*usual_transforms(config.augment), transforms.ToTensor(),
+        [*usual_transforms(config.augment, side), *resized, transforms.ToTensor(),
          transforms.Normalize(dataset.mean, dataset.std)])
     return torch.utils.data.DataLoader(source, config.batch_size, shuffle=True, num_workers=2,
                                        drop_last=True, pin_memory=device.type == "cuda")

@@ -10,7 +10,6 @@ experiments.j2 and results.j2; how it looks in report.html.j2, report.md.j2 and 
 
 import collections
 import dataclasses
-import hashlib
 import html
 import re
 import shlex
@@ -25,12 +24,12 @@ import deconv
 import network as networks
 import train
 import visualize
-from data import Table, check_ours, generator, text_of, write_atomically
+from data import Table, generator, text_of, write_atomically
 from lab import reproduce
 from lab.reproduce import duration
 
 PAGES = ("report.html", "report.md")
-PAGE_SIGN = "<!-- Written by python -m lab report"  # in a page a digest and the end follow
+PAGE_SIGN = "<!-- Written by python -m lab report"  # the end follows, see `reproduce.SEAL`
 MAIN_SETTINGS = ("model", "data", "image_size", "epochs", "batch_size", "optimizer", "lr", "seed")
 RESULTS_SIGN = "Written by `python -m lab results` from lab/results.csv"
 
@@ -46,7 +45,7 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     """
     folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
     for name in PAGES:
-        check_page(folder / name)  # before any work is done
+        reproduce.check_unchanged(folder / name, PAGE_SIGN)  # before any work is done
     if Path(what).is_dir():
         given = {"data": data, "root": root, "device": device}
         return report_of_run(Path(what), folder,
@@ -76,29 +75,12 @@ def render(template, sign, parts=None, **content):
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def sealed(text):
-    """A page with a digest of itself, which tells whether it was changed since it was written."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return text.replace(f"{PAGE_SIGN} -->", f"{PAGE_SIGN}: {digest} -->", 1)
-
-
-def check_page(path):
-    """FileExistsError if there is a file `path` that is no page of a report, or one that somebody
-    has changed: it is never replaced."""
-    check_ours(path, PAGE_SIGN)
-    text = path.read_text("utf-8", "replace") if path.exists() else ""
-    seal = re.compile(re.escape(PAGE_SIGN) + ": [0-9a-f]{16} -->")
-    if seal.search(text) and sealed(seal.sub(f"{PAGE_SIGN} -->", text, count=1)) != text:
-        raise FileExistsError(f"{path}: was changed since it was written and stays as it is; move "
-                              f"it away or choose another place (`out`)")
-
-
 def write_report(folder, template, **content):
     """Write `template` with its `content` as report.html and report.md; return their paths."""
     paths = [folder / name for name in PAGES]
     for path in paths:
         page = render(template, f"{PAGE_SIGN} -->", f"{path.name}.j2", **content)
-        reproduce.replace(path, sealed(page), PAGE_SIGN)
+        reproduce.replace(path, page, PAGE_SIGN)
     return paths
 
 
@@ -193,7 +175,7 @@ def report_of_run(run, folder, given):
     moved = {name: given[name] for name in ("data", "root") if name in given}
     dataset = train.open_dataset(dataclasses.replace(  # split as it was, wherever the images are
         description, settings={**description.settings, **moved}))
-    test, config = dataset.test, train.read_config(run / "config.json")
+    test, config = dataset.test, train.Config.from_json(result["settings"])
     logits = train.predict(network, test.images, description.preprocessing,
                            bar=f"predicting {len(test.labels)} images")
     guesses, name = logits.argmax(1), Path(dataset.name).name

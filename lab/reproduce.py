@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import hashlib
 import re
 import shlex
 import statistics
@@ -31,7 +32,8 @@ from lab import smoothness
 from train import Config
 
 RESULTS = Path(__file__).with_name("results.csv")
-RESULT = ("test/accuracy", "val/accuracy", "seconds")  # what is told of a run in one line
+# What is told of a run in one line.
+RESULT = ("test/accuracy", "test/accuracy_tta", "val/accuracy", "seconds")
 NUMBER = int | float
 KINDS = {"epoch": NUMBER, "epochs": NUMBER, "parameters": NUMBER, "seconds": NUMBER,
          "test/accuracy": NUMBER, "train/accuracy": NUMBER | None,
@@ -246,7 +248,9 @@ def finished_result(config):
     # The folder may hold a run of that name from before an entry was changed.
     train.check_same_run(config)
     result = read_json(path, checked)
-    return result if train.is_over(config, result["epochs"], result["epoch"]) else None
+    over = train.is_over(config, result["epochs"], result["epoch"])
+    # With other views of the test images it is measured again.
+    return result if over and Config.from_json(result["settings"]).tta == config.tta else None
 
 
 def checked(result):
@@ -407,11 +411,33 @@ def duration(seconds):
             if seconds >= 120 else f"{seconds:.1f} s")
 
 
-def replace(path, content, sign):
-    """Write a file that this package makes: all or nothing, and never over one that is not ours,
-    which has not the text `sign` in it."""
+# In a text that people may add to, a digest of it is put before the end of this comment.
+SEAL = re.compile("(<!-- Written by python -m lab [a-z]+)(: [0-9a-f]{16})? -->")
+
+
+def sealed(text):
+    """A text with a digest of itself, which tells whether it was changed since it was written."""
+    bare = SEAL.sub(r"\1 -->", text, count=1)
+    digest = hashlib.blake2b(bare.encode(), digest_size=8).hexdigest()
+    return SEAL.sub(rf"\1: {digest} -->", bare, count=1)
+
+
+def check_unchanged(path, sign):
+    """FileExistsError if there is a file `path` without the text `sign`, which is none of ours, or
+    one that somebody has changed: it is never replaced."""
     check_ours(path, sign)
-    write_atomically(path, content)
+    text = Path(path).read_text("utf-8", "replace") if Path(path).exists() else ""
+    seal = SEAL.search(text)
+    if seal and seal[2] and sealed(text) != text:
+        raise FileExistsError(f"{path}: was changed since it was written and stays as it is; move "
+                              f"it away or choose another place")
+
+
+def replace(path, content, sign):
+    """Write a file that this package makes: all or nothing, and never over one that is not ours or
+    was changed (see `check_unchanged`)."""
+    check_unchanged(path, sign)
+    write_atomically(path, sealed(content))
 
 
 def read_results(path):

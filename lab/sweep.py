@@ -5,8 +5,8 @@ import time
 
 import train
 import visualize
-from data import Busy, Table, check_ours, show
-from lab.reproduce import RESULT, finished_result, replace
+from data import Busy, Table, show, value_in
+from lab.reproduce import RESULT, check_unchanged, finished_result, replace
 
 
 def sweep(**flags):
@@ -19,9 +19,12 @@ def sweep(**flags):
     """
     choices, configs = grid_of(flags)
     folder, done = configs[0].folder.parent, {}
-    signs = {folder / "sweep.csv": ",".join(RESULT), folder / "sweep.md": " | ".join(RESULT)}
+    told = [name for name in RESULT if name != "test/accuracy_tta" or any(
+        config.tta != "none" for config in configs)]
+    signs = {folder / f"sweep.{kind}": between.join(RESULT[-2:])
+             for kind, between in (("csv", ","), ("md", " | "))}
     for path, sign in signs.items():
-        check_ours(path, sign)  # before anything is trained
+        check_unchanged(path, sign)  # before anything is trained
     visualize.check_figure(folder / "curves.png")
     while len(done) < len(configs):
         for number, config in enumerate(configs):
@@ -34,9 +37,11 @@ def sweep(**flags):
                     done[number] = error
         if len(done) < len(configs):
             time.sleep(5)
-    rows = [[*choice.values(), *row_of(done[number])] for number, choice in enumerate(choices)]
-    table = Table([*choices[0], *RESULT, "state"], rows, str(folder))
-    for (path, sign), content in zip(signs.items(), (table.csv(), table.markdown())):
+    rows = [[*choice.values(), *row_of(done[number], told)]
+            for number, choice in enumerate(choices)]
+    table = Table([*choices[0], *told, "state"], rows, str(folder))
+    for (path, sign), content in zip(signs.items(), (
+            table.csv(), f"{table.markdown()}\n<!-- Written by python -m lab sweep -->\n")):
         replace(path, content, sign)
     made = [table, *signs]
     if drawn := [config.folder for config in configs if train.read_rows(config.folder)]:
@@ -48,11 +53,12 @@ def sweep(**flags):
     return made
 
 
-def row_of(result):
-    """The cells of a run in the table: of its result, or of the error that it ended in."""
+def row_of(result, told):
+    """The cells of a run in the table: what is `told` of its result, or of the error that it ended
+    in."""
     if isinstance(result, Exception):
-        return [*[""] * len(RESULT), f"failed: {' '.join(str(result).split())}"]
-    return [*(train.format_cell(result[name]) for name in RESULT), "finished"]
+        return [*[""] * len(told), f"failed: {' '.join(str(result).split())}"]
+    return [*(train.format_cell(result[name]) for name in told), "finished"]
 
 
 def grid_of(flags):
@@ -72,4 +78,11 @@ def grid_of(flags):
     return choices, configs
 
 
-sweep.flags = train.settings_flags  # it takes every setting of a run
+def flags_of_grid(words):
+    """Every setting of a run, and the options of all networks in the grid."""
+    models = (value_in(words, "model") or train.Config.model).split(",")
+    return {name: flag for model in models for name, flag in train.settings_flags(
+        words if len(models) == 1 else (), model).items()}
+
+
+sweep.flags = flags_of_grid

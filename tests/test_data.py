@@ -451,6 +451,27 @@ def test_odd_images_are_read_right(kind, tmp_path):
     assert (data.read_image(path).int() - 100).abs().max() <= 1
 
 
+def test_grey_of_16_bits_is_rounded_and_damaged_exif_does_no_harm(tmp_path):
+    Image.new("I;16", (4, 4), 40_000).save(tmp_path / "grey.png")
+    assert (data.read_image(tmp_path / "grey.png") == 156).all()  # 40 000 / 257 = 155.6
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "a.png", exif=b"garbage!")
+    assert (data.read_image(tmp_path / "a.png") == 9).all()
+
+
+def test_names_that_look_the_same_are_told_apart(tmp_path):
+    for part, name in (("train", "caf\u00e9"), ("test", "cafe\u0301")):
+        (tmp_path / part / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"only: 'cafe\\u0301', 'caf\\xe9'"):
+        data.load(str(tmp_path), tmp_path)
+    assert data.told_apart(["cat", "cat "]) == ["'cat'", "'cat '"]
+    assert data.told_apart(["caf\u00e9", "cat"]) == ["caf\u00e9", "cat"]
+
+
+def test_a_share_is_no_number_of_images():
+    with pytest.raises(ValueError, match=r"val=0\.1: must be from 0 to"):
+        data.load("shapes", val=0.1)
+
+
 def test_transparency_rotation_and_animation(tmp_path):
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (data.read_image(tmp_path / "clear.png") == 255).all()

@@ -137,7 +137,7 @@ def test_what_waits_for_a_gpu_is_left_out_unless_named(tmp_path, monkeypatch):
 
 def test_the_page_of_results_shows_what_was_measured():
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert text == report.results_markdown(ROOT / "lab" / "results.csv")
+    assert text == reproduce.sealed(report.results_markdown(ROOT / "lab" / "results.csv"))
     claims = [row for entry in EXPERIMENTS for run in entry.runs.values()
               for row in reproduce.claims(run)]
     assert len(re.findall(r"^\| (\d|recipes)", text, re.MULTILINE)) == len(claims)
@@ -163,12 +163,14 @@ def test_results_are_written_and_never_over_another_file(tmp_path, capsys):
     path = tmp_path / "a folder" / "results.md"
     for _ in range(2):
         lab("results", f"--out={path}")
-        assert path.read_text() == report.results_markdown(reproduce.RESULTS)
+        assert path.read_text() == reproduce.sealed(report.results_markdown(reproduce.RESULTS))
     assert capsys.readouterr().out == f"{path}\n{path}\n"
-    path.write_text("my own results")
-    with pytest.raises(FileExistsError, match=r"results\.md: is not from here"):
-        report.results(out=str(path))
-    assert path.read_text() == "my own results" and len([*path.parent.iterdir()]) == 1
+    for mine, said in (("my own results", "is not from here"),
+                       (f"{path.read_text()}\nWhat I say of them.", "was changed since")):
+        path.write_text(mine)
+        with pytest.raises(FileExistsError, match=rf"results\.md: {said}"):
+            report.results(out=str(path))
+        assert path.read_text() == mine and len([*path.parent.iterdir()]) == 1
 
 
 def test_results_are_not_waited_for(tmp_path):
@@ -523,6 +525,24 @@ def test_benchmark_compares_the_loop_with_its_bounds(capsys):
         benchmark.benchmark(augment=("flip", "cutout"))
 
 
+def test_the_benchmark_compares_the_same_steps(monkeypatch):
+    seen = {"package": [], "others": []}
+
+    def noting(name, step, place):
+        return lambda *given: (seen[name].append(given[place].shape), step(*given))[1]
+
+    monkeypatch.setattr(train, "train_step", noting("package", train.train_step, 1))
+    monkeypatch.setattr(benchmark, "take_step", noting("others", benchmark.take_step, 2))
+    benchmark.benchmark("speednet", batch_size=4, rounds=1, seconds=0.01)
+    assert {*seen["package"]} == {*seen["others"]} == {(4, 3, 32, 32)}
+    for images in seen.values():
+        images.clear()
+    table, _ = benchmark.benchmark("lenet", batch_size=20_000, rounds=1, seconds=0.01)
+    # All 10 000 are one batch, and an epoch one step: beside it a first one and three to time.
+    assert [len(images) for images in seen.values()] == [1, 4 + 2 + 1]
+    assert "batch 10000, flip,crop, 1 steps" in table.title
+
+
 def test_the_benchmark_flatters_nobody(monkeypatch):
     waited, products = [], []
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
@@ -587,15 +607,40 @@ def test_a_sweep_goes_on_where_a_run_fails_and_says_so(tmp_path, monkeypatch, ca
         assert re.match(r"0\.01,[\d.]+,[\d.]+,[\d.]+,finished$", finished)
     monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("nothing is to be trained"))
     lab(*line[:-2], "--lr=0.01,0.01", line[-1])
-    (folder / "sweep.md").write_text("my notes")
-    with pytest.raises(FileExistsError, match=r"sweep\.md: is not from here"):
-        sweep.sweep(**dict(word[2:].split("=") for word in line[1:]))
-    assert (folder / "sweep.md").read_text() == "my notes"
+    for mine, said in (("my notes", "is not from here"),
+                       ((folder / "sweep.md").read_text() + "\nmy notes", "was changed since")):
+        (folder / "sweep.md").write_text(mine)
+        with pytest.raises(FileExistsError, match=rf"sweep\.md: {said}"):
+            sweep.sweep(**dict(word[2:].split("=") for word in line[1:]))
+        assert (folder / "sweep.md").read_text() == mine
     (folder / "sweep.md").unlink()
     (folder / "curves.png").write_text("my curves")
     with pytest.raises(FileExistsError, match=r"curves\.png: is there already"):
         sweep.sweep(**dict(word[2:].split("=") for word in line[1:]))
     assert (folder / "curves.png").read_text() == "my curves" and not (folder / "sweep.md").exists()
+
+
+def test_a_sweep_of_networks_and_of_views(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shared = ["--data=shapes", "--limit=64", "--epochs=1"]
+    lab("sweep", "--model=lenet,convnet", "--dropout=0.1", *shared)
+    folder = tmp_path / "runs" / "sweep-models-model"
+    assert [train.read_config(path).model for path in sorted(folder.glob("*/config.json"))] == [
+        "convnet", "lenet"]
+    lab("sweep", "--tta=none,full", *shared, "--name=views")
+    lab("sweep", "--tta=flip,full", *shared, "--name=views")
+    header, flip, full = (line.split(",") for line in (
+        tmp_path / "runs" / "views" / "sweep.csv").read_text().splitlines())
+    assert header[:3] == ["tta", "test/accuracy", "test/accuracy_tta"]
+    for row in (flip, full):
+        result = json.loads((tmp_path / f"runs/views/tta={row[0]}/result.json").read_text())
+        assert float(row[2]) == pytest.approx(result["test/accuracy_tta"], abs=1e-4)
+    # A finished run is measured again when other views are asked for, and not trained.
+    config = train.Config.create(data="shapes", limit=64, epochs=1, name="views/tta=flip")
+    before = (config.folder / "best.pth").read_bytes()
+    assert reproduce.finished_result(config) is None
+    assert train.train(config, resume=True)["test/accuracy_tta"] is None
+    assert reproduce.finished_result(config) and (config.folder / "best.pth").read_bytes() == before
 
 
 def test_a_run_killed_before_its_board_was_written_is_not_finished(tmp_path, monkeypatch):

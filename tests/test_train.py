@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -367,6 +369,10 @@ def test_the_arrays_of_cifar_10_1_and_cifar_10_c_are_measured(tmp_path):
     assert [row[0] for row in table.rows] == ["fog", "snow", "mean"]
     expected = [f"{part.double().mean().item():.1%}" for part in (*right.split(4), right)]
     assert [*table.rows[0][1:]] == [*table.rows[2][1:]] == expected
+    with open(tmp_path / "archive_data.npy", "wb") as file:
+        numpy.savez(file, images)
+    with pytest.raises(ValueError, match=r"archive_data\.npy: is an archive of arrays"):
+        train.open_test(about, str(tmp_path / "archive_data.npy"))
     for name, array in (("cifar10.1_v6_labels.npy", labels + 5), ("cifar10.1_v6_labels.npy",
                         labels[:3]), ("cifar10.1_v6_data.npy", images[:, :5])):
         numpy.save(tmp_path / name, array)
@@ -499,6 +505,19 @@ def test_rows_of_earlier_versions_remain(tmp_path):
     path.write_text("".join(line.rpartition(",")[0] + "\r\n" for line in lines), "utf-8-sig")
     train.train(tiny(tmp_path, epochs=3), resume=True)
     assert path.read_text().splitlines()[:3] == lines
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: re.sub("(?m)^([0-9]+),", r"\1.0,", text),  # pandas, where a row was missing
+    lambda text: re.sub("([^,\n]+)", r'"\1"', text)])  # a spreadsheet that quotes all
+def test_rows_that_another_program_saved_remain(change, tmp_path):
+    config = tiny(tmp_path)
+    train.train(config)
+    path = config.folder / "metrics.csv"
+    before = path.read_text()
+    path.write_text(change(before))
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    assert path.read_text().startswith(before)
 
 
 def test_what_no_row_tells_is_not_in_the_result(tmp_path):
@@ -1252,6 +1271,45 @@ def test_resume_of_a_folder_takes_no_other_name(tmp_path):
     for flags in ({"name": "other"}, {"out": str(tmp_path / "elsewhere")}):
         with pytest.raises(ValueError, match=f"leave out `{next(iter(flags))}`"):
             train.train_command(resume=str(tmp_path / "run"), epochs="3", **flags)
+
+
+def test_a_run_goes_on_behind_a_link(tmp_path, monkeypatch):
+    for name, out in (("exp1", tmp_path / "store"), ("exp1", tmp_path / "runs")):
+        train.train(tiny(out, name))
+    (tmp_path / "runs" / "link").symlink_to("../store/exp1")
+    monkeypatch.chdir(tmp_path)
+    train.train_command(resume="runs/link", epochs="3")
+    assert [len(train.read_metrics(tmp_path / out / "exp1")["epoch"])
+            for out in ("store", "runs")] == [3, 2]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"exp1", "link"}
+
+
+@pytest.mark.parametrize("words", [
+    ["--resume=RUN"], ["--resume", "RUN"], ["--resume", "--out=OUT", "--name=run"],
+    ["--model=simple_cnn", "--resume", "--out=OUT", "--name=run"],
+    ["-model=simple_cnn", "--resume", "--out=OUT", "--name=run"]])
+def test_a_resumed_run_takes_the_options_of_its_network(words, tmp_path, capsys):
+    options = {"model": "simple_cnn", "channels": (4,), "augment": ("flip",)}
+    config = train.Config.create(**{**TINY, **options, "out": str(tmp_path), "name": "run"})
+    train.train(config)
+    words = [word.replace("RUN", str(config.folder)).replace("OUT", str(tmp_path))
+             for word in words]
+    train.command_line(train.COMMANDS, "train", [*words, "--channels=4"])
+    assert "at step 12; measuring" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        train.command_line(train.COMMANDS, "train", [*words, "--channels=4", "--width=3"])
+    assert "error: --width" in capsys.readouterr().err
+
+
+def test_settings_from_python(tmp_path, monkeypatch):
+    config = tiny(tmp_path, augment=["flip"], out=tmp_path, batch_size=numpy.int64(8))
+    assert (config.augment, config.out, config.batch_size) == (("flip",), str(tmp_path), 8)
+    train.train(config, epochs=1, dropout=0.3)
+    assert train.read_config(config.folder / "config.json").options == {"dropout": 0.3}
+    with pytest.raises(ValueError, match=r"resume='runs/a': must be True or False; `out` and"):
+        train.train(config, resume="runs/a")
+    monkeypatch.setenv("TRAIN_FLAGS", "--model=simple_cnn --channels=4")
+    assert train.parse_flags({})["channels"] == (4,)
 
 
 def test_a_run_goes_on_from_within_its_folder(tmp_path, monkeypatch):
