@@ -273,7 +273,7 @@ def forward_to(network, layer, images, mode, rule, watch):
                          f"hand, in place, in an autograd.Function, a scripted function, vmap, "
                          f"checkpointing or without gradients): call a function of torch for it, "
                          f"such as torch.relu, or take rule=gradient")
-    return outputs, networks.captured_maps(reached, layer, len(images))
+    return outputs, networks.captured_maps(network, reached, layer, len(images))
 
 
 def strongest(activations, unit="strongest"):
@@ -463,9 +463,13 @@ def draw_norms(figure, position, norms):
     axes = visualize.plot(figure, (position,), "the signal's L2 norm on its way down")
     for (label, values), color, marker in zip(norms.items(), visualize.COLORS, visualize.MARKERS):
         # Two levels deep; deeper, in residual branches, there is only a part of the signal.
-        names = [name for name in values if name.count(".") < 2 and not any(
-                 other.startswith(f"{name}.") for other in values if other.count(".") == 1)]
-        axes.plot([values[name][0].item() or math.nan for name in names], color=color,
+        paths = [name.split(".") for name in values if name != "image"]
+        while paths and len(paths[0]) > 1 and len({path[0] for path in paths}) == 1:
+            paths = [path[1:] for path in paths]  # what all paths begin with says nothing
+        full = dict(zip([*map(".".join, paths), "image"], values))
+        names = [name for name in full if name.count(".") < 2 and not any(
+                 other.startswith(f"{name}.") for other in full if other.count(".") == 1)]
+        axes.plot([values[full[name]][0].item() or math.nan for name in names], color=color,
                   marker=marker, markersize=4, label=f"batch norm {label}")
     visualize.log_scale(axes)
     stages = [name.split(".")[0] for name in names]
@@ -496,12 +500,12 @@ def draw_gallery(patches, back, values, units, title):
     return visualize.image_grid(blocks, titles, min(4, len(units)), title, cell=3.2)
 
 
-def draw_occlusion(picture, found, signal, size, stride, unit, label, classes, title):
+def draw_occlusion(picture, found, signal, size, stride, unit, label, share, classes, title):
     """A figure after figure 6 of Zeiler & Fergus (2014; 7 of the preprint), for one image.
 
     `picture` 3×S×S, 0…1; `found` an `Occlusion` with squares of `size` and `stride`; `signal` what
-    comes back of the feature map, 3×S×S; `unit` and `label` say which map and class; `classes` name
-    all.
+    comes back of the feature map, 3×S×S; `unit` and `label` say which map and class, `share` is the
+    class's probability without the square; `classes` name all.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -511,8 +515,9 @@ def draw_occlusion(picture, found, signal, size, stride, unit, label, classes, t
     # Cell i of a map stands for the square centred at i·stride + stride/2; the border may cut the
     # last one, as it cuts the image.
     stride = min(stride, side)
+    changes = (found.probabilities - share).abs()
     row, column = (step * stride + stride // 2 - size // 2
-                   for step in divmod(found.probabilities.argmin().item(), steps))
+                   for step in divmod(changes.argmax().item(), steps))
     shown = picture.clone()
     shown[:, max(row, 0):row + size, max(column, 0):column + size] = 0.5
     ranks, names = ranked(found.predictions, classes, len(colors))
@@ -521,7 +526,8 @@ def draw_occlusion(picture, found, signal, size, stride, unit, label, classes, t
         (shown.permute(1, 2, 0), f"the grey square, {size}×{size},\nwhere it does most", {}),
         (found.activations, f"{unit},\nsummed, by the square's position", {}),
         (as_pictures(signal[None])[0].permute(1, 2, 0), f"{unit},\nback in the pixels", {}),
-        (found.probabilities, f"probability of the {label}", {"vmin": 0}),
+        (found.probabilities, f"probability of the {label}\n({share:.1%} without the square)",
+         {"vmin": 0}),
         (ranks, "most likely class,\nby the square's position",
          {"cmap": ListedColormap(colors), "vmin": 0, "vmax": len(colors) - 1})]
     for axes, (values, text, options) in zip(figure.subplots(1, 5), panels):
@@ -531,7 +537,8 @@ def draw_occlusion(picture, found, signal, size, stride, unit, label, classes, t
         axes.set(xlim=(0, side), ylim=(side, 0), xticks=(), yticks=(), anchor="N")
         if values.ndim == 2 and values is not ranks:
             bar = axes.inset_axes((0.1, -0.1, 0.8, 0.04))
-            figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=MaxNLocator(4))
+            figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=MaxNLocator(3),
+                            format=lambda value, _: f"{float(f'{value:.4g}'):.10g}")
             bar.tick_params(labelsize=8)
     axes.legend(handles=[Patch(color=color, label=text) for color, text in zip(colors, names)],
                 fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.02))
@@ -659,7 +666,7 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     figure = draw_occlusion(
         about.preprocessing.pictures(picture)[0], found, descent.signal[0].cpu(), size, stride,
         f"feature map {unit} of {layer}",
-        f"{kind},\n{classes[label]} ({logits.softmax(0)[label]:.1%} without the square)", classes,
+        f"{kind},\n{classes[label]}", logits.softmax(0)[label].item(), classes,
         f"{about.title}: {source}, behind a grey square")
     return visualize.save_figure(figure, ckpt, "occlusion", **flags)
 
@@ -702,8 +709,12 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
     """
     visualize.need(count=count)
     network, about, test = visualize.open_test(ckpt, **flags)
-    children = [name for name, _ in network.named_children()]
-    layers = visualize.listed(layers) or tuple(dict.fromkeys([*children[:1], *children[-1:]]))
+    children = networks.outputs_of(network, [name for name, _ in network.named_children()],
+                                   about.preprocessing.image_size)
+    called = [name for name, output in children.items() if torch.is_tensor(output)]
+    layers = visualize.listed(layers) or tuple(dict.fromkeys([*called[:1], *called[-1:]]))
+    if not layers:
+        raise ValueError("no part of the network alone gives a tensor; name `layers`")
     test = subset(test, count, seed=0)
     images = about.preprocessing(test.images, networks.device_of(network))
     with torch.no_grad():

@@ -25,6 +25,7 @@ import io
 import itertools
 import math
 import os
+import pickle
 import re
 import sys
 import textwrap
@@ -497,8 +498,8 @@ def forward(network, images, dtype=None, compiled=True, weights=None):
     values = itertools.chain(network.parameters(), network.buffers())
     dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
                           images.dtype)
-    first = next((module for module in network.modules()
-                  if isinstance(module, (nn.Conv2d, nn.Linear))), None)
+    first = next((module for kind in (nn.Conv2d, nn.Linear) for module in network.modules()
+                  if isinstance(module, kind)), None)
     # A linear layer first, as in many a first network for MNIST, takes S·S grey values.
     if images.shape[1] == 3 and (getattr(first, "in_channels", 3) == 1 or images[0, 0].numel()
                                  == getattr(first, "in_features", None)):
@@ -569,12 +570,19 @@ def capture(network, layers, stop=False, inputs=False):
             yield outputs
 
 
-def captured_maps(outputs, layer, count):
-    """The output of `layer` that `capture` kept for `count` images, as N×C×H×W or N×C; ValueError
-    for any other.
+# What gives N×C×L out, channels first; layers of transformers give N×L×C.
+CHANNELS_FIRST = (nn.Flatten, nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d,
+                  nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d)
+
+
+def captured_maps(network, outputs, layer, count):
+    """The output of the network's `layer` that `capture` kept for `count` images, as N×C×H×W or
+    N×C; ValueError for any other.
 
     Channels that come last are told by square maps, N×S×S×C. Tokens N×T×C become N×C×S×S with
     the largest square S·S there is in T; those before it, such as the class token, are left out.
+    Of N×C×L, told by the last module of the layer (`CHANNELS_FIRST`), L is as many rows as columns,
+    or one row.
     """
     if layer not in outputs:
         raise ValueError(f"layer={layer}: is not called when the network runs (in a network that "
@@ -589,6 +597,9 @@ def captured_maps(outputs, layer, count):
     if len(maps) != count:
         raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {count} images, "
                          f"which must come first (in a transformer, batch_first=True)")
+    if maps.ndim == 3 and isinstance([*find_layer(network, layer).modules()][-1], CHANNELS_FIRST):
+        side = math.isqrt(maps.shape[2])
+        return maps.unflatten(2, (side, -1) if side**2 == maps.shape[2] else (1, -1))
     if maps.ndim == 3:
         side = math.isqrt(maps.shape[1])  # 14 for ViT-B/16 at 224: a class token and 14·14 others
         maps = maps[:, -side * side:].unflatten(1, (side, side))
@@ -601,7 +612,8 @@ def logits_and_maps(network, layers, images):
     """(`logits_of` normalised images, {layer: its `captured_maps` as float32})."""
     with capture(network, layers) as outputs:
         logits = logits_of(network, images)
-    return logits, {layer: captured_maps(outputs, layer, len(images)).float() for layer in layers}
+    return logits, {
+        layer: captured_maps(network, outputs, layer, len(images)).float() for layer in layers}
 
 
 def refuse_opaque(network):
@@ -712,6 +724,8 @@ CONNECTIONS = {
     "linear": lambda _, x, weight, bias=None: x.mean(-1, True).expand(
         *x.shape[:-1], weight.shape[0]),
     **dict.fromkeys(["max_pool2d", "max_pool2d_with_indices"], _pooled),
+    "max_unpool2d": lambda function, x, *others, **named: F.interpolate(  # any place of a window
+        x, function(x.detach(), *others, **named).shape[2:]),
     "adaptive_max_pool2d": lambda _, x, size, *others, **named: F.adaptive_avg_pool2d(x, size),
     **dict.fromkeys(["amax", "amin"], lambda _, x, *others, **named: x.mean(*others, **named)),
     **dict.fromkeys(["max", "maximum", "min", "minimum"], _largest),
@@ -742,10 +756,11 @@ class Connections(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", "").split(".")[0].strip("_")  # relu_, relu.default
-        if name in CONNECTIONS and all(
-                value.is_floating_point() for value in args if isinstance(value, Tensor)):
-            return CONNECTIONS[name](function, *([] if args else [kwargs.pop("input")]), *args,
-                                     **kwargs)
+        given = args or [kwargs.get("input")]
+        if name in CONNECTIONS and isinstance(given[0], Tensor) and given[0].is_floating_point():
+            kwargs = kwargs if args else {**kwargs, "input": None}
+            return CONNECTIONS[name](function, *given, **{
+                key: value for key, value in kwargs.items() if key != "input"})
         # Weights that are no layer's, such as an embedding or the scale of a channel.
         args = [value.new_ones(value.shape) if id(value) in self.weights else value
                 for value in args]
@@ -776,7 +791,7 @@ def receptive_fields(network, layer, image_size):
     with (evaluation(network), torch.enable_grad(), Connections(network),
           capture(network, [layer], stop=True) as outputs):
         forward(network, noise.expand(-1, 3, -1, -1), dtype)
-    maps = captured_maps(outputs, layer, 1)[0]  # C×H×W, or C for a linear layer
+    maps = captured_maps(network, outputs, layer, 1)[0]  # C×H×W, or C for a linear layer
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
     maps = maps if maps.ndim == 3 else maps[:, None, None]
@@ -885,7 +900,7 @@ def grad_cam(network, images, label, layer=None):
     for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
         with contextlib.suppress(ValueError):  # no output of its kind
             # Its rows and columns may be others than the output's; the same is done to the slopes.
-            maps, slopes = (captured_maps({name: part}, name, len(images))
+            maps, slopes = (captured_maps(network, {name: part}, name, len(images))
                             for part in (output, slope))
             if maps.ndim == 4 and maps[0, 0].numel() > 1 and slopes.any():
                 # α = the mean of ∂score/∂A over the positions (equation 1), then (Σ α·A)⁺ (2).
@@ -1092,6 +1107,9 @@ class Description:
 
     def class_names(self, count):
         """The names of its `count` classes; numbers for a network from elsewhere."""
+        if count == 1 and not self.classes:
+            raise ValueError(f"{self.model}: returns one number an image, as before a sigmoid; "
+                             f"give a network that returns a logit for each of two classes")
         return self.classes or tuple(map(str, range(count)))
 
     @property
@@ -1192,10 +1210,15 @@ def _load_elsewhere(source, weights, wishes, device):
             network.transform_input = True
         if weights:
             check_regular(weights, MOST_BYTES)
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise ValueError("no state dict, or damaged (of a whole network that was saved, "
+                                 "save its state_dict())") from error
             if isinstance(state, dict) and REQUIRED.keys() <= state.keys():
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
+        network = getattr(network, "_orig_mod", network)  # compiled, it cannot be looked into
         network.eval().to(device)
     except (Exception, SystemExit) as error:  # anybody's code and files: whatever they raise
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1156,8 +1156,8 @@ def tta_views(images, tta):
 def check_labels(labels, logits):
     """ValueError when there are no logits for one of the `labels`."""
     if labels.max() >= logits.shape[1]:
-        raise ValueError(f"the images have {labels.max() + 1} classes, the network "
-                         f"{logits.shape[1]}")
+        raise ValueError(f"there are images of class number {labels.max()}, counted from 0, and "
+                         f"the network has {logits.shape[1]} classes")
 
 
 def score(logits, labels, classes):
@@ -1782,7 +1782,7 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
         for chunk in images.split(256):
             with networks.capture(network, [layer], stop=True, inputs=before) as outputs:
                 networks.forward(network, preprocessing(chunk, device))
-            maps = networks.captured_maps(outputs, layer, len(chunk)).float()
+            maps = networks.captured_maps(network, outputs, layer, len(chunk)).float()
             points.append((maps.mean((2, 3)) if maps.ndim == 4 else maps).cpu())  # B×C
     sprites = data.resize(images.float() / 255, min(images.shape[3], 32)).clamp(0, 1)
     for tag, vectors in (("features", torch.cat(points)), ("pixels", sprites.flatten(1))):

@@ -331,7 +331,8 @@ def feature_maps(network, layers, images):
     """
     with networks.capture(network, layers, stop=True) as outputs:
         networks.forward(network, images)
-    found = {layer: networks.captured_maps(outputs, layer, len(images)) for layer in layers}
+    found = {layer: networks.captured_maps(network, outputs, layer, len(images))
+             for layer in layers}
     return {layer: maps if maps.ndim == 4 else maps[:, :, None, None]
             for layer, maps in found.items()}
 
@@ -450,10 +451,12 @@ def layer_statistics(network, layers, images, preprocessing, bins=40):
 def rectifiers_of(network, image_size):
     """The dotted paths of all activations that images go through, or of all layers with weights
     where there are none, and of the last layer."""
-    modules = {name: module for name, module in network.named_modules() if not [*module.children()]}
+    modules = {name: module for name, module in network.named_modules()  # which hold no others
+               if {child for child, _ in module.named_children()} <= {"parametrizations"}}
     outputs = networks.outputs_of(network, modules, image_size, count=2)
     leaves = {name: modules[name] for name, output in outputs.items()
-              if torch.is_tensor(output) and len(output) == 2}  # not positions, as in Swin
+              if "parametrizations" not in name.split(".")  # the weights themselves
+              and torch.is_tensor(output) and len(output) == 2}  # not positions, as in Swin
     kinds = (*networks.ACTIVATIONS.values(), nn.ReLU6, nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.PReLU,
              nn.RReLU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus)
     found = [name for name, module in leaves.items() if isinstance(module, kinds)]
@@ -469,8 +472,9 @@ GRADIENTS = {"gradient": ("gradient", networks.class_gradient),
 
 
 def relevance(network, images, label, method, layer=None):
-    """(N×S×S values from 0 on: what of normalised images speaks for a class, by `method`; what to
-    call it). Over the colours absolute values are added."""
+    """(N×S×S values from 0 on: what of normalised images bears on a class, by `method`; what to
+    call it). Of gradients the absolute values count, added over the colours: for it or against it.
+    """
     if method in GRADIENTS:
         name, explain = GRADIENTS[method]
         return explain(network, images, label).abs().sum(1), name
@@ -554,8 +558,10 @@ def filter_normalized_direction(network, random):
 
 def filters_of(network):
     """The weights that move over a loss landscape: those of convolutions and, row by row, of linear
-    layers, but no biases and nothing of batch norm."""
-    return {name: weight.detach() for name, weight in network.named_parameters() if weight.ndim > 1}
+    layers, but no biases, nothing of batch norm and no lengths, as weight norm has them: one number
+    a filter has no direction."""
+    return {name: weight.detach() for name, weight in network.named_parameters()
+            if weight.ndim > 1 and weight[0].numel() > 1}
 
 
 def principal_directions(network, path):
@@ -833,7 +839,11 @@ def draw_confusion(matrix, classes, title):
     step = math.ceil(count / 100)  # there is no room for more names
     figure = new_figure(side + 3.4, side + 0.2, title)
     axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=(side, 2))
-    axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    if not few:
+        bar = figure.colorbar(drawn, ax=axes, location="top", shrink=0.5, aspect=40, pad=0.01)
+        percent(bar.ax.xaxis)
+        bar.ax.tick_params(labelsize=8)
     axes.set_xticks(range(0, count, step), classes[::step], fontsize=size,
                     rotation=45 if few else 90, ha="right" if few else "center")
     axes.set_yticks(range(0, count, step), classes[::step], fontsize=size)
@@ -989,7 +999,7 @@ def draw_curves(groups, x="epoch"):
                 "markevery": max(1, length // 8)}))
     xlabel = "time / s" if x == "seconds" else x
     figure = draw_measures(lines, "loss and accuracy on training and validation images", xlabel)
-    for axes in figure.axes:
+    for axes in figure.axes if x != "seconds" else ():
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return figure
 
@@ -1040,6 +1050,8 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
 
     Both share one logarithmic scale. `path` is a list of points (x, y), drawn as a line.
     """
+    from matplotlib.patheffects import withStroke
+
     figure = new_figure(5.2 * len(parts) + 0.8, 4.8, title)
     # A loss of 0, as of a network that knows its images by heart, has no logarithm.
     low, high = span_of(torch.stack([*parts.values()]).clamp(min=1e-4))
@@ -1065,7 +1077,8 @@ def draw_landscape_contours(xs, ys, parts, title, labels, path=None):
                   markeredgewidth=0.6)
         for text, point in (("start", path[0]), ("end", path[-1])):
             axes.annotate(text, point, (6, 6), textcoords="offset points", fontsize=9,
-                          color="white", fontweight="bold")
+                          color="white", fontweight="bold",
+                          path_effects=[withStroke(linewidth=2, foreground="black")])
     bar, ticks = figure.colorbar(filled, ax=figure.axes, shrink=0.8), log_ticks(low, high)
     bar.set_ticks([*ticks], labels=[*ticks.values()], fontsize=8)
     bar.set_label("cross-entropy (logarithmic)", fontsize=9)
@@ -1263,11 +1276,11 @@ def where(ckpt: str | None = None, method: typing.Literal[
         "gradcam", "gradient", "smoothgrad", "integrated", "all"] = "gradcam",
         layer: str | None = None, *, image: str | None = None, index: int = 0,
         **flags: typing.Unpack[WhereFlags]):
-    """Draw what in a picture speaks for the predicted class, or for `--class=cat`.
+    """Draw what in a picture bears on the predicted class, or on `--class=cat`.
 
-    By Grad-CAM at LAYER (Selvaraju et al. 2017, section 3), the logit's gradient (Simonyan et al.
-    2014, section 3), SmoothGrad (Smilkov et al. 2017, section 2) or integrated
-    gradients (Sundararajan et al. 2017, section 3).
+    Grad-CAM at LAYER (Selvaraju et al. 2017, section 3) shows what speaks for it; the logit's
+    gradient (Simonyan et al. 2014, section 3), SmoothGrad (Smilkov et al. 2017, section 2) and
+    integrated gradients (Sundararajan et al. 2017, section 3) what speaks for or against it.
     """
     name = flags.pop("class", None)
     network, about, picture, _, source = open_picture(ckpt, image, index, **flags)
@@ -1282,7 +1295,8 @@ def where(ckpt: str | None = None, method: typing.Literal[
     for each in ("gradcam", *GRADIENTS) if method == "all" else (method,):
         values, text = relevance(network, pixels, label, each, layer)
         panels[text] = values[0].cpu()
-    title = (f"{about.title}: {source}\nwhat speaks for class {classes[label]}, "
+    says = "speaks for" if method == "gradcam" else "bears on"  # with either sign
+    title = (f"{about.title}: {source}\nwhat {says} class {classes[label]}, "
              f"whose probability is {shares[label]:.1%}")
     figure = draw_relevance(about.preprocessing.pictures(picture)[0], panels, title)
     return save_figure(figure, ckpt, f"where-{method}", **flags)
@@ -1353,13 +1367,15 @@ def filters(ckpt: str | None = None, layer: str = "conv1", channel: str | None =
     """Draw the filters of LAYER's first convolution, in colour (`--channel=rgb`) where it sees the
     image's three channels, else what they do to one of its input channels, the first."""
     network, about = open_network(ckpt, **flags)
-    convolution = next((module for module in networks.find_layer(network, layer).modules()
-                        if isinstance(module, nn.Conv2d)), None)
+    convolution, first = (next((module for module in part.modules()
+                                if isinstance(module, nn.Conv2d)), None)
+                          for part in (networks.find_layer(network, layer), network))
     if convolution is None:
         raise ValueError(f"layer={layer}: has no convolution")
     weights = convolution.weight.detach().cpu()
     channels, groups = weights.shape[1], convolution.groups
-    channel = str(("rgb" if channels == 3 else 0) if channel is None else channel)
+    in_colour = channels == 3 and convolution is first  # others see three maps at most
+    channel = str(("rgb" if in_colour else 0) if channel is None else channel)
     title = f"{about.title}: {layer}, {len(weights)} filters"
     if channel == "rgb" and channels == 3:
         # Weights have signs and colours have none: 0 is grey, ± the largest are black and white.

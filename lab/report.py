@@ -262,7 +262,8 @@ def draw_commands(run, folder, layers, shown, given):
     drawn["reconstruct"] = [arranged(back, back.axes, 5.4, 1.9 * len(layers), 3)]
     drawn["where"] = [draw("where", visualize.where, index=index) for index in shown]
     for figure in drawn["where"]:
-        figure.set_size_inches(4.2, 2.4)
+        figure.set_size_inches(4.2, 2.6)
+        figure.axes[1].set_title(figure.axes[1].get_title().replace(" (", "\n("), fontsize=9)
     hidden = [draw("occlusion", deconv.occlusion, index=index) for index in shown]
     drawn["occlusion"] = [arranged(figure, figure.axes, 4.4, 7.2, 2) for figure in hidden]
     return drawn

@@ -492,9 +492,10 @@ def test_the_square_is_drawn_where_it_was(stride, centres):
     preprocessing = Preprocessing(32, (0.5,) * 3, (0.25,) * 3)
     found = deconv.occlude(OnePixel(), "conv", image, preprocessing, 1, 0, 8, stride)
     assert found.probabilities.shape == (len(centres), len(centres))
-    found.probabilities[-1, -1] = 0
+    found.probabilities[:] = 0.2
+    found.probabilities[-1, -1] = 0.9  # it may rise, too
     figure = deconv.draw_occlusion(torch.zeros(3, 32, 32), found, torch.zeros(3, 32, 32), 8, stride,
-                                   "", "", ["a", "b"], "")
+                                   "", "", 0.3, ["a", "b"], "")
     shown = torch.tensor(figure.axes[0].images[0].get_array())[:, :, 0]
     top, bottom = centres[-1] - 4, min(centres[-1] + 4, 32)
     assert (shown == 0.5).nonzero().amin(0).tolist() == [top, top]
@@ -503,6 +504,34 @@ def test_the_square_is_drawn_where_it_was(stride, centres):
         assert axes.get_xlim() == (0, 32) and axes.get_ylim() == (32, 0)
     left, right, *_ = figure.axes[1].images[0].get_extent()
     assert (right - left) / len(centres) == min(stride, 32)
+
+
+class Parts(nn.Module):
+    """A list of modules first, which is none itself, and a linear layer before the convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.blocks = nn.Linear(4 * 16 * 16, 2), nn.ModuleList([nn.Conv2d(3, 4, 2, 2)])
+
+    def forward(self, x):
+        """N×3×32×32 to N×2; 4·16·16 is 32·32, as many values as a grey image has."""
+        return self.fc(self.blocks[0](x).flatten(1))
+
+
+def test_parts_that_are_not_called_are_no_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(network, "load", lambda *_, **__: (Parts().eval(), network.Description(
+        "parts", (), Preprocessing(32, (0.5,) * 3, (0.25,) * 3))))
+    figure = deconv.invariance("parts", 2, data="shapes", out=str(tmp_path))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[1:3] == ["fc: Euclidean distance", "probability of the class"]
+
+
+def test_norms_are_named_without_what_all_paths_begin_with():
+    figure = visualize.new_figure(3, 3, "")
+    norms = {name: torch.ones(1) for name in (
+        "body.two.b", "body.two.a", "body.two", "body.one.a", "body.one", "image")}
+    deconv.draw_norms(figure, figure.add_gridspec(1, 1)[0, 0], {"through": norms})
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["two", "one", "image"]
 
 
 def test_features_of_moved_images_by_hand():

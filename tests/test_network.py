@@ -410,6 +410,49 @@ def test_weights_as_other_programs_save_them(wrapped, tmp_path, monkeypatch):
     assert black.tolist() == pytest.approx([-0.4914 / 0.2023, -0.4822 / 0.1994, -0.4465 / 0.201])
 
 
+def test_a_network_that_was_saved_whole_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "their_lenet.py").write_text(
+        "import network, torch\ndef make():\n    return torch.compile(network.build('lenet'))")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.save(network.build("lenet"), tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match=r"whole\.pth: ValueError: no state dict.*state_dict"):
+        network.load("their_lenet:make", tmp_path / "whole.pth")
+    opened, _ = network.load("their_lenet:make", image_size=32)  # of a compiled one, the network
+    assert [*dict(opened.named_children())] == ["conv1", "conv2", "flatten", "fc"]
+
+
+def test_one_logit_is_none_of_two():
+    about = network.Description("mine:net", (), None)
+    assert about.class_names(2) == ("0", "1")
+    with pytest.raises(ValueError, match="mine:net: returns one number an image"):
+        about.class_names(1)
+
+
+@pytest.mark.parametrize("head", [[nn.Flatten(2)], [nn.Flatten(2), nn.Conv1d(4, 4, 1, groups=4)]])
+def test_maps_whose_rows_were_put_behind_each_other(head):
+    convolution = nn.Conv2d(3, 4, 2, 2)  # patches, as in many a transformer
+    layers = nn.Sequential(nn.Sequential(convolution, *head), nn.Flatten(), nn.Linear(4 * 64, 2))
+    images = torch.rand(2, 3, 16, 16)
+    with network.capture(layers, ["0", "0.0"]) as outputs:
+        network.forward(layers, images)
+    maps = network.captured_maps(layers, outputs, "0", 2)
+    assert torch.equal(maps.flatten(2), outputs["0"]) and maps.shape == (2, 4, 8, 8)
+
+
+def test_receptive_fields_behind_unpooling():
+    class Unpooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.back = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            pooled, places = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
+            return self.back(torch.nn.functional.max_unpool2d(pooled, places, 2))
+
+    fields = network.receptive_fields(Unpooling(), "back", 8)
+    assert fields[0, 5, 2].tolist() == [4, 2, 6, 4]  # it may be any place of its window
+
+
 @pytest.mark.parametrize("wish, said", [
     ({"mean": (0.5,)}, "mean=0.5: must be three numbers, one a colour$"),
     ({"std": (1.0, 1.0, 0.0)}, "std=1.0,1.0,0.0: must be three numbers, one a colour, above 0"),

@@ -920,6 +920,27 @@ def test_a_class_may_be_called_none(run, tmp_path):
         draw = data.parse(visualize.COMMANDS, ["where", str(path), "--class=none", "--image",
                                                str(tmp_path / "a.png")])
         assert f"what speaks for {asked}" in draw()._suptitle.get_text()
+    draw = data.parse(visualize.COMMANDS, ["where", str(run), "--method=integrated", "--image",
+                                           str(tmp_path / "a.png")])
+    assert "what bears on class " in draw()._suptitle.get_text()  # of either sign
+
+
+def test_networks_whose_weights_are_parametrized():
+    layers = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.Softplus(),
+                           nn.Flatten(), nn.utils.parametrizations.weight_norm(
+                               nn.Linear(4 * 6 * 6, 2)))
+    assert visualize.rectifiers_of(layers, 8) == ["1", "3"]
+    moved = visualize.filters_of(layers)  # the directions of the filters, not their lengths
+    assert [name.rpartition(".")[2] for name in moved] == ["original1"] * 2
+
+
+def test_only_the_first_convolution_sees_colours(tmp_path, monkeypatch):
+    layers = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
+    monkeypatch.setattr(network, "load", lambda *_, **__: (layers, network.Description(
+        "three", (), None)))
+    names = [visualize.filters("three", layer=layer, out=str(tmp_path)).path.name
+             for layer in ("0", "2")]
+    assert names == ["filters-0-rgb.png", "filters-2-0.png"]
 
 
 def test_where_the_loss_overflows_there_is_a_hole():
