@@ -184,9 +184,9 @@ def _limited(source, part, limit, seed):
 
 def held_out(labels, count, seed):
     """The numbers of the images that stay, and of `count` that are held out (see `balanced`)."""
-    if not isinstance(count, int) or not 0 <= count < len(labels):
-        raise ValueError(f"val={count}: must be from 0 to {len(labels) - 1}, less than the "
-                         f"{len(labels)} training images")
+    if not (hasattr(count, "__index__") and 0 <= count < len(labels)):
+        raise ValueError(f"val={count}: must be a whole number from 0 to {len(labels) - 1}, less "
+                         f"than the {len(labels)} training images")
     held = balanced(labels, count, seed) if count else torch.arange(0)
     keep = torch.ones(len(labels), dtype=torch.bool)
     keep[held] = False
@@ -645,6 +645,7 @@ def _write_images(file, key, count, images, free, medium):
 def _read_images(content, key, count):
     """(N×3×H×W images, their numbers among `count`) of what `_write_images` wrote, in the buffer
     `content`, without a copy; None for another `key`, ValueError for what is damaged."""
+    # From its end: 8 digits of checksum, 16 of length, the description, and the pixels before it.
     length, checksum = bytes(content[-24:-8]), bytes(content[-8:])
     if zlib.crc32(memoryview(content)[:-8]) != int(checksum, 16):
         raise ValueError("its checksum is wrong")
@@ -1515,7 +1516,7 @@ def nearest(word, known):
     def initials(text):
         return "".join(part[0] for part in re.split("[-_ ]+", text.lower()) if part)
 
-    names = {plain(name): name for name in known}
+    names = {plain(name): name for name in known}  # as they are compared, and as they are written
     if word.lower() == "gpu" and "cuda" in names:
         return "cuda"
     short = {initials(name): name for name in known if "_" in name}
@@ -1755,10 +1756,11 @@ def as_typed(error, commands, words, default):
     known = all_flags(commands[named[0]], ()) if named else {}
     with contextlib.suppress(ValueError):  # they may be of a network that is not there
         known |= all_flags(commands[named[0]], words) if named else {}
+    # "…; `limit=N` takes fewer; …": advice goes if a flag in it is none of this command's.
     kept = [part for part in text.split("; ")
             if all(name in known for name in re.findall(r"`(\w+)(?:=[^`]*)?`", part))]
     text = re.sub(r"`(\w+(?:=[^`]*)?)`", r"--\1", "; ".join(kept) or text)
-    head, colon, rest = text.partition(": ")
+    head, colon, rest = text.partition(": ")  # "epochs=0: must be …" begins with the flag
     head = re.sub(r"(^|, )(\w+)(?==)", lambda match: match[1] + "--" * (match[2] in known)
                   + match[2], head)
     return head + colon + rest
@@ -1789,6 +1791,7 @@ def show(result):
 
 def help_text(commands, words, default, meanings):
     """Help for the command that `words` name, or for all."""
+    # Of the command that is named, or meant by a line that begins with a flag, or of all.
     chosen = [word for word in words[:1] if word in commands] or (
         [default] if default and words and words[0] not in ("--help", "-h", "help") else commands)
     lines = [f"usage: python {Path(sys.argv[0]).name} COMMAND [--flag=value …]",

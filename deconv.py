@@ -738,6 +738,7 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
 COMMANDS = {"reconstruct": reconstruct, "gallery": gallery, "occlusion": occlusion,
             "evolution": evolution, "invariance": invariance}
 MEANINGS = visualize.MEANINGS | {
+    "image_size": train.MEANINGS["image_size"],
     "units": f"{visualize.MEANINGS['units']} (evolution: 6), or all there are",
     "unit": "strongest, all, or the number of a feature map or neuron",
     "rule": "what a rectifier passes on:",

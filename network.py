@@ -213,6 +213,7 @@ def vgg(layers, hidden=(), *, classes=10, image_size=32, dropout: float = 0.0,
 def simple_cnn(*, classes=10, image_size=32, channels: tuple[int, ...] = (18,),
                hidden: tuple[int, ...] = (64,), dropout: float = 0.0, activation: str = "relu"):
     """The small CNN of the trials: 3×3 and then 4×4 convolutions, each before a max-pool."""
+    # Sizes at 32 pixels: 32, pooled 16, then 15 by the first 4×4 kernel, pooled 7.
     kernels = ["k3p1"] + ["k4p1"] * len(channels)
     layers = " ".join(f"{width}{kernel} M" for width, kernel in zip(channels, kernels))
     return plain(layers, hidden, classes=classes, image_size=image_size, dropout=dropout,
@@ -330,7 +331,8 @@ def he_initialization(network):
     """Normal weights, std √(2 / fan in), before every activation (He et al. 2015, section 2.2)."""
     # A sum of n terms w·x has the variance n·Var(w)·E(x²). Where x comes from a rectifier, E(x²) is
     # half the variance of what went into it; so with Var(w) = 2/n the variance stays the same from
-    # layer to layer. Behind the last layer there is no rectifier.
+    # layer to layer. For the first, which sees images, a factor matters little; the last keeps
+    # PyTorch's smaller weights, so that training begins with all classes about as likely.
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module is not last_linear(network):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -498,11 +500,13 @@ def forward(network, images, dtype=None, compiled=True, weights=None):
     values = itertools.chain(network.parameters(), network.buffers())
     dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
                           images.dtype)
-    first = next((module for kind in (nn.Conv2d, nn.Linear) for module in network.modules()
-                  if isinstance(module, kind)), None)
-    # A linear layer first, as in many a first network for MNIST, takes S·S grey values.
-    if images.shape[1] == 3 and (getattr(first, "in_channels", 3) == 1 or images[0, 0].numel()
-                                 == getattr(first, "in_features", None)):
+    channels, features = (
+        next((getattr(module, name) for module in network.modules() if isinstance(module, kind)),
+             None) for kind, name in ((nn.Conv2d, "in_channels"), (nn.Linear, "in_features")))
+    # Where no convolution begins, a linear layer may, as in many a first network for MNIST, with
+    # S·S grey values.
+    if images.shape[1] == 3 and (channels == 1 or (
+            channels != 3 and features == images[0, 0].numel())):
         images = images.mean(1, keepdim=True)
     try:
         if weights is not None:
@@ -570,9 +574,14 @@ def capture(network, layers, stop=False, inputs=False):
             yield outputs
 
 
-# What gives N×C×L out, channels first; layers of transformers give N×L×C.
-CHANNELS_FIRST = (nn.Flatten, nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d,
-                  nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d)
+def channels_come_first(module):
+    """Whether a module that gives three dimensions out gives N×C×L, as far as its kind tells;
+    layers of transformers give N×L×C."""
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[-1]
+    kinds = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d,
+             nn.AdaptiveMaxPool1d)
+    return isinstance(module, kinds) or (isinstance(module, nn.Flatten) and module.start_dim == 2)
 
 
 def captured_maps(network, outputs, layer, count):
@@ -581,8 +590,7 @@ def captured_maps(network, outputs, layer, count):
 
     Channels that come last are told by square maps, N×S×S×C. Tokens N×T×C become N×C×S×S with
     the largest square S·S there is in T; those before it, such as the class token, are left out.
-    Of N×C×L, told by the last module of the layer (`CHANNELS_FIRST`), L is as many rows as columns,
-    or one row.
+    Of N×C×L (see `channels_come_first`) L is as many rows as columns, or one row.
     """
     if layer not in outputs:
         raise ValueError(f"layer={layer}: is not called when the network runs (in a network that "
@@ -597,7 +605,7 @@ def captured_maps(network, outputs, layer, count):
     if len(maps) != count:
         raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {count} images, "
                          f"which must come first (in a transformer, batch_first=True)")
-    if maps.ndim == 3 and isinstance([*find_layer(network, layer).modules()][-1], CHANNELS_FIRST):
+    if maps.ndim == 3 and channels_come_first(find_layer(network, layer) if layer else network):
         side = math.isqrt(maps.shape[2])
         return maps.unflatten(2, (side, -1) if side**2 == maps.shape[2] else (1, -1))
     if maps.ndim == 3:
@@ -758,7 +766,6 @@ class Connections(TorchFunctionMode):
         name = getattr(function, "__name__", "").split(".")[0].strip("_")  # relu_, relu.default
         given = args or [kwargs.get("input")]
         if name in CONNECTIONS and isinstance(given[0], Tensor) and given[0].is_floating_point():
-            kwargs = kwargs if args else {**kwargs, "input": None}
             return CONNECTIONS[name](function, *given, **{
                 key: value for key, value in kwargs.items() if key != "input"})
         # Weights that are no layer's, such as an embedding or the scale of a channel.
@@ -1161,16 +1168,17 @@ def load(source, weights=None, device="cpu", image_size=None, mean=None, std=Non
     `Preprocessing`): by default as torchvision's weights do, or 224 pixels and ImageNet's colours.
     Nothing is downloaded. Raises ValueError or OSError.
     """
-    wishes = {"image_size": image_size, "mean": mean and tuple(mean), "std": std and tuple(std)}
-    wishes = {name: value for name, value in wishes.items() if value is not None}
-    for name, value in wishes.items():
-        least = -math.inf if name == "mean" else 0
-        if name != "image_size" and (len(value) != 3 or not all(
-                least < part < math.inf for part in value)):
-            raise ValueError(f"{name}={text_of(value)}: must be three numbers, one a colour"
-                             f"{', above 0' * (name == 'std')}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
+    wishes = {} if image_size is None else {"image_size": image_size}
+    for name, value, least in (("mean", mean, -math.inf), ("std", std, 0)):
+        if value is not None:
+            with contextlib.suppress(TypeError, ValueError):  # no list, or not of numbers
+                wishes[name] = tuple(map(float, value))
+            if not (len(wishes.get(name, ())) == 3 and all(
+                    least < part < math.inf for part in wishes[name])):
+                raise ValueError(f"{name}={text_of(value)}: must be three numbers, one a colour"
+                                 f"{', above 0' * (name == 'std')}")
     if re.fullmatch(r"[\w.]+:[\w-]+", str(source)) and not Path(source).exists():
         return _load_elsewhere(str(source), weights, wishes, device)
     if weights or wishes:
@@ -1206,6 +1214,7 @@ def _load_elsewhere(source, weights, wishes, device):
             network = getattr(importlib.import_module(module), name)()
         if not isinstance(network, nn.Module):
             raise TypeError(f"{name}() returns a {type(network).__name__}, which is no nn.Module")
+        network = getattr(network, "_orig_mod", network)  # compiled, it cannot be looked into
         if module == "torchvision.models":  # as it does for the weights of GoogLeNet and Inception
             network.transform_input = True
         if weights:
@@ -1218,7 +1227,6 @@ def _load_elsewhere(source, weights, wishes, device):
             if isinstance(state, dict) and REQUIRED.keys() <= state.keys():
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
-        network = getattr(network, "_orig_mod", network)  # compiled, it cannot be looked into
         network.eval().to(device)
     except (Exception, SystemExit) as error:  # anybody's code and files: whatever they raise
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"

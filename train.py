@@ -105,6 +105,7 @@ def setting(default, text, allowed=None):
 def check_setting(name, value, kind, allowed):
     """ValueError unless `value` is of the annotated type `kind` and `allowed` (see `setting`)."""
     several = typing.get_origin(kind) is tuple
+    # `int | None` has two kinds, `tuple[str, ...]` that of its parts, `str` itself.
     kinds = typing.get_args(kind)[:1] if several else typing.get_args(kind) or (kind,)
     if float in kinds:
         kinds += (int,)  # a whole number is a number too
@@ -129,11 +130,10 @@ def check_setting(name, value, kind, allowed):
 def as_setting(value):
     """A value that Python code gives for a setting, as settings have it: lists are tuples, paths
     texts, and NumPy's numbers Python's."""
-    if isinstance(value, list):
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)):
         return tuple(map(as_setting, value))
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value.item() if hasattr(value, "item") else value
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class Config:
 
 
 # What trains each network well on CIFAR-10 on its own; anything not said here is in `Config`.
-# Their costs and what they reach are in README.md, how they were found in lab/BENCHMARKS.md.
+# README.md and lab/BENCHMARKS.md say what was measured of them, and how they were found.
 _CLASSIC = {"epochs": 30, "lr": 0.02, "augment": ("flip", "crop")}
 _VGG = {"epochs": 60, "lr": 0.02, "warmup_epochs": 2.0}
 _VGG_BN = {"epochs": 100, "lr": 0.1, "warmup_epochs": 2.0}
@@ -297,19 +297,21 @@ RENAMED = {"early": "early_share", "uncropped": "uncropped_epochs", "warmup": "w
            "log_every": "log_steps", "save_every": "save_minutes"}
 
 
-def parse_flags(flags):
-    """Settings as values of their declared types, from flags as text.
-
-    Flags in the environment variable TRAIN_FLAGS are added to them and win: with
-    TRAIN_FLAGS="--limit=512 --epochs=2" any training command is a quick trial.
-    """
-    kinds, text = typing.get_type_hints(Config), os.environ.get("TRAIN_FLAGS", "")
+def with_environment(flags):
+    """`flags` and those in the environment variable TRAIN_FLAGS, which win: with
+    TRAIN_FLAGS="--limit=512 --epochs=2" any training command is a quick trial."""
+    text = os.environ.get("TRAIN_FLAGS", "")
     try:
-        if words := shlex.split(text):
-            known = settings_flags([*words, f"--model={flags.get('model', Config.model)}"])
-            flags = {**flags, **data.canonical(words, known, None, None)[1]}
+        words = shlex.split(text)
+        known = settings_flags([*words, f"--model={flags.get('model', Config.model)}"])
+        return {**flags, **data.canonical(words, known, None, None)[1]} if words else flags
     except ValueError as error:
         raise ValueError(f"TRAIN_FLAGS={text}: {error}") from error
+
+
+def parse_flags(flags):
+    """Settings as values of their declared types, from flags as text (see `with_environment`)."""
+    flags, kinds = with_environment(flags), typing.get_type_hints(Config)
     model = flags.get("model", Config.model)
     kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
     if "options" in flags:
@@ -490,6 +492,7 @@ def train_epoch(state, batches, config, workers, folder, bar, stop):
     read_steps = 1 if state.sums.device.type == "cpu" else POINT_STEPS
     # Steps of this epoch that were taken before a stop.
     first = state.step - state.epoch * steps
+    # Convolutions and the pooling at the end take any size: fewer pixels, less time.
     size = config.early_size if state.epoch < config.early_share * config.epochs else None
     crop = state.epoch < config.epochs - config.uncropped_epochs
     for step, (images, labels) in enumerate(batches.epoch(state.epoch, first, size, crop),
@@ -1196,7 +1199,7 @@ def figures(logits, labels, classes):
     """
     result = score(logits, labels, len(classes))
     top5 = None
-    if len(classes) > 10:
+    if len(classes) > 10:  # of ten, five would be half of all
         top5 = (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
     return {"test/accuracy": result["accuracy"], "test/top5_accuracy": top5,
             "test/loss": result["loss"],
@@ -1399,17 +1402,21 @@ def read_rows(run):
     except csv.Error as error:
         raise ValueError(f"{path}: damaged ({error})") from error
     # What another program has saved may have 1.0 for 1.
-    return [{**row, "epoch": re.sub(r"\.0*$", "", row["epoch"])} for row in rows
-            if set(row) == set(COLUMNS) and None not in row.values()
-            and re.fullmatch(r"\d{1,9}(\.0*)?", row["epoch"], re.ASCII)]
+    whole = re.compile(r"(\d{1,15})(\.0*)?", re.ASCII)
+    return [{**row, **{name: whole.fullmatch(row[name])[1] for name in ("epoch", "step")}}
+            for row in rows if set(row) == set(COLUMNS) and None not in row.values()
+            and whole.fullmatch(row["epoch"]) and whole.fullmatch(row["step"])]
 
 
 def check_columns(path):
     """ValueError for a metrics.csv of other columns, over which a resumed run would write."""
     header = data.read_text(path, errors="replace").partition("\n")[0] if path.exists() else ""
     header = header.strip("\0 \r")  # nothing but zeros may be there after a loss of power
-    header = ",".join(next(csv.reader([header]), []))  # without quotes
-    if not ",".join(COLUMNS).startswith(header):  # earlier versions had fewer
+    names = [header]
+    with contextlib.suppress(csv.Error):
+        names = next(csv.reader([header], strict=True), [])  # another program may quote them
+    # Earlier versions had fewer.
+    if names != [*COLUMNS][:len(names)] and not ",".join(COLUMNS).startswith(header):
         raise ValueError(f"{path}: damaged (its first line is not {','.join(COLUMNS)}); a run goes "
                          f"on without it")
 
@@ -1821,13 +1828,13 @@ def processor_name():
 
 def resumed_model(resume, out, name):
     """The network of the run that is gone on with: of that in the folder `resume`, or with True of
-    that called `name` in `out`. Where there is none, the network of runs that name none."""
+    that called `name` in `out`; None where there is none."""
     if resume:
         folder = Path(out or Config.out, name or Config.model) if resume is True else Path(resume)
         with contextlib.suppress(OSError, ValueError):  # no such run
             folder = folder.parent if folder.is_file() else folder
             return read_config(folder / "config.json").model
-    return Config.model
+    return None
 
 
 def train_command(*, resume: bool | str = False, overwrite: bool = False,
@@ -1835,8 +1842,9 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
     """Train a network, or go on with a run (--resume)."""
     if resume and overwrite:
         raise ValueError("`resume` and `overwrite`: take one of the two")
-    if resume:
-        flags = {"model": resumed_model(resume, flags.get("out"), flags.get("name")), **flags}
+    flags = with_environment(flags)
+    if resume and (model := resumed_model(resume, flags.get("out"), flags.get("name"))):
+        flags = {"model": model, **flags}
     given = parse_flags(flags)
     if isinstance(resume, str):
         path = Path(resume)
@@ -2000,9 +2008,10 @@ def settings_flags(words, model=None):
     """{name: `Flag`} of a run's settings: those of the network `model`, or else of the one that is
     named in `words`, or of the run that they go on with."""
     resume, out, name = (data.value_in(words, flag) for flag in ("resume", "out", "name"))
-    if resume is not None and (not resume or data.is_flag(resume)):
+    if resume is not None and (resume.lower() in ("", "true") or data.is_flag(resume)):
         resume = True  # a RUN need not follow it
-    model = model or data.value_in(words, "model") or resumed_model(resume, out, name)
+    model = model or data.value_in(words, "model") or resumed_model(resume, out, name) or (
+        Config.model)
     defaults, kinds = Config.create(model), typing.get_type_hints(Config)
     flags = {}
     for entry in dataclasses.fields(Config):

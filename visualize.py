@@ -52,6 +52,7 @@ from data import (
     progress,
     read_image,
     read_json,
+    resize,
     subset,
     write_atomically,
 )
@@ -88,7 +89,8 @@ def new_figure(width, height, title):
                 for text in self.findobj(Text):
                     text.set_parse_math(False)
                     if not text.get_text().isascii():
-                        text.set_fontfamily(fonts_for(frozenset(text.get_text())))
+                        text.set_fontfamily(fonts_for(frozenset(text.get_text()),
+                                                      tuple(text.get_fontfamily())))
                 super().draw(renderer)
 
         def _repr_png_(self):
@@ -106,25 +108,26 @@ def new_figure(width, height, title):
 
 
 @functools.cache
-def fonts_for(letters):
-    """The names of installed fonts that draw a set of letters: matplotlib's own, which has those of
-    Europe, and one that has the others, such as a class's name in Chinese may need."""
+def fonts_for(letters, families):
+    """The names of fonts that draw a set of letters: `families`, and those installed that have what
+    these lack, as matplotlib's own has but the letters of Europe. Matplotlib asks each in turn."""
     from matplotlib.font_manager import FontProperties, findfont, fontManager
     from matplotlib.ft2font import FT2Font
 
     def lacking(path):
-        return {letter for letter in letters if letter.isprintable()
-                and not FT2Font(path).get_char_index(ord(letter))}
+        return {letter for letter in left if not FT2Font(path).get_char_index(ord(letter))}
 
-    letters = lacking(findfont(FontProperties()))
-    for font in fontManager.ttflist if letters else ():
+    left, names = {letter for letter in letters if letter.isprintable()}, [*families]
+    for family in families:
+        left = lacking(findfont(FontProperties(family=[family])))
+    for font in fontManager.ttflist if left else ():
         with contextlib.suppress(OSError, RuntimeError):  # its file is damaged, or gone
-            if not lacking(font.fname) and "Last Resort" not in font.name:  # which has but boxes
-                return ["sans-serif", font.name]
-    if letters:
-        train.say_once(f"no font here draws {''.join(sorted(letters))}: figures have boxes "
-                       f"instead; one such as Noto Sans CJK would")
-    return ["sans-serif"]
+            still = lacking(font.fname)
+            if still < left and "Last Resort" not in font.name:  # which has boxes alone
+                names, left = [*names, font.name], still
+    if left:
+        train.say_once(f"no font here draws {''.join(sorted(left))}: figures have boxes instead")
+    return names
 
 
 def plot(figure, position, title, xlabel="", ylabel=""):
@@ -296,6 +299,7 @@ def snapshots(run, most=8):
         files = [*sorted(folder.glob("step-*.pth")), *last]
     elif last and networks.read(last[0])["epoch"] > int(files[-1].stem.partition("-")[2]):
         files += last  # no snapshot was taken at the end
+    # Evenly, with the first and the last among them.
     count = min(most, len(files)) if len(files) > 1 else 0
     return [files[index * (len(files) - 1) // (count - 1)] for index in range(count)]
 
@@ -854,7 +858,7 @@ def draw_confusion(matrix, classes, title):
         if not math.isnan(share):
             axes.text(column, row, f"{share * 100:.0f}" if share >= 0.005 else "·", ha="center",
                       va="center", fontsize=8, color="black" if share > 0.5 else "white")
-    own = shares.diagonal()
+    own = shares.diagonal()  # of the images of a class, those that were taken for it: its accuracy
     drawn = bars.barh(range(count), own.nan_to_num(), color=COLORS[0])
     if step == 1:
         bars.bar_label(drawn, [NOTHING if math.isnan(share) else f"{share:.1%}"
@@ -1201,7 +1205,8 @@ def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: in
     order = torch.randperm(len(labels), generator=generator(seed, "samples"))
     rows = [order[labels[order] == label][:count] for label in range(len(dataset.classes))]
     blank = images.new_full(images.shape[1:], 255)  # where a class has fewer
-    shown = [picture / 255 for row in rows for picture in [*images[row], *[blank] * count][:count]]
+    shown = [resize(picture[None] / 255, image_size)[0] for row in rows
+             for picture in [*images[row], *[blank] * count][:count]]
     statistics = {"pixel mean": dataset.mean, "pixel std": dataset.std,
                   "mean of the per-image stds": mean_of_image_stds(images)}
     name = Path(data).name
@@ -1475,6 +1480,7 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
                   f"{', '.join(f'{value:.2g}' for value in hessian_on(network, about, parts))}")
     figures = {}
     if directions == "random":
+        # Twice as dense as the grid, with whose middle row it shares every second point.
         line = values_at([(x, 0.0) for x in spaced(-span, span, 2 * points - 1)])
         figures["landscape-line"] = draw_landscape_line(line.values(), title)
     rows = values_at([*itertools.product(xs, ys)])
@@ -1566,8 +1572,7 @@ MEANINGS = {
     "network": "instead of CKPT: torchvision:NAME or module:function",
     "weights": "file with a state dict for a network from elsewhere",
     **{name: train.MEANINGS[name] for name in ("mean", "std")},
-    "image_size": f"{train.MEANINGS['image_size']} (samples: to which larger ones are resized; "
-                  f"none: as they are)",
+    "image_size": f"{train.MEANINGS['image_size']} (samples: of all pictures; none: as they are)",
     "skip_bad": "leave out image files that cannot be read",
     "data": "cifar10, cifar100, shapes, or a folder; none: the run's own",
     "root": "where data sets are downloaded to and cached",

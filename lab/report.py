@@ -365,26 +365,27 @@ def made_again(what, experiments, runs):
     """The command lines that make the runs of a page again, and the page: one for all of `what`,
     unless its experiments were run with different flags."""
     given = {experiment.id: flags_of(experiment, runs) for experiment in experiments}
-    kinds = [flags for flags in given.values() if flags]
+    kinds = [flags for flags in given.values() if flags is not None]
     if all(flags == kinds[0] for flags in kinds):
-        given = {what: kinds[0] if kinds else {}}
+        given = {what: kinds[0] if kinds else None}
     return shell(*(["python", "-m", "lab", "reproduce", name, *(
-        f"--{flag}={value}" for flag, value in flags.items())] for name, flags in given.items()),
+        f"--{flag}={value}" for flag, value in (flags or {}).items())]
+        for name, flags in given.items()),
         ["python", "-m", "lab", "report", what])
 
 
 def flags_of(experiment, runs):
     """The flags with which `reproduce` makes the very runs in the folder `runs`, those that an
-    experiment shows of others too: what is not as experiments.toml has it, as in a trial."""
-    own = [*experiment.runs.values()]
-    flags = {}
+    experiment shows of others too: what is not as experiments.toml has it, as in a trial. None
+    where there is none."""
+    own, flags = [*experiment.runs.values()], None
     for run in (*own, *(run for figure in experiment.figures for run in figure.runs.values())):
         if done := results_of(run, runs):
             planned, config = run.config, train.Config.from_json(done[0]["settings"])
             its = {key: getattr(config, key) for key in ("data", "limit", "epochs", "precision")
                    if getattr(config, key) != getattr(planned, key)}
             its |= {"seeds": len(done)} if len(done) > 1 and run in own else {}
-            flags = its | flags  # its own runs come first, and have the last word
+            flags = its | (flags or {})  # its own runs come first, and have the last word
     return flags
 
 

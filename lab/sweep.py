@@ -61,9 +61,14 @@ def row_of(result, told):
     return [*(train.format_cell(result[name]) for name in told), "finished"]
 
 
+def split(text):
+    """The values of an axis."""
+    return [part.strip() for part in text.split(",")]
+
+
 def grid_of(flags):
     """What each run of a grid is told apart by, {flag: text}, and the runs' settings."""
-    axes = {name: text.split(",") for name, text in flags.items() if "," in text}
+    axes = {name: split(text) for name, text in flags.items() if "," in text}
     if not axes:
         raise ValueError("no flag has several values (for example `lr=0.1,0.01`)")
     fixed = {name: text for name, text in flags.items() if name not in axes}
@@ -80,7 +85,7 @@ def grid_of(flags):
 
 def flags_of_grid(words):
     """Every setting of a run, and the options of all networks in the grid."""
-    models = (value_in(words, "model") or train.Config.model).split(",")
+    models = split(value_in(words, "model") or train.Config.model)
     return {name: flag for model in models for name, flag in train.settings_flags(
         words if len(models) == 1 else (), model).items()}
 

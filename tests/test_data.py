@@ -468,8 +468,9 @@ def test_names_that_look_the_same_are_told_apart(tmp_path):
 
 
 def test_a_share_is_no_number_of_images():
-    with pytest.raises(ValueError, match=r"val=0\.1: must be from 0 to"):
+    with pytest.raises(ValueError, match=r"val=0\.1: must be a whole number from 0 to"):
         data.load("shapes", val=0.1)
+    assert len(data.load("shapes", val=torch.tensor(3).numpy()[()]).val.labels) == 3
 
 
 def test_transparency_rotation_and_animation(tmp_path):

@@ -456,7 +456,8 @@ def test_a_lab_report_of_nothing_says_so(tmp_path):
     assert "| 72.82 | not measured |" in text
 
 
-def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tmp_path):
+def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tmp_path,
+                                                                    monkeypatch):
     shutil.copytree(finished, tmp_path / "4.1-base")
     for name in ("config.json", "result.json"):  # as `reproduce --precision=bf16` leaves them
         path = tmp_path / "4.1-base" / name
@@ -480,6 +481,12 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
                          "--precision=bf16 --seeds=2",
                          *(f"python -m lab reproduce 1.{number} --data=shapes --limit=40 --epochs=1"
                            for number in (1, 2))]
+    with monkeypatch.context() as patch:  # one that was run as planned has no flags
+        patch.setattr(report, "flags_of", lambda experiment, _: {
+            "4.1": {}, "4.2": {"limit": 40}}.get(experiment.id))
+        lines = report.made_again("cnn-trials", reproduce.choose("cnn-trials"), tmp_path)
+    assert lines.split("\n")[:3] == ["python -m lab reproduce 4.1", "python -m lab reproduce 4.2 "
+                                     "--limit=40", "python -m lab reproduce 4.3"]
 
 
 @pytest.mark.parametrize("words, message", [
@@ -623,7 +630,7 @@ def test_a_sweep_goes_on_where_a_run_fails_and_says_so(tmp_path, monkeypatch, ca
 def test_a_sweep_of_networks_and_of_views(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shared = ["--data=shapes", "--limit=64", "--epochs=1"]
-    lab("sweep", "--model=lenet,convnet", "--dropout=0.1", *shared)
+    lab("sweep", "--model=lenet, convnet", "--dropout=0.1", *shared)
     folder = tmp_path / "runs" / "sweep-models-model"
     assert [train.read_config(path).model for path in sorted(folder.glob("*/config.json"))] == [
         "convnet", "lenet"]

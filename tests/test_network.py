@@ -403,7 +403,8 @@ def test_weights_as_other_programs_save_them(wrapped, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     weights = network.build("lenet").state_dict()
     torch.save(wrapped(weights), tmp_path / "ckpt.pth")
-    colours = {"mean": [0.4914, 0.4822, 0.4465], "std": (0.2023, 0.1994, 0.201)}
+    colours = {"mean": torch.tensor([0.4914, 0.4822, 0.4465]).double(),
+               "std": (0.2023, 0.1994, 0.201)}
     opened, about = network.load("their_net:make", tmp_path / "ckpt.pth", image_size=32, **colours)
     assert all(torch.equal(value, weights[name]) for name, value in opened.state_dict().items())
     black = about.preprocessing(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))[0, :, 0, 0]
@@ -417,8 +418,12 @@ def test_a_network_that_was_saved_whole_is_one_line(tmp_path, monkeypatch):
     torch.save(network.build("lenet"), tmp_path / "whole.pth")
     with pytest.raises(ValueError, match=r"whole\.pth: ValueError: no state dict.*state_dict"):
         network.load("their_lenet:make", tmp_path / "whole.pth")
-    opened, _ = network.load("their_lenet:make", image_size=32)  # of a compiled one, the network
+    weights = network.build("lenet").state_dict()
+    torch.save({"net": {f"_orig_mod.{name}": weights[name] for name in weights}},
+               tmp_path / "a.pth")
+    opened, _ = network.load("their_lenet:make", tmp_path / "a.pth", image_size=32)
     assert [*dict(opened.named_children())] == ["conv1", "conv2", "flatten", "fc"]
+    assert torch.equal(opened.fc[0].weight, weights["fc.0.weight"])
 
 
 def test_one_logit_is_none_of_two():
@@ -439,6 +444,32 @@ def test_maps_whose_rows_were_put_behind_each_other(head):
     assert torch.equal(maps.flatten(2), outputs["0"]) and maps.shape == (2, 4, 8, 8)
 
 
+class Patches(nn.Module):
+    """Tokens N×L×C of an image, as tutorials of transformers make them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patcher, self.flatten = nn.Conv2d(3, 9, 4, 4), nn.Flatten(2, 3)
+
+    def forward(self, x):
+        """N×3×16×16 to N×16×9."""
+        return self.flatten(self.patcher(x)).permute(0, 2, 1)
+
+
+def test_what_a_module_does_with_its_parts_they_do_not_tell():
+    layers = nn.Sequential(Patches(), nn.Flatten(), nn.Linear(9 * 16, 2))
+    with network.capture(layers, ["0", "0.patcher"]) as outputs:
+        network.forward(layers, torch.rand(2, 3, 16, 16))
+    maps = network.captured_maps(layers, outputs, "0", 2)
+    assert torch.equal(maps, outputs["0.patcher"])
+
+
+def test_a_linear_layer_that_comes_first_takes_grey_values():
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.Unflatten(1, (4, 4, 4)),
+                           nn.Conv2d(4, 2, 4), nn.Flatten())
+    assert network.forward(layers, torch.rand(2, 3, 16, 16)).shape == (2, 2)
+
+
 def test_receptive_fields_behind_unpooling():
     class Unpooling(nn.Module):
         def __init__(self):
@@ -456,7 +487,9 @@ def test_receptive_fields_behind_unpooling():
 @pytest.mark.parametrize("wish, said", [
     ({"mean": (0.5,)}, "mean=0.5: must be three numbers, one a colour$"),
     ({"std": (1.0, 1.0, 0.0)}, "std=1.0,1.0,0.0: must be three numbers, one a colour, above 0"),
-    ({"mean": (0.5, float("nan"), 0.5)}, "mean="), ({"image_size": 0}, "image_size=0: must be at")])
+    ({"mean": (0.5, float("nan"), 0.5)}, "mean="), ({"mean": 0.5}, "mean=0.5: must be three"),
+    ({"std": ("a", 1, 2)}, "std=a,1,2: must be three numbers"), ({"std": ()}, "std=none: must be"),
+    ({"image_size": 0}, "image_size=0: must be at")])
 def test_images_that_no_network_wants_are_one_line(wish, said):
     with pytest.raises(ValueError, match=said):
         network.load("torchvision:resnet18", **wish)

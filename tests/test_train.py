@@ -508,7 +508,7 @@ def test_rows_of_earlier_versions_remain(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    lambda text: re.sub("(?m)^([0-9]+),", r"\1.0,", text),  # pandas, where a row was missing
+    lambda text: re.sub("(?m)^([0-9]+),([0-9]+),", r"\1.0,\2.0,", text),  # pandas, after a join
     lambda text: re.sub("([^,\n]+)", r'"\1"', text)])  # a spreadsheet that quotes all
 def test_rows_that_another_program_saved_remain(change, tmp_path):
     config = tiny(tmp_path)
@@ -1286,6 +1286,7 @@ def test_a_run_goes_on_behind_a_link(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words", [
     ["--resume=RUN"], ["--resume", "RUN"], ["--resume", "--out=OUT", "--name=run"],
+    ["--resume=True", "--out=OUT", "--name=run"],
     ["--model=simple_cnn", "--resume", "--out=OUT", "--name=run"],
     ["-model=simple_cnn", "--resume", "--out=OUT", "--name=run"]])
 def test_a_resumed_run_takes_the_options_of_its_network(words, tmp_path, capsys):
@@ -1301,7 +1302,17 @@ def test_a_resumed_run_takes_the_options_of_its_network(words, tmp_path, capsys)
     assert "error: --width" in capsys.readouterr().err
 
 
+def test_a_run_that_the_environment_names_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    config = tiny(tmp_path, model="convnet")
+    train.train(config)
+    monkeypatch.setenv("TRAIN_FLAGS", f"--out={tmp_path} --name=run")
+    train.command_line(train.COMMANDS, "train", ["--resume"])
+    assert "at step 12; measuring" in capsys.readouterr().out
+
+
 def test_settings_from_python(tmp_path, monkeypatch):
+    assert train.Config.create("simple_cnn", channels=numpy.array([2, 3]), snapshots=(
+        numpy.int64(3),)).all_settings().items() >= {"channels": (2, 3), "snapshots": (3,)}.items()
     config = tiny(tmp_path, augment=["flip"], out=tmp_path, batch_size=numpy.int64(8))
     assert (config.augment, config.out, config.batch_size) == (("flip",), str(tmp_path), 8)
     train.train(config, epochs=1, dropout=0.3)

@@ -1072,14 +1072,20 @@ def test_samples_of_images_of_several_sizes(tmp_path):
     assert [image.get_array().shape for image in figure.axes[0].images] == [(8, 8, 3)] * 2
 
 
-def test_names_in_letters_that_matplotlibs_own_font_lacks(capsys, recwarn):
-    figure = visualize.new_figure(3, 1, "猫 \u2312 é")  # ⌒ is in STIX alone, 猫 maybe nowhere
-    figure._repr_png_()
-    assert visualize.fonts_for(frozenset("aé")) == ["sans-serif"]
-    assert visualize.fonts_for(frozenset("a\u2312")) == ["sans-serif", "STIXGeneral"]
-    told = capsys.readouterr().err
+def test_names_in_letters_that_matplotlibs_own_font_lacks(capsys, recwarn, monkeypatch):
+    from matplotlib.font_manager import fontManager
+
+    monkeypatch.setattr(fontManager, "ttflist", [  # as if no others were installed
+        font for font in fontManager.ttflist if font.name in ("STIXGeneral", "DejaVu Sans")])
+    visualize.fonts_for.cache_clear()
+    visualize.new_figure(3, 1, "a \u2312 猫")._repr_png_()  # ⌒ is in STIX
     assert not any("Glyph" in str(warning.message) for warning in recwarn)
-    assert not told or told.startswith("no font here draws \u2312猫:")
+    assert capsys.readouterr().err == "no font here draws 猫: figures have boxes instead\n"
+    own = ("sans-serif",)  # as matplotlib's is, or a user's settings
+    assert visualize.fonts_for(frozenset("aé"), own) == [*own]
+    assert visualize.fonts_for(frozenset("a\u2312"), ("STIXGeneral",)) == ["STIXGeneral"]
+    assert visualize.fonts_for(frozenset("a\u2312猫"), own) == [*own, "STIXGeneral"]
+    visualize.fonts_for.cache_clear()
 
 
 def test_without_a_run_a_figure_goes_to_runs(tmp_path, monkeypatch, few_shapes):
