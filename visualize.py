@@ -1104,8 +1104,8 @@ def draw_landscape_surface(xs, ys, parts, title, labels):
                           rcount=len(ys), ccount=len(xs), edgecolor="black", linewidth=0.15)
         axes.set(zlim=(low, high))
         axes.set_title(f"{PART_NAMES[name]} loss (logarithmic height)", fontsize=10)
-        axes.set_xlabel(labels[0], fontsize=8)
-        axes.set_ylabel(labels[1], fontsize=8)
+        axes.set_xlabel(labels[0], fontsize=8, labelpad=7)
+        axes.set_ylabel(labels[1], fontsize=8, labelpad=7)
         axes.set_zticks([*map(math.log10, ticks)], [*ticks.values()])
         axes.tick_params(labelsize=7)
         for axis in ("x", "y"):
