@@ -297,14 +297,17 @@ RENAMED = {"early": "early_share", "uncropped": "uncropped_epochs", "warmup": "w
            "log_every": "log_steps", "save_every": "save_minutes"}
 
 
-def with_environment(flags):
+def with_environment(flags, resume=False):
     """`flags` and those in the environment variable TRAIN_FLAGS, which win: with
-    TRAIN_FLAGS="--limit=512 --epochs=2" any training command is a quick trial."""
+    TRAIN_FLAGS="--limit=512 --epochs=2" any training command is a quick trial. `resume` is the run
+    that is gone on with, whose network may have options."""
     text = os.environ.get("TRAIN_FLAGS", "")
     try:
-        words = shlex.split(text)
-        known = settings_flags([*words, f"--model={flags.get('model', Config.model)}"])
-        return {**flags, **data.canonical(words, known, None, None)[1]} if words else flags
+        if not (words := shlex.split(text)):
+            return flags
+        line = [*words, *(f"--{name}={value}" for name, value in flags.items())]
+        known = settings_flags([*line, f"--resume={resume}"] if resume else line)
+        return {**flags, **data.canonical(words, known, None, None)[1]}
     except ValueError as error:
         raise ValueError(f"TRAIN_FLAGS={text}: {error}") from error
 
@@ -1842,7 +1845,7 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
     """Train a network, or go on with a run (--resume)."""
     if resume and overwrite:
         raise ValueError("`resume` and `overwrite`: take one of the two")
-    flags = with_environment(flags)
+    flags = with_environment(flags, resume)
     if resume and (model := resumed_model(resume, flags.get("out"), flags.get("name"))):
         flags = {"model": model, **flags}
     given = parse_flags(flags)

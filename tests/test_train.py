@@ -1308,6 +1308,19 @@ def test_a_run_that_the_environment_names_is_gone_on_with(tmp_path, monkeypatch,
     monkeypatch.setenv("TRAIN_FLAGS", f"--out={tmp_path} --name=run")
     train.command_line(train.COMMANDS, "train", ["--resume"])
     assert "at step 12; measuring" in capsys.readouterr().out
+    monkeypatch.setenv("TRAIN_FLAGS", "--dropout=0.2 --batch_norm=false")
+    train.command_line(train.COMMANDS, "train", [f"--resume={config.folder}"])
+    monkeypatch.setenv("TRAIN_FLAGS", "--channels=4")
+    config = train.Config.create(**{**TINY, "model": "simple_cnn", "out": str(tmp_path),
+                                    "name": "trial", "channels": (4,)})
+    train.train(config)
+    train.command_line(train.COMMANDS, "train", [f"--resume={config.folder}"])
+    assert "at step 12; measuring" in capsys.readouterr().out
+
+
+def test_a_network_that_is_not_there_is_not_blamed_on_the_environment():
+    with pytest.raises(ValueError, match=r"^model=foo: no such network"):
+        train.train("foo")
 
 
 def test_settings_from_python(tmp_path, monkeypatch):
