@@ -17,7 +17,6 @@ fc                            10                      5 130    (in all 11 181 64
 """
 
 import contextlib
-import functools
 import hashlib
 import importlib
 import inspect
@@ -31,9 +30,9 @@ import sys
 import textwrap
 import typing
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -96,38 +95,31 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs, width, stride, activation, shortcut):
         super().__init__()
-        self.residual = nn.Sequential(*conv_bn(inputs, width, 3, stride, activation),
-                                      *conv_bn(width, width, 3))
-        self.shortcut = shortcut(inputs, width, stride)
+        self.residual = nn.Sequential(*self.branch(inputs, width, stride, activation))
+        self.shortcut = shortcut(inputs, width * self.expansion, stride)
         self.activation = activation_layer(activation)
 
+    def branch(self, inputs, width, stride, activation):
+        """The layers beside the shortcut."""
+        return [*conv_bn(inputs, width, 3, stride, activation), *conv_bn(width, width, 3)]
+
     def forward(self, x: Tensor) -> Tensor:
-        """N×C×H×W to N×width×H/stride×W/stride."""
+        """N×C×H×W to N×expansion·width×H/stride×W/stride."""
         # Through the sum the gradient reaches x as it is, past all layers of the residual branch.
         return self.activation(self.residual(x) + self.shortcut(x))
 
 
-class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions and a shortcut (He et al. 2016, figure 5, right).
-
-    The stride is at the 3×3 convolution, as in torchvision.
-    """
+class Bottleneck(BasicBlock):
+    """1×1, 3×3 and 1×1 convolutions and a shortcut (He et al. 2016, figure 5, right)."""
 
     expansion = 4
 
-    def __init__(self, inputs, width, stride, activation, shortcut):
-        super().__init__()
+    def branch(self, inputs, width, stride, activation):
+        """The layers beside the shortcut; the stride is at the 3×3, as in torchvision."""
         # The 3×3 convolution has a quarter of the channels on either side: it costs 1/16.
-        outputs = width * self.expansion
-        self.residual = nn.Sequential(*conv_bn(inputs, width, 1, 1, activation),
-                                      *conv_bn(width, width, 3, stride, activation),
-                                      *conv_bn(width, outputs, 1))
-        self.shortcut = shortcut(inputs, outputs, stride)
-        self.activation = activation_layer(activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """N×C×H×W to N×4·width×H/stride×W/stride."""
-        return self.activation(self.residual(x) + self.shortcut(x))
+        return [*conv_bn(inputs, width, 1, 1, activation),
+                *conv_bn(width, width, 3, stride, activation),
+                *conv_bn(width, width * self.expansion, 1)]
 
 
 def projection_shortcut(inputs, outputs, stride):
@@ -153,20 +145,21 @@ class PaddedShortcut(nn.Module):
 # ---------------------------------------------------------------------------- architectures
 
 
-def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
+def plain(layers, hidden=(), he=False, *, classes=10, image_size=32, dropout: float = 0.0,
           activation: str = "relu", batch_norm: bool = False):
     """A network without branches, from a line of text: convolutions, then linear layers.
 
     In `layers`, with S×S the size so far,
 
-        32k3    a convolution to 32 channels with a 3×3 kernel: 32×(S−2)×(S−2)
-        64k3p1  one to 64 channels with a 3×3 kernel and padding 1: 64×S×S
-        256k1   one to 256 channels with a 1×1 kernel: 256×S×S
+        64      a convolution to 64 channels with a 3×3 kernel and padding 1: 64×S×S
+        32k3    one to 32 channels with a 3×3 kernel: 32×(S−2)×(S−2)
+        18k5p1  one to 18 channels with a 5×5 kernel and padding 1: 18×(S−2)×(S−2)
         M, A    2×2 max- or average-pooling, which ends a stage: C×S/2×S/2
 
     An activation follows each convolution (after batch norm, if that is asked for) and `dropout`
     each pooling. Stages are `conv1`, `conv2` …; `hidden` are the widths of the linear layers
-    before the last, so `plain("6k5 M 16k5 M", (120, 84))` is LeNet.
+    before the last, so `plain("6k5 M 16k5 M", (120, 84))` is LeNet. `he` is for deep networks, see
+    `he_initialization`.
     """
     stages, channels, side, largest = [[]], 3, image_size, 0
     for word in layers.split():
@@ -176,6 +169,7 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
             stages[-1] += [nn.Dropout(dropout)] if dropout else []
             stages.append([])
             continue
+        word = word if "k" in word else f"{word}k3p1"
         outputs, kernel, padding = map(int, re.fullmatch(r"(\d+)k(\d+)(?:p(\d+))?", word)
                                          .groups("0"))
         stages[-1].append(nn.Conv2d(channels, outputs, kernel, padding=padding))
@@ -199,23 +193,15 @@ def plain(layers, hidden, *, classes=10, image_size=32, dropout: float = 0.0,
     network.add_module("flatten", nn.Flatten())
     # The last linear layer gives logits, and has no activation behind it.
     network.add_module("fc", nn.Sequential(*linear, nn.Linear(widths[-1], classes)))
-    return network
-
-
-def vgg(layers, hidden=(), *, classes=10, image_size=32, dropout: float = 0.0,
-        activation: str = "relu", batch_norm: bool = False):
-    """A `plain` network with He initialisation, which VGG's depth needs (He et al. 2015)."""
-    network = plain(layers, hidden, classes=classes, image_size=image_size, dropout=dropout,
-                    activation=activation, batch_norm=batch_norm)
-    return he_initialization(network)
+    return he_initialization(network) if he else network
 
 
 def simple_cnn(*, classes=10, image_size=32, channels: tuple[int, ...] = (18,),
                hidden: tuple[int, ...] = (64,), dropout: float = 0.0, activation: str = "relu"):
     """The small CNN of the trials: 3×3 and then 4×4 convolutions, each before a max-pool."""
     # Sizes at 32 pixels: 32, pooled 16, then 15 by the first 4×4 kernel, pooled 7.
-    kernels = ["k3p1"] + ["k4p1"] * len(channels)
-    layers = " ".join(f"{width}{kernel} M" for width, kernel in zip(channels, kernels))
+    layers = " ".join(f"{width}{'k4p1' if index else 'k3p1'} M"
+                      for index, width in enumerate(channels))
     return plain(layers, hidden, classes=classes, image_size=image_size, dropout=dropout,
                  activation=activation)
 
@@ -347,8 +333,7 @@ VGG_LAYERS = {
     16: "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512 M",
     19: "64 64 M 128 128 M 256 256 256 256 M 512 512 512 512 M 512 512 512 512 M",
 }
-VGG_LAYERS = {depth: " ".join(word if word == "M" else f"{word}k3p1" for word in layers.split())
-              for depth, layers in VGG_LAYERS.items()}
+vgg = partial(plain, he=True)  # so deep that it does not learn without
 TRIAL_HIDDEN = (360, 252, 99, 30)
 
 NETWORKS = {
@@ -360,13 +345,13 @@ NETWORKS = {
     "convnet": partial(plain, "32k3 32k3 M 64k3 64k3 M", (512,)),
     "convnet_large": partial(plain, "32k3 64k3 M 128k3 256k3 M", (1024, 512)),
     "simple_cnn": simple_cnn,
-    "trial_3conv": partial(plain, "18k3p1 M 54k3p1 M 108k3p1 M", TRIAL_HIDDEN),
-    "trial_4conv": partial(plain, "18k3p1 M 54k3p1 M 108k3p1 M 216k3p1 M", TRIAL_HIDDEN),
-    "trial_4conv_late_pool": partial(plain, "18k3p1 54k3p1 M 108k3p1 M 216k3p1 M", TRIAL_HIDDEN),
+    "trial_3conv": partial(plain, "18 M 54 M 108 M", TRIAL_HIDDEN),
+    "trial_4conv": partial(plain, "18 M 54 M 108 M 216 M", TRIAL_HIDDEN),
+    "trial_4conv_late_pool": partial(plain, "18 54 M 108 M 216 M", TRIAL_HIDDEN),
     # Simonyan & Zisserman 2015, table 1: vgg16_1x1 is configuration C, others are A, B, D and E,
     # vgg_a is A with hidden linear layers, and those in _bn have batch norm.
-    "vgg16_1x1": partial(vgg, "64k3p1 64k3p1 M 128k3p1 128k3p1 M 256k3p1 256k3p1 256k1 M "
-                              "512k3p1 512k3p1 512k1 M 512k3p1 512k3p1 512k1 M", (256, 256)),
+    "vgg16_1x1": partial(vgg, "64 64 M 128 128 M 256 256 256k1 M 512 512 512k1 M 512 512 512k1 M",
+                         (256, 256)),
     "vgg_a": partial(vgg, VGG_LAYERS[11], (512, 512)),
     "vgg_a_bn": partial(vgg, VGG_LAYERS[11], (512, 512), batch_norm=True),
     **{f"vgg{depth}": partial(vgg, layers) for depth, layers in VGG_LAYERS.items()},
@@ -413,7 +398,8 @@ def check_options(name, options):
         return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
     rules = {
-        "activation": (lambda value: value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
+        "activation": (lambda value: isinstance(value, str) and value in ACTIVATIONS,
+                       f"one of {', '.join(ACTIVATIONS)}"),
         "dropout": (lambda value: isinstance(value, (int, float)) and 0 <= value < 1,
                     "at least 0 and less than 1"),
         "batch_norm": (lambda value: isinstance(value, bool), "True or False"),
@@ -426,11 +412,7 @@ def check_options(name, options):
         fits, allowed = rules.get(option, (
             lambda value: isinstance(value, (tuple, list)) and len(value) < 20
             and all(is_width(item, 2048) for item in value), "a list of numbers from 1 to 2048"))
-        try:
-            wrong = not fits(value)
-        except TypeError:
-            wrong = True
-        if wrong:
+        if not fits(value):
             hint = closest(str(value), ACTIVATIONS) if option == "activation" else ""
             raise ValueError(f"{option}={value}: must be {allowed}{hint}")
 
@@ -834,7 +816,7 @@ def filled_in(values_at, count):
     Where the values between two places lie on a line as far as the two in the middle show, all do:
     a receptive field moves by the stride, until the image's border stops one of its sides.
     """
-    known = functools.cache(values_at)
+    known = cache(values_at)
     values = [None] * count
     spans = [*itertools.pairwise(sorted({0, min(1, count - 1), max(0, count - 2), count - 1}))]
     for first, last in spans:  # grows as it goes
@@ -956,25 +938,13 @@ def stages(network, image_size):
             for name, stage in children.items()]
 
 
-class Layer(typing.NamedTuple):
-    """A row of `layers`: what a module computes itself, for one image."""
-
-    name: str
-    kind: str
-    kernel: str
-    stride: str
-    padding: str
-    output: tuple[int, ...] | None
-    parameters: int
-    multiply_adds: int
+# What a module computes itself for one image; `output` is its shape, None if it was not called.
+Layer = namedtuple("Layer", "name kind kernel stride padding output parameters multiply_adds")
 
 
 def layers(network, image_size):
     """A `Layer` for each module of any network that holds no others, or has parameters or
-    operations of its own beside them, in the order in which they are done.
-
-    `output` is without the batch, None for a module that was not called.
-    """
+    operations of its own beside them, in the order in which they are done."""
     modules = dict(network.named_modules())
     shapes, counts = shapes_and_counts(network, modules, image_size)
     rows = []
@@ -1033,9 +1003,7 @@ def multiply_adds(network, image_size):
 # as the archive's comment; the last 32 bytes of the file. It describes itself: see REQUIRED.
 REQUIRED = {"model": str, "options": dict, "classes": list, "image_size": int, "mean": list,
             "std": list, "weights": dict, "settings": dict, "epoch": int, "step": int}
-
-
-NO_CHECKPOINT = ("not a checkpoint of this package, or damaged (its checksum does not match)")
+NO_CHECKPOINT = "not a checkpoint of this package, or damaged (its checksum does not match)"
 MOST_BYTES = 1 << 33  # of a checkpoint: the largest network with Adam's moments needs half
 
 
@@ -1127,6 +1095,18 @@ class Description:
         return f"{self.settings.get('name') or self.model}, epoch {self.epoch}"
 
 
+def colours(name, values):
+    """The three numbers, one a colour, that `values` gives for `name`, "mean" or "std", as a tuple;
+    ValueError for anything else."""
+    found, least = (), 0 if name == "std" else -math.inf
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # no list, or not of numbers
+        found = tuple(map(float, values))
+    if len(found) != 3 or not all(least < value < math.inf for value in found):
+        raise ValueError(f"{name}={text_of(values):.80}: must be three numbers, one a colour"
+                         f"{', above 0' if name == 'std' else ''}")
+    return found
+
+
 def describe(checkpoint):
     """The `Description` in a checkpoint; ValueError when it cannot be that of a data set."""
     if not all(isinstance(name, str) and len(name) < 256 and name.isprintable()
@@ -1135,13 +1115,9 @@ def describe(checkpoint):
                          "characters")
     if len({*checkpoint["classes"]}) < len(checkpoint["classes"]):
         raise ValueError("two classes have the same name")
-    mean, std = checkpoint["mean"], checkpoint["std"]
-    if not (len(mean) == len(std) == 3
-            and all(isinstance(value, float) and math.isfinite(value) for value in mean + std)
-            and min(std) > 0):
-        raise ValueError("its normalization is not three numbers each of mean and std")
-    preprocessing = Preprocessing(checkpoint["image_size"], tuple(mean), tuple(std),
-                                  checkpoint["settings"].get("precision", "fp32"))
+    preprocessing = Preprocessing(
+        checkpoint["image_size"], *(colours(name, checkpoint[name]) for name in ("mean", "std")),
+        checkpoint["settings"].get("precision", "fp32"))
     return Description(checkpoint["model"], tuple(checkpoint["classes"]), preprocessing,
                        checkpoint["options"], checkpoint["settings"], checkpoint.get("epoch", 0),
                        checkpoint.get("step", 0))
@@ -1171,14 +1147,8 @@ def load(source, weights=None, device="cpu", image_size=None, mean=None, std=Non
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
     wishes = {} if image_size is None else {"image_size": image_size}
-    for name, value, least in (("mean", mean, -math.inf), ("std", std, 0)):
-        if value is not None:
-            with contextlib.suppress(TypeError, ValueError):  # no list, or not of numbers
-                wishes[name] = tuple(map(float, value))
-            if not (len(wishes.get(name, ())) == 3 and all(
-                    least < part < math.inf for part in wishes[name])):
-                raise ValueError(f"{name}={text_of(value)}: must be three numbers, one a colour"
-                                 f"{', above 0' * (name == 'std')}")
+    wishes |= {name: colours(name, value) for name, value in (("mean", mean), ("std", std))
+               if value is not None}
     if re.fullmatch(r"[\w.]+:[\w-]+", str(source)) and not Path(source).exists():
         return _load_elsewhere(str(source), weights, wishes, device)
     if weights or wishes:
@@ -1382,9 +1352,9 @@ def layers_table(network, image_size, title=None):
     """`layers` as a `Table`."""
     return Table(("name", "layer", "kernel", "stride", "padding", "output", "parameters",
                   "multiply-adds"), [
-        (row.name, row.kind, row.kernel, row.stride, row.padding,
-         "–" if row.output is None else "×".join(map(str, row.output)), f"{row.parameters:,}",
-         f"{row.multiply_adds:,}") for row in layers(network, image_size)], title)
+        (*row[:5], "–" if row.output is None else "×".join(map(str, row.output)),
+         f"{row.parameters:,}", f"{row.multiply_adds:,}") for row in layers(network, image_size)],
+                 title)
 
 
 def _summary_flags(words):
