@@ -29,6 +29,7 @@ The paper's other three experiments follow from it: `occlusion` (section 4.2), `
 import itertools
 import math
 import typing
+from collections import namedtuple
 
 import torch
 from torch import Tensor
@@ -235,12 +236,10 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
         # "gradient" of the start with respect to it is the signal there.
         below = {name: output for name, output in reversed(outputs.items())
                  if isinstance(output, Tensor) and output.requires_grad}
-        try:
+        # Of checkpoints, and of a network without gradients, there is none.
+        with networks.told(f"layer={layer}: there is no way back from it to the images"):
             *signals, signal = torch.autograd.grad(found, [*below.values(), images],
                                                    start.view(found.shape), allow_unused=True)
-        except RuntimeError as error:  # of checkpoints, and of a network without gradients
-            raise ValueError(f"layer={layer}: there is no way back from it to the images "
-                             f"({' '.join(str(error).split()):.200})") from error
     # `allow_unused` makes what is not on the way None, not an error.
     if signal is None:
         raise ValueError(f"layer={layer}: no gradient reaches the images from it (it does not "
@@ -309,13 +308,9 @@ def top_reconstructions(network, layer, images, preprocessing, units, top, rule=
 # ---------------------------------------------------------------------------- further experiments
 
 
-class Occlusion(typing.NamedTuple):
-    """What R×C positions of a grey square do: the sum of one feature map of a layer, the
-    probability of one class, and the number of the most likely class, each R×C."""
-
-    activations: Tensor
-    probabilities: Tensor
-    predictions: Tensor
+# What R×C positions of a grey square do: the sum of one feature map of a layer, the probability of
+# one class, and the number of the most likely class, each R×C.
+Occlusion = namedtuple("Occlusion", "activations probabilities predictions")
 
 
 @torch.no_grad()
@@ -735,8 +730,8 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
     return visualize.save_figure(draw_invariance(rows, names, title), ckpt, "invariance", **flags)
 
 
-COMMANDS = {"reconstruct": reconstruct, "gallery": gallery, "occlusion": occlusion,
-            "evolution": evolution, "invariance": invariance}
+COMMANDS = {command.__name__: command for command in (
+    reconstruct, gallery, occlusion, evolution, invariance)}
 MEANINGS = visualize.MEANINGS | {
     "image_size": train.MEANINGS["image_size"],
     "units": f"{visualize.MEANINGS['units']} (evolution: 6), or all there are",

@@ -472,6 +472,17 @@ def device_of(network):
     return held.device if held is not None else torch.device("cpu")
 
 
+@contextlib.contextmanager
+def told(what, kinds=Exception):
+    """A context whose errors of these `kinds` are a ValueError in one line: `what`, and then what
+    they say. By default all, as of somebody else's code."""
+    try:
+        yield
+    except kinds as error:
+        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
+        raise ValueError(f"{what}: {said}") from error
+
+
 def forward(network, images, dtype=None, compiled=True, weights=None):
     """What the network makes of normalised `images`, N×3×H×W, brought to its own type or `dtype`.
 
@@ -490,15 +501,11 @@ def forward(network, images, dtype=None, compiled=True, weights=None):
     if images.shape[1] == 3 and (channels == 1 or (
             channels != 3 and features == images[0, 0].numel())):
         images = images.mean(1, keepdim=True)
-    try:
+    shape = "×".join(map(str, images.shape))
+    with told(f"the network cannot take one batch of images, {shape} of {str(dtype)[6:]}"):
         if weights is not None:
             return torch.func.functional_call(network, weights, (images.to(dtype),))
         return (network if compiled else network.forward)(images.to(dtype))
-    except Exception as error:  # anybody's code: whatever it raises
-        shape = "×".join(map(str, images.shape))
-        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"the network cannot take one batch of images, {shape} of "
-                         f"{str(dtype)[6:]} ({told:.240})") from error
 
 
 def logits_of(network, images, weights=None):
@@ -817,7 +824,7 @@ def filled_in(values_at, count):
     a receptive field moves by the stride, until the image's border stops one of its sides.
     """
     known = cache(values_at)
-    values = [None] * count
+    values = [known(0)] * count
     spans = [*itertools.pairwise(sorted({0, min(1, count - 1), max(0, count - 2), count - 1}))]
     for first, last in spans:  # grows as it goes
         middle, slope = (first + last) // 2, (known(last) - known(first)) / (last - first)
@@ -828,7 +835,7 @@ def filled_in(values_at, count):
             values[first:last + 1] = [value.round().long() for value in line.values()]
         else:
             spans += [(first, middle), (middle, last)]
-    return torch.stack([known(0)] if count == 1 else values)
+    return torch.stack(values)
 
 
 # ---------------------------------------------------------------------------- a class's reasons
@@ -1175,7 +1182,8 @@ def _load_elsewhere(source, weights, wishes, device):
     if module == "torchvision":
         weights, wanted = _torchvision_weights(name, weights)
         module = "torchvision.models"
-    try:
+    given = f", weights={weights}" if weights else ""
+    with told(f"network={source}{given}", (Exception, SystemExit)):
         # As `python -c` and notebooks have it, so that `mymodule:function` is found where one
         # stands.
         if "" not in sys.path:
@@ -1198,11 +1206,6 @@ def _load_elsewhere(source, weights, wishes, device):
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
         network.eval().to(device)
-    except (Exception, SystemExit) as error:  # anybody's code and files: whatever they raise
-        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        weights = f", weights={weights}" if weights else ""
-        raise ValueError(f"network={source}{weights}: "
-                         f"{textwrap.shorten(told, 300, placeholder=' …')}") from error
     return network, Description(source, (), replace(wanted, **wishes))
 
 

@@ -23,7 +23,6 @@ import hashlib
 import io
 import itertools
 import math
-import operator
 import os
 import re
 import shlex
@@ -165,7 +164,8 @@ def log_ticks(low, high, most=8):
 
 def distinct(numbers, error=0.2):
     """`numbers` as short texts, each off by less than `error` of the step to the next of them."""
-    steps = [math.inf, *map(abs, map(operator.sub, numbers[1:], numbers)), math.inf]
+    steps = [abs(after - before) for before, after in itertools.pairwise(numbers)]
+    steps = [math.inf, *steps, math.inf]
     for digits in range(3, 17):
         texts = [f"{float(f'{number:.{digits}g}'):.15g}" for number in numbers]  # 1000, not 1e+03
         if all(abs(float(text) - number) <= error * min(both)
@@ -423,20 +423,19 @@ def layer_statistics(network, layers, images, preprocessing, bins=40):
     """{layer: numbers} over all outputs for uint8 `images`: "units", "mean", "std", "zeros" (their
     share), "dead" (units that are 0 for every image), and the histogram of what is not 0: "edges"
     (lowest, highest) and "counts"."""
-    spans, centres, found = {}, {}, {}
+    spans, found = {}, {}
     # A first pass for the lowest and highest values.
     for _, outputs in map_batches(network, layers, images, preprocessing):
         for layer, values in outputs.items():
             if not values.isfinite().all():
                 raise ValueError(f"layer={layer}: its outputs are not finite numbers")
             spans[layer] = span_of(torch.tensor([*values.aminmax(), *spans.get(layer, ())]))
-            centres.setdefault(layer, values.float().mean().item())  # near that of all
     # A second pass, because the bins have to be known before anything is counted.
     for _, outputs in map_batches(network, layers, images, preprocessing):
         for layer, values in outputs.items():
-            values = values.float()
-            centred = values - centres[layer]  # a large mean would leave the spread no digits
-            sums = [values.numel(), centred.sum().item(), centred.square().sum().item(),
+            # In float64: a large mean would leave the spread no digits.
+            values = values.to(networks.exact_type(values.device))
+            sums = [values.numel(), values.sum().item(), values.square().sum().item(),
                     (values == 0).sum().item(),
                     torch.histc(values[values != 0], bins, *spans[layer]),
                     values.abs().amax((2, 3)).sum(0)]
@@ -445,7 +444,7 @@ def layer_statistics(network, layers, images, preprocessing, bins=40):
     for layer, (count, total, squares, zeros, counts, peaks) in found.items():
         mean = total / count  # the variance is the mean of the squares less the mean's square
         statistics[layer] = {
-            "units": len(peaks), "mean": centres[layer] + mean, "zeros": zeros / count,
+            "units": len(peaks), "mean": mean, "zeros": zeros / count,
             "std": max(0, squares / count - mean**2) ** 0.5,
             "dead": (peaks == 0).nonzero()[:, 0].tolist(),
             "edges": spans[layer], "counts": counts.cpu()}
@@ -530,16 +529,11 @@ def group_runs(runs):
     for members, settings in groups.values():
         more = len(members) - 1
         label = members[0].name + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
-        metrics = [train.read_metrics(run) for run in members]
-        # Earlier versions logged what a step lowers as the loss, without a "train/objective".
-        if settings.get("label_smoothing") and math.isnan(
-                metrics[0].get("train/objective", [math.nan])[-1]):
-            label += " (training loss with label smoothing)"
         if any(name in str(settings.get("augment")) for name in MIXTURES):
             label += " (training on mixed images)"
         while label in labelled:  # runs of the same name in different folders
             label += "′"
-        labelled[label] = metrics
+        labelled[label] = [train.read_metrics(run) for run in members]
     return labelled
 
 
@@ -1503,15 +1497,9 @@ def hessian_on(network, about, parts):
         loss = batch_loss(network, about.preprocessing(chunk, device), answers.to(device))
         return lambda weights: loss(weights) * (len(answers) / len(labels))
 
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-            return hessian_eigenvalues([*map(loss_of, images.split(128), labels.split(128))],
-                                       weights)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise ValueError(f"hessian: this network has none that can be computed "
-                         f"({' '.join(str(error).split()):.200})") from error
+    with (networks.told("hessian: cannot be computed", RuntimeError),
+          sdpa_kernel(SDPBackend.MATH)):  # the other ways have no second derivative
+        return hessian_eigenvalues([*map(loss_of, images.split(128), labels.split(128))], weights)
 
 
 def line_to(to, ckpt, network, about, parts, points, title, **flags):
@@ -1570,12 +1558,10 @@ MEANINGS = {
     "ckpt": "checkpoint, run's folder, torchvision:NAME or module:function",
     "runs": "folders of runs",
     "network": "instead of CKPT: torchvision:NAME or module:function",
-    **{name: train.MEANINGS[name] for name in ("weights", "mean", "std")},
+    **{name: train.MEANINGS[name] for name in ("weights", "mean", "std", "root", "device")},
     "image_size": f"{train.MEANINGS['image_size']} (samples: of all pictures; none: as they are)",
     "skip_bad": "leave out image files that cannot be read",
     "data": "cifar10, cifar100, shapes, or a folder; none: the run's own",
-    "root": "where data sets are downloaded to and cached",
-    "device": "auto, cpu, cuda or mps",
     "out": "file or folder; none: figures/ beside the checkpoint",
     "format": "of the figures, where --out is no file (none: png):",
     "seed": "of what is drawn at random",
@@ -1602,5 +1588,4 @@ MEANINGS = {
 }
 
 if __name__ == "__main__":
-    command_line(COMMANDS, meanings=MEANINGS, moved={
-        "report": "python -m lab report", "smoothness": "python -m lab smoothness"})
+    command_line(COMMANDS, meanings=MEANINGS)

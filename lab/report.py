@@ -318,8 +318,9 @@ def report_of_lab(what, runs, folder):
         experiments=experiments, rows=rows,
         comparison=reproduce.comparison(rows, reproduce.ON_PAGE),
         others=sorted({row.data for row in rows if row.elsewhere}),
-        machines=sorted({", ".join([row.device, *threads_text(row.threads), row.precision,
-                                    f"commit {row.commit or 'unknown'}"]) for row in done}),
+        machines=sorted({", ".join(filter(None, [  # with a GPU nobody counts the threads
+            row.device, row.threads and f"{row.threads} thread{'s' * (row.threads != 1)}",
+            row.precision, f"commit {row.commit or 'unknown'}"])) for row in done}),
         commands={experiment.id: commands_for(experiment) for experiment in experiments},
         figures={experiment.id: figures_of(experiment, runs, folder) for experiment in experiments},
         again=made_again(what, experiments, runs))
@@ -338,11 +339,6 @@ def commands_for(experiment, out="runs/reproduce"):
 def with_seeds(folder):
     """The folder of a run and those of its repetitions with other seeds."""
     return [folder, *sorted(folder.parent.glob(f"{folder.name}-seed*"))]
-
-
-def threads_text(count):
-    """[how many threads computed], or [] where nobody knows."""
-    return [f"{count} thread{'s' * (count != 1)}"] if count else []
 
 
 def results_of(run, runs):

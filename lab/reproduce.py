@@ -103,11 +103,8 @@ class Experiment:
     figures: tuple[Figure, ...]
 
 
-class Book(typing.NamedTuple):
-    """All that experiments.toml says: experiments by id, and titles of the reports."""
-
-    experiments: dict[str, Experiment]
-    reports: dict[str, str]
+# All that experiments.toml says: experiments by id, and titles of the reports.
+Book = collections.namedtuple("Book", "experiments reports")
 
 
 @functools.cache

@@ -504,18 +504,12 @@ def test_outputs_that_are_not_finite_are_said_to_be_so(run, tmp_path, few_shapes
                 command(str(tmp_path), **flags)
 
 
-def test_a_training_loss_that_label_smoothing_raises_is_named(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text('{"label_smoothing": 0.1}')
-    name = tmp_path.name
-    for objective, label in ((math.nan, f"{name} (training loss with label smoothing)"),
-                             (2.0, name)):
-        monkeypatch.setattr(train, "read_metrics", lambda _, objective=objective: METRICS | {
-            "train/objective": [objective] * 2})
-        assert [*visualize.group_runs([tmp_path])] == [label]
+def test_runs_have_the_name_of_their_folder_and_mixed_images_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "read_metrics", lambda _: METRICS)
     monkeypatch.chdir(tmp_path)
-    assert [*visualize.group_runs(["."])] == [name]
+    assert [*visualize.group_runs(["."])] == [tmp_path.name]
     (tmp_path / "config.json").write_text('{"augment": ["flip", "cutmix"]}')
-    assert [*visualize.group_runs(["."])] == [f"{name} (training on mixed images)"]
+    assert [*visualize.group_runs(["."])] == [f"{tmp_path.name} (training on mixed images)"]
 
 
 def test_a_comma_in_a_runs_path_is_part_of_it(tmp_path):
