@@ -948,10 +948,6 @@ class Batches:
 
     def __init__(self, split, mean, std, batch_size, augment=(), seed=0, image_size=None,
                  device="cpu", rank=0, world=1, way=None):
-        unknown = [name for name in augment if name not in AUGMENTATIONS]
-        if unknown:
-            raise ValueError(f"augment={','.join(augment)}: no augmentation {unknown[0]!r}; "
-                             f"known: {', '.join(AUGMENTATIONS)}, none")
         # A data set of less than a batch is one batch, or there would be no step at all.
         self.batch_size = min(batch_size, len(split.labels))
         if self.batch_size < world:
@@ -995,21 +991,26 @@ class Batches:
                 "host": "images: as they were read; gathered, cropped and flipped batch by batch",
                 }[self.way]
 
+    def _dressed(self, pixels):
+        """N×H×W×3 `pixels` with reflected margins, each image followed by its mirror image if any
+        flip is on: a flip is then a choice of a number."""
+        pixels = with_margins(pixels, self.margin)
+        if self.flips:
+            pixels = torch.stack([pixels, pixels.flip(2)], 1).flatten(0, 1)
+        return pixels
+
     def _store(self, images):
-        """N×H×W×3 on the device: the images or, for the store, those with reflected margins,
-        followed by their mirror images if any flip is on. Built in parts, with no second copy."""
-        count, stored = len(images), self.way == "store"
-        side, mirrors = (self.side, self.flips) if stored else (self.size, False)
-        # Mirror images are the numbers from `count` on: a flip is then a choice of a number.
-        store = torch.empty(count * (1 + mirrors), side, side, 3, dtype=torch.uint8,
+        """All images on the device, dressed for the store: built in parts, with no second copy."""
+        stored = self.way == "store"
+        copies, side = (1 + self.flips, self.side) if stored else (1, self.size)
+        store = torch.empty(len(images) * copies, side, side, 3, dtype=torch.uint8,
                             device=self.device)
         done = 0
         for numbers in in_chunks(images):
             pixels = gather(images, numbers).to(self.device)
-            part = slice(done, done := done + len(numbers))
-            store[part] = with_margins(pixels, self.margin if stored else 0)
-            if mirrors:
-                store[count:][part] = store[part].flip(2)
+            pixels = self._dressed(pixels) if stored else pixels
+            store[done:done + len(pixels)] = pixels
+            done += len(pixels)
         return store
 
     def __len__(self):
@@ -1047,35 +1048,23 @@ class Batches:
         # Of the images of a step, this process has those of numbers rank, rank + world, …
         steps = [slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size,
                        self.world) for step in range(start, len(self))]
-        crops = self._crops_of_store if self.way == "store" else self._crops_of_images
-        for mine, lines in zip(steps, crops(plan, steps)):
+        # What a step's crops are cut from: the store, where an image has the number it has in the
+        # data set, or the step's own images, where it has its place among them.
+        if self.way == "store":
+            numbers, sources = plan.order, itertools.repeat(self.images)
+        else:
+            numbers = torch.arange(len(self.labels), device=self.device)
+            numbers = numbers % self.batch_size // self.world
+            sources = map(self._dressed, self._fetch(plan, steps))
+        numbers = numbers * (1 + self.flips) + plan.mirrored
+        # The number of pixel (y, x) of an image among all the pixels of all images.
+        first = (numbers * self.side + plan.shift[0]) * self.side + plan.shift[1]
+        for mine, source in zip(steps, sources):
+            lines = crops_of(source, first[mine], self.size)
             pixels = lines.float().mul_(scale).add_(shift).view(-1, self.size, self.size, 3)
             if "cutout" in self.augment:
                 pixels.mul_(self._cutout_mask(plan.corner[:, mine]))
             yield resize(_channels_last(pixels), size or self.image_size), plan.labels[mine]
-
-    def _crops_of_store(self, plan, steps):
-        """Yield each step's crops as `crops_of` does, from images that have margins and mirrors."""
-        # The number of pixel (y, x) of an image among all the pixels of all images.
-        image = plan.order + len(self.labels) * plan.mirrored
-        first = (image * self.side + plan.shift[0]) * self.side + plan.shift[1]
-        for mine in steps:
-            yield crops_of(self.images, first[mine], self.size)
-
-    def _crops_of_images(self, plan, steps):
-        """The same from the images alone: a mirror image's crop is the mirrored crop as far from
-        the other border of the image."""
-        across = torch.where(plan.mirrored, 2 * self.margin - plan.shift[1], plan.shift[1])
-        for mine, pixels in zip(steps, self._fetch(plan, steps)):
-            if self.margin:
-                image = torch.arange(len(pixels), device=self.device)
-                first = (image * self.side + plan.shift[0, mine]) * self.side + across[mine]
-                pixels = crops_of(with_margins(pixels, self.margin), first, self.size)
-            pixels = pixels.view(-1, self.size, self.size, 3)
-            if self.flips:
-                mirrored = plan.mirrored[mine, None, None, None]
-                pixels = torch.where(mirrored, pixels.flip(2), pixels)
-            yield pixels.reshape(-1, self.size * 3)
 
     def _fetch(self, plan, steps):
         """Yield each step's images, B×S×S×3, on the device."""
