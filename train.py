@@ -210,19 +210,15 @@ class Config:
     def create(cls, model="lenet", **values):
         """Settings from the recipe of `model`, changed by `values`, fields or network options."""
         fields = {entry.name for entry in dataclasses.fields(cls)}
-        values = {name: as_setting(value) for name, value in values.items()}
-        options = {name: value for name, value in values.items() if name not in fields}
-        known = networks.options_of(model)
-        for name in options:
-            if name in RENAMED:
-                raise ValueError(f"{name}: is now called {RENAMED[name]}")
-            if name not in known:
+        known, settings, options = networks.options_of(model), {}, {}
+        for name, value in values.items():
+            if name not in fields and name not in known:
                 raise ValueError(f"{name}: neither a setting of a run nor an option of {model}"
                                  f"{closest(name, [*fields, *known])}; its options are "
                                  f"{', '.join(known)}")
-        values = {name: value for name, value in values.items() if name in fields}
-        options = {**values.pop("options", {}), **options}
-        return cls(**{"model": model, **RECIPES.get(model, {}), "options": options, **values})
+            (settings if name in fields else options)[name] = as_setting(value)
+        options = {**settings.pop("options", {}), **options}
+        return cls(**{"model": model, **RECIPES.get(model, {}), "options": options, **settings})
 
     @classmethod
     def from_json(cls, values):
@@ -231,8 +227,7 @@ class Config:
             return tuple(value) if isinstance(value, list) else value
 
         try:
-            values = {RENAMED.get(name, name): listed(value) for name, value in values.items()
-                      if name != EMPTYING}
+            values = {name: listed(value) for name, value in values.items() if name != EMPTYING}
             values["options"] = {name: listed(value) for name, value in values["options"].items()}
             return cls(**values)
         except (TypeError, KeyError, AttributeError) as error:
@@ -292,9 +287,6 @@ RECIPES = {
 # What a resumed run may be told anew; all else would make it another run.
 MAY_CHANGE = ("epochs", "patience", "snapshots", "device", "compile", "log_steps", "save_minutes",
               "keep", "name", "out", "root", "on_nan", "tta")
-# Settings of earlier checkpoints and run folders that have another name now.
-RENAMED = {"early": "early_share", "uncropped": "uncropped_epochs", "warmup": "warmup_epochs",
-           "log_every": "log_steps", "save_every": "save_minutes"}
 
 
 def with_environment(flags, resume=False):
@@ -644,13 +636,15 @@ def end_epoch(state, dataset, batches, folder):
             logits = predict(state.network, dataset.val.images, folder.preprocessing)
         validation = score(logits, dataset.val.labels, len(dataset.classes))
     state.epoch += 1
-    folder.row({"epoch": state.epoch, "step": state.step, "train/loss": loss / count,
-                "train/accuracy": correct / count, "val/loss": validation["loss"],
-                "val/accuracy": validation["accuracy"],
-                "lr": state.optimizer.param_groups[0]["lr"], "seconds": state.epoch_seconds,
-                "images_per_second": len(batches) * batches.batch_size / state.epoch_seconds,
-                "train/objective": objective / count if config.label_smoothing else None},
-               histograms(state.network))
+    row = {"epoch": state.epoch, "step": state.step, "train/loss": loss / count,
+           "train/accuracy": correct / count, "val/loss": validation["loss"],
+           "val/accuracy": validation["accuracy"],
+           "lr": state.optimizer.param_groups[0]["lr"], "seconds": state.epoch_seconds,
+           "images_per_second": len(batches) * batches.batch_size / state.epoch_seconds,
+           "train/objective": objective / count if config.label_smoothing else None}
+    line = ",".join(format_cell(row[name]) for name in COLUMNS) + "\n"
+    state.rows += line
+    folder.row(row, line, histograms(state.network))
     # Of epochs that do equally well the first stays, the one with less training.
     best = dataset.val is not None and validation["accuracy"] > state.best_accuracy
     if best:
@@ -692,6 +686,7 @@ class State:
     seconds: float = 0.0  # of the epochs that are done, their steps alone
     best_accuracy: float = -1.0  # on validation images: below any, so that the first epoch is best
     best_epoch: int = 0
+    rows: str = ""  # of metrics.csv, which is written anew from here when the run goes on
     average: dict | None = None  # the weights' running mean, if `ema` asks for one
 
     def follow(self, ema):
@@ -839,20 +834,13 @@ def restore(state, checkpoint, steps, epoch_anew=False):
     if epoch_anew:
         checkpoint = {**checkpoint, "step": checkpoint["epoch"] * steps}
         training |= {"totals": (0.0,) * 4, "logged": (0.0,) * 4, "epoch_seconds": 0.0}
-    for name in ("totals", "logged"):  # tensors in earlier checkpoints, of one loss
-        if isinstance(training.get(name), torch.Tensor) and training[name].numel() == 3:
-            training[name] = tuple(training[name].tolist())
-        if isinstance(training.get(name), tuple) and len(training[name]) == 3:
-            training[name] += training[name][:1]
-    saved = training.get("optimizer")
-    training["optimizer"] = {"state": saved.get("state") if isinstance(saved, dict) else None}
-    # An optimizer makes its momenta in its first step, and nothing else tells which it will have.
-    if training["optimizer"]["state"] != {}:  # a step that changes nothing, to compare with
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        for parameter in state.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
+    # An optimizer makes its momenta in its first step, and nothing else tells which it will have:
+    # so it takes one, of length 0, and what the checkpoint holds must be made like that.
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in state.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
     if not (networks.made_like(training, training_state(state))
             and networks.made_like(checkpoint["weights"], state.network.state_dict())
             and 0 <= checkpoint["epoch"] <= checkpoint["step"] // steps <= checkpoint["epoch"]):
@@ -1253,14 +1241,8 @@ class RunFolder:
             anew and name not in ("config.json", ".lock", MARKER)))
         with contextlib.suppress(FileNotFoundError):  # else `state` is from last.pth
             os.replace(self.older(), self.path / "last.pth")
-        # Rows and points behind the checkpoint are cut: their steps will be taken again.
-        check_columns(self.path / "metrics.csv")
-        rows = [row for row in read_rows(self.path) if int(row["epoch"]) <= state.epoch]
-        if len(rows) < state.epoch:
-            self.say(f"{self.path / 'metrics.csv'}: {state.epoch - len(rows)} of {state.epoch} "
-                     f"epochs have no row that can be read; they remain without")
-        lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
-        write_atomically(self.path / "metrics.csv", "\n".join(lines) + "\n")
+        # Rows and points behind the checkpoint go: their steps will be taken again.
+        write_atomically(self.path / "metrics.csv", ",".join(COLUMNS) + "\n" + state.rows)
         self.write_config()
         logged = [path for path in written_by_a_run(self.path)  # not what others log there
                   if path.parent == self.path and path.name.startswith("events")]
@@ -1307,10 +1289,10 @@ class RunFolder:
             data.append(self.events, data.event_bytes(
                 step=step, summary=Summary(value=[*points, *more])))
 
-    def row(self, row, more):
-        """Add an epoch's row to metrics.csv, TensorBoard (with points `more`) and the screen."""
+    def row(self, row, line, more):
+        """Add an epoch's row to metrics.csv, where it is the `line`, to TensorBoard, with points
+        `more`, and to the screen."""
         if self.writes:
-            line = ",".join(format_cell(row[name]) for name in COLUMNS) + "\n"
             data.append(self.path / "metrics.csv", line.encode())
         self.scalars({tag: row[name] for name, tag in TAGS.items() if row[name] is not None},
                      row["step"], more)
@@ -1340,11 +1322,10 @@ class RunFolder:
             self.saved_step = pending.result()
 
     def _write(self, checkpoint, training, best, snapshot):
-        # On the disk before the checkpoint: rows too many are cut when the run goes on, while none
-        # that is missing could be made again.
-        for path in (self.path / "metrics.csv", self.events):
-            with data.writing(path), open(path, "ab") as file:
-                os.fsync(file.fileno())
+        # On the disk before the checkpoint: points too many are cut when the run goes on, while
+        # none that is missing could be made again.
+        with data.writing(self.events), open(self.events, "ab") as file:
+            os.fsync(file.fileno())
         if best:
             networks.save(self.path / "best.pth", checkpoint)
         if snapshot:
@@ -1392,36 +1373,20 @@ def format_cell(value):
 
 
 def read_rows(run):
-    """The rows of a run's metrics.csv as dictionaries of text; [] without one.
-
-    Rows that are not whole are left out; earlier versions wrote none for train/objective.
-    """
+    """The rows of a run's metrics.csv as dictionaries of text, without those that are not whole;
+    [] without a file. ValueError for one of other columns."""
     path = Path(run) / "metrics.csv"
     try:
-        text = data.read_text(path, errors="replace")
-        rows = [{"train/objective": "", **row} for row in csv.DictReader(io.StringIO(text))]
+        table = csv.DictReader(io.StringIO(data.read_text(path, errors="replace")))
+        rows = [*table]
     except FileNotFoundError:
         return []
     except csv.Error as error:
         raise ValueError(f"{path}: damaged ({error})") from error
-    # What another program has saved may have 1.0 for 1.
-    whole = re.compile(r"(\d{1,15})(\.0*)?", re.ASCII)
-    return [{**row, **{name: whole.fullmatch(row[name])[1] for name in ("epoch", "step")}}
-            for row in rows if set(row) == set(COLUMNS) and None not in row.values()
-            and whole.fullmatch(row["epoch"]) and whole.fullmatch(row["step"])]
-
-
-def check_columns(path):
-    """ValueError for a metrics.csv of other columns, over which a resumed run would write."""
-    header = data.read_text(path, errors="replace").partition("\n")[0] if path.exists() else ""
-    header = header.strip("\0 \r")  # nothing but zeros may be there after a loss of power
-    names = [header]
-    with contextlib.suppress(csv.Error):
-        names = next(csv.reader([header], strict=True), [])  # another program may quote them
-    # Earlier versions had fewer.
-    if names != [*COLUMNS][:len(names)] and not ",".join(COLUMNS).startswith(header):
-        raise ValueError(f"{path}: damaged (its first line is not {','.join(COLUMNS)}); a run goes "
-                         f"on without it")
+    if rows and table.fieldnames != [*COLUMNS]:
+        raise ValueError(f"{path}: damaged (its first line is not {','.join(COLUMNS)})")
+    # In a row of too many cells these stand under None, in one of too few None stands in its cells.
+    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def read_metrics(run):
@@ -1431,7 +1396,6 @@ def read_metrics(run):
     """
     rows = read_rows(run)
     if not rows:
-        check_columns(Path(run) / "metrics.csv")
         raise FileNotFoundError(f"{run}: no run with a finished epoch (no rows in metrics.csv)")
     try:
         return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
@@ -1490,8 +1454,7 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
     """Whether `checkpoint` is of other images, which `changed_data` must allow. ValueError when it
     is of another run than the one that `config` and the new `description` speak of, whatever the
     other files of the run say."""
-    known = "fingerprint" in checkpoint  # earlier ones have none
-    check_same_run(config, Config.from_json(checkpoint["settings"]), moved=known)
+    check_same_run(config, Config.from_json(checkpoint["settings"]), moved=True)
     if checkpoint["classes"] != description["classes"]:
         raise ValueError(f"data={config.data}: its classes are "
                          f"{difference(description['classes'], checkpoint['classes'])}")
@@ -1501,14 +1464,14 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
         networks.describe(each).preprocessing for each in (checkpoint, description))]
     others = (checkpoint.get("fingerprint") != description["fingerprint"]
               or math.dist(*colors) > 1e-4)
-    if others and not changed_data and known:
+    if others and not changed_data:
         raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
                          f"began, which goes on with them as they are now if `changed_data` is "
                          f"given")
     if checkpoint.get("commit") and checkpoint["commit"] != description["commit"]:
         say(f"note: saved by the code of commit {checkpoint['commit']}; this is "
             f"{description['commit'] or 'another'}, whose steps may differ")
-    return others and changed_data
+    return others
 
 
 def read_config(path):
@@ -1517,14 +1480,9 @@ def read_config(path):
 
 
 def is_run(folder):
-    """Whether a run of this package made `folder`; runs of earlier versions left no marker."""
-    with contextlib.suppress(OSError):
-        if (folder / MARKER).is_file() and (folder / MARKER).stat().st_size == len(MARK):
-            return True
-    with contextlib.suppress(OSError, ValueError):
-        read_config(folder / "config.json")
-        return any((folder / name).exists() for name in ("last.pth", "metrics.csv"))
-    return False
+    """Whether a run of this package made `folder`."""
+    marker = folder / MARKER
+    return marker.is_file() and marker.stat().st_size == len(MARK)
 
 
 def written_by_a_run(folder):
@@ -1702,8 +1660,7 @@ def finish(state, dataset, folder, workers):
     result = {
         **figures(logits, labels, dataset.classes), "test/accuracy_tta": with_tta,
         "val/accuracy": state.best_accuracy if kept.name == "best.pth" else None,
-        "train/accuracy": next((float(row["train/accuracy"]) for row in read_rows(folder.path)
-                                if int(row["epoch"]) == state.epoch), None),  # it may be lost
+        "train/accuracy": float(read_rows(folder.path)[-1]["train/accuracy"]),
         "epoch": about.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
@@ -2028,10 +1985,6 @@ def settings_flags(words, model=None):
 train_command.flags = settings_flags
 COMMANDS = {"train": train_command, "evaluate": evaluate, "predict": predict_command,
             "export": export}
-MOVED = {name: f"python -m lab {now}" for name, now in (
-    ("sweep", "sweep"), ("reproduce", "reproduce"), ("benchmark", "benchmark"),
-    ("results_table", "results"))}
-MOVED |= {f"--{before}": f"--{now}" for before, now in RENAMED.items()}
 MEANINGS = {"resume": "go on with the run, or start it if there is none; a RUN's folder: with that "
                       "one",
             "overwrite": "start anew where a run is already",
@@ -2053,4 +2006,4 @@ MEANINGS = {"resume": "go on with the run, or start it if there is none; a RUN's
             "device": "auto | cpu | cuda | mps"}
 
 if __name__ == "__main__":
-    command_line(COMMANDS, default="train", meanings=MEANINGS, moved=MOVED)
+    command_line(COMMANDS, default="train", meanings=MEANINGS)
