@@ -13,6 +13,7 @@ import dataclasses
 import html
 import re
 import shlex
+import statistics
 import textwrap
 from base64 import b64encode
 from pathlib import Path
@@ -24,7 +25,7 @@ import deconv
 import network as networks
 import train
 import visualize
-from data import Table, generator, text_of, write_atomically
+from data import Table, generator, parse, text_of, write_atomically
 from lab import reproduce
 from lab.reproduce import duration
 
@@ -322,6 +323,7 @@ def report_of_lab(what, runs, folder):
             row.device, row.threads and f"{row.threads} thread{'s' * (row.threads != 1)}",
             row.precision, f"commit {row.commit or 'unknown'}"])) for row in done}),
         commands={experiment.id: commands_for(experiment) for experiment in experiments},
+        tables={experiment.id: tables_of(experiment, runs) for experiment in experiments},
         figures={experiment.id: figures_of(experiment, runs, folder) for experiment in experiments},
         again=made_again(what, experiments, runs))
 
@@ -329,11 +331,16 @@ def report_of_lab(what, runs, folder):
 def commands_for(experiment, out="runs/reproduce"):
     """The commands that make an experiment's runs, those of others that it shows, and its figures:
     with the settings and in the folder that `reproduce` takes unless told otherwise."""
-    shown = (run for figure in experiment.figures for run in figure.runs.values())
-    runs = {run.folder(out): run for run in (*experiment.runs.values(), *shown)}
+    runs = {run.folder(out): run for run in with_others(experiment)}
     return shell(*([*shlex.split(run.line), f"--out={out}", f"--name={folder.name}"]
                    for folder, run in runs.items()),
                  *(figure.filled(out) for figure in experiment.figures))
+
+
+def with_others(experiment):
+    """The runs of an experiment, then those of others that its figures show."""
+    shown = [run for figure in experiment.figures for run in figure.runs.values()]
+    return [*experiment.runs.values(), *(run for run in shown if run.experiment != experiment.id)]
 
 
 def with_seeds(folder):
@@ -374,15 +381,44 @@ def flags_of(experiment, runs):
     """The flags with which `reproduce` makes the very runs in the folder `runs`, those that an
     experiment shows of others too: what is not as experiments.toml has it, as in a trial. None
     where there is none."""
-    own, flags = [*experiment.runs.values()], None
-    for run in (*own, *(run for figure in experiment.figures for run in figure.runs.values())):
+    flags = None
+    for run in with_others(experiment):
         if done := results_of(run, runs):
             planned, config = run.config, train.Config.from_json(done[0]["settings"])
             its = {key: getattr(config, key) for key in ("data", "limit", "epochs", "precision")
                    if getattr(config, key) != getattr(planned, key)}
-            its |= {"seeds": len(done)} if len(done) > 1 and run in own else {}
+            own = run.experiment == experiment.id
+            its |= {"seeds": len(done)} if len(done) > 1 and own else {}
             flags = its | (flags or {})  # its own runs come first, and have the last word
     return flags
+
+
+def tables_of(experiment, runs):
+    """{caption: `Table`} of an experiment: the accuracies of its runs on each kind of images and on
+    each class, side by side, and the structure of a network."""
+    done = {run.name if run.experiment == experiment.id else f"{run.experiment}/{run.name}": found
+            for run in with_others(experiment) if (found := results_of(run, runs))}
+    tables = {}
+    if experiment.runs and done:
+        def line(what, value_of):  # of several seeds the mean
+            values = [[value for result in results if (value := value_of(result)) is not None]
+                      for results in done.values()]
+            return what, *(f"{statistics.mean(found):.1%}" if found else "–" for found in values)
+
+        classes = dict.fromkeys(name for results in done.values() for name in
+                                results[0]["per_class"])
+        tables["accuracy on the images of each kind, and of each class on the test images"] = Table(
+            ("images", *done), [
+                *(line(f"all for {what}", lambda result, part=part: result[f"{part}/accuracy"])
+                  for what, part in (("training", "train"), ("validation", "val"),
+                                     ("test", "test"))),
+                *(line(name, lambda result, name=name: result["per_class"].get(name))
+                  for name in classes)])
+    for figure in experiment.figures:
+        if figure.words[1] == "network.py":
+            short, whole = parse(networks.COMMANDS, figure.words[2:])()
+            tables |= {short.title: short, whole.title: whole}
+    return tables
 
 
 def figures_of(experiment, runs, folder):
@@ -391,12 +427,12 @@ def figures_of(experiment, runs, folder):
     plotted = {run.folder(runs): None for run in experiment.runs.values()}
     for figure in experiment.figures:
         folders = [run.folder(runs) for run in figure.runs.values()]
-        command = figure.command
-        if command == "curves":
+        if figure.command == "curves":
             plotted |= dict.fromkeys(folders)
-            continue
-        drawn = folders[0] / "figures" if folders else Path(runs, f"{experiment.id}-{command}")
-        found |= dict.fromkeys(sorted(drawn.glob(f"{command}*.png")), drawn.parent.name)
+        else:
+            name = folders[0].name if folders else experiment.id
+            found |= dict.fromkeys(
+                sorted(figure.folder(runs).glob(f"{figure.command}*.png")), name)
     folders = [one for first in plotted for one in with_seeds(first) if train.read_rows(one)]
     if folders:
         path, = keep_figures(folder, f"{experiment.id}-curves", draw_curves(folders))

@@ -38,7 +38,8 @@ NUMBER = int | float
 KINDS = {"epoch": NUMBER, "epochs": NUMBER, "parameters": NUMBER, "seconds": NUMBER,
          "test/accuracy": NUMBER, "train/accuracy": NUMBER | None,
          "val/accuracy": NUMBER | None, "test/accuracy_tta": NUMBER | None,
-         "device": str, "commit": str | None, "versions": dict}  # what is read of a result.json
+         "device": str, "commit": str | None, "versions": dict,
+         "per_class": dict}  # what is read of a result.json
 MODULES = {f"{module.__name__}.py": module
            for module in (data_module, network, train, visualize, deconv)} | {"-m": smoothness}
 # {name} in a figure's line is the folder of a run of the same experiment, {id/name} of another.
@@ -83,6 +84,12 @@ class Figure:
     def command(self):
         """The command's name: the word behind "visualize.py" or "-m lab"."""
         return self.words[3 if self.words[1] == "-m" else 2]
+
+    def folder(self, out):
+        """Where it is drawn if its runs are in the folder `out`: beside other figures of its first
+        run, but apart from those of other experiments, which the same command may have drawn."""
+        run = next(iter(self.runs.values()), None)
+        return (run.folder(out) if run else Path(out)) / "figures" / self.experiment
 
     def filled(self, out):
         """The words with the runs' folders, which are in `out`: word by word, so that spaces and
@@ -265,8 +272,9 @@ def checked(result):
     for texts in (result, result["versions"]):
         texts |= {name: " ".join(text.split()) for name, text in texts.items()
                   if isinstance(text, str)}
-    if not all(isinstance(text, str) for text in result["versions"].values()):
-        raise ValueError("versions: must be texts")
+    for name, kind in (("versions", str), ("per_class", NUMBER | None)):
+        if not all(isinstance(value, kind) for value in result[name].values()):
+            raise ValueError(f"{name}: each must be {getattr(kind, '__name__', kind)}")
     Config.from_json(result["settings"])
     return result
 
@@ -277,10 +285,10 @@ def draw(figure, given, out):
     module, command, words = MODULES[script], figure.command, words[script == "-m":]
     if "limit" in given:  # a trial of the line, not a measurement
         words = [re.sub(r"^--steps=\d+$", "--steps=2", word) for word in words]
-    if not figure.runs and module is not network:  # no run tells which images, and where it goes
+    if not figure.runs and module is not network:  # no run tells which images
         words += [f"--{name}={given[name]}" for name in ("data", "root") if name in given]
-        if module in (visualize, smoothness):
-            words.append(f"--out={Path(out) / f'{figure.experiment}-{command}'}/")
+    if module in (visualize, deconv, smoothness) and command != "projector":  # a TensorBoard log
+        words.append(f"--out={figure.folder(out)}/")
     show(parse(module.COMMANDS, words, "train" if module is train else None)())
 
 

@@ -241,7 +241,7 @@ def test_an_experiment_is_run_drawn_and_reported_in_a_folder_with_a_space(tmp_pa
     lab(*line, "--seeds=2", f"--results={tmp_path / 'kept' / 'results.csv'}")
     printed = capsys.readouterr().out
     assert "4.1  base: one convolution" in printed
-    assert f"{out / '4.1-base' / 'figures' / 'curves.png'}\n" in printed
+    assert f"{out / '4.1-base' / 'figures' / '4.1' / 'curves.png'}\n" in printed
     assert re.search(r"│ 4\.1 +│ base │ test +│ 64\.86 +│ [\d.]+ ± [\d.]+", printed)
     assert (out / "4.1-base-seed1" / "result.json").exists()
     assert len((tmp_path / "kept" / "results.csv").read_text().splitlines()) == 4
@@ -255,6 +255,11 @@ def test_an_experiment_is_run_drawn_and_reported_in_a_folder_with_a_space(tmp_pa
     _, _, text = read_report(out / "4.1")
     assert " ± " in text and "--seeds=2" in text
     assert "python visualize.py curves runs/reproduce/4.1-base\n" in text
+    results = [json.loads((folder / "result.json").read_text())
+               for folder in (out / "4.1-base", out / "4.1-base-seed1")]
+    for what, value_of in (("all for validation", lambda result: result["val/accuracy"]),
+                           ("disc", lambda result: result["per_class"]["disc"])):
+        assert f"| {what} | {sum(map(value_of, results)) / 2:.1%} |" in text
 
 
 def test_experiments_go_on_where_a_run_or_a_figure_fails(tmp_path, monkeypatch, capsys):
@@ -281,8 +286,19 @@ def test_experiments_go_on_where_a_run_or_a_figure_fails(tmp_path, monkeypatch, 
 
 def test_a_figure_without_a_run_is_told_the_data_and_where_to_go(tmp_path, capsys):
     lab("reproduce", "2.1", "--data=shapes", f"--out={tmp_path}")
-    assert "2.1-samples" in capsys.readouterr().out
-    assert (tmp_path / "2.1-samples" / "samples-shapes.png").exists()
+    assert (tmp_path / "figures" / "2.1" / "samples-shapes.png").exists()
+    assert f"{tmp_path / 'figures' / '2.1' / 'samples-shapes.png'}\n" in capsys.readouterr().out
+
+
+def test_an_experiment_shows_its_own_figures_and_structure(tmp_path):
+    drawn = tmp_path / "5.2-size64" / "figures"
+    for name in ("5.6/reconstruct-a.png", "5.7/reconstruct-b.png"):  # one command, of one run
+        data.write_atomically(drawn / name, b"Matplotlib")
+    first = reproduce.book().experiments["5.6"]
+    assert [path.name for path in report.figures_of(first, tmp_path, tmp_path / "page")] == [
+        "report-5.6-reconstruct-a.png"]
+    tables = report.tables_of(reproduce.book().experiments["5.2"], tmp_path)
+    assert tables["resnet18_imagenet, input 3×224×224"].rows[-1][2] == "11,181,642"
 
 
 def test_nothing_in_the_lab_starts_another_process():
@@ -406,8 +422,9 @@ def test_texts_from_outside_stay_texts_on_the_page(finished, tmp_path):
 
 @pytest.mark.parametrize("damage", [
     [], None, 3, "text", {}, {"device": None}, {"device": ["a"]}, {"versions": []},
-    {"versions": {"torch": None}}, {"seconds": "9"}, {"seconds": True}, {"epochs": -1},
-    {"epochs": 10**400}, {"test/accuracy": float("nan")}, {"test/accuracy": None}, {"commit": 5},
+    {"versions": {"torch": None}}, {"per_class": []}, {"per_class": {"a": "b"}}, {"seconds": "9"},
+    {"seconds": True}, {"epochs": -1}, {"epochs": 10**400}, {"commit": 5},
+    {"test/accuracy": float("nan")}, {"test/accuracy": None},
     {"settings": None}, {"settings": {"model": []}}, {"parameters": [1]}])
 def test_a_damaged_result_is_one_line(damage, finished, tmp_path, capsys):
     run = tmp_path / "run"
