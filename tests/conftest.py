@@ -3,7 +3,9 @@ import dataclasses
 import pytest
 import torch
 
+import data
 import train
+import visualize
 
 
 def pytest_addoption(parser):
@@ -25,6 +27,32 @@ def pytest_configure():
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def coarse_figures(monkeypatch):
+    """Figures of few pixels, which are quickly drawn."""
+    monkeypatch.setattr(visualize, "DPI", 30)
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """A twentieth of the built-in images."""
+    draw = data.draw_shapes
+    monkeypatch.setattr(data, "draw_shapes", lambda count, seed: draw(count // 20, seed))
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function of commands and a command line: the one line in which they refuse it."""
+    def line_of(commands, words):
+        with pytest.raises(SystemExit) as leave:
+            data.command_line(commands, argv=words)
+        printed, error = capsys.readouterr()
+        assert leave.value.code == 2 and not printed
+        assert error.startswith("error: ") and error.index("\n") == len(error) - 1
+        return error
+    return line_of
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import data
 import visualize
 from lab import smoothness
 
@@ -35,10 +34,8 @@ def test_measuring_smoothness_leaves_running_statistics_alone():
     assert all(torch.equal(before[name], buffer) for name, buffer in layers.named_buffers())
 
 
-def test_the_command_keeps_what_it_measured_and_names_are_literal(tmp_path, monkeypatch):
-    draw = data.draw_shapes
-    monkeypatch.setattr(data, "draw_shapes", lambda count, seed: draw(count // 20, seed))
-    monkeypatch.setattr(visualize, "DPI", 30)
+def test_the_command_keeps_what_it_measured_and_names_are_literal(tmp_path, monkeypatch,
+                                                                  few_shapes, coarse_figures):
     flags = {"models": "lenet", "data": "shapes", "steps": 2, "every": 1, "lrs": (0.1, 0.2),
              "batch_size": 4, "out": str(tmp_path)}
     figure, table = smoothness.smoothness(**flags)

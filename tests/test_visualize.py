@@ -24,6 +24,8 @@ import network
 import train
 import visualize
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -44,21 +46,9 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def coarse_figures(monkeypatch):
-    monkeypatch.setattr(visualize, "DPI", 30)
-
-
 @pytest.fixture(scope="module")
 def opened(run):
     return train.open_network(run, "cpu")
-
-
-@pytest.fixture
-def few_shapes(monkeypatch):
-    """A twentieth of the built-in images."""
-    draw = data.draw_shapes
-    monkeypatch.setattr(data, "draw_shapes", lambda count, seed: draw(count // 20, seed))
 
 
 # ---------------------------------------------------------------------------- fields and units
@@ -265,8 +255,6 @@ def test_capture_hands_on_a_copy_and_takes_its_hooks_off_after_an_exception():
     with pytest.raises(RuntimeError), network.capture(stack, ["0", "1"]):
         stack(torch.randn(1, 5, 4, 4))
     assert not any(module._forward_hooks for module in stack.modules())
-    with pytest.raises(ValueError, match="layer=0: returns a tuple"):
-        visualize.feature_maps(nn.Sequential(nn.LSTM(4, 4)), ["0"], torch.randn(2, 4))
 
 
 def test_a_unit_that_no_image_excites_has_no_patches():
@@ -278,14 +266,6 @@ def test_a_unit_that_no_image_excites_has_no_patches():
     patches = visualize.cut_patches(prep.pictures(chosen), boxes).unflatten(0, (2, 2))
     assert (patches[0] != visualize.GREY).any() and patches.shape[-1] == 3
     assert values[1].tolist() == [0, 0] and (patches[1] == visualize.GREY).all()
-
-
-def test_a_filter_of_a_group_sees_the_channels_of_that_group(tmp_path, monkeypatch):
-    grouped = nn.Sequential(nn.Conv2d(6, 6, 3, groups=2))
-    monkeypatch.setattr(visualize, "open_network", lambda *_, **__: (grouped, network.Description(
-        "m", (), None)))
-    title = visualize.filters("m", "0", channel="1", out=str(tmp_path)).get_suptitle()
-    assert "input channel 1 (from 0 to 2, of its group)" in title
 
 
 def test_gradients_reach_what_capture_keeps():
@@ -928,13 +908,17 @@ def test_networks_whose_weights_are_parametrized():
     assert [name.rpartition(".")[2] for name in moved] == ["original1"] * 2
 
 
-def test_only_the_first_convolution_sees_colours(tmp_path, monkeypatch):
-    layers = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
+def test_only_the_first_convolution_sees_colours_and_a_group_its_own_channels(tmp_path,
+                                                                              monkeypatch):
+    layers = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 6, 3),
+                           nn.Conv2d(6, 6, 3, groups=2))
     monkeypatch.setattr(network, "load", lambda *_, **__: (layers, network.Description(
-        "three", (), None)))
-    names = [visualize.filters("three", layer=layer, out=str(tmp_path)).path.name
+        "four", (), None)))
+    names = [visualize.filters("four", layer=layer, out=str(tmp_path)).path.name
              for layer in ("0", "2")]
     assert names == ["filters-0-rgb.png", "filters-2-0.png"]
+    title = visualize.filters("four", "3", channel="1", out=str(tmp_path)).get_suptitle()
+    assert "input channel 1 (from 0 to 2, of its group)" in title
 
 
 def test_where_the_loss_overflows_there_is_a_hole():
@@ -1282,10 +1266,6 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
     (["confusion"], "checkpoint.*--network"),
     (["filters", "RUN", "--nonsense=1"], "nonsense"),
 ])
-def test_bad_input_is_one_line_and_exit_2(words, message, run, capsys):
-    with pytest.raises(SystemExit) as leave:
-        data.command_line(visualize.COMMANDS,
-                          argv=[word.replace("RUN", str(run)) for word in words])
-    lines = capsys.readouterr().err.splitlines()
-    assert leave.value.code == 2 and len(lines) == 1
-    assert lines[0].startswith("error: ") and re.search(message, lines[0])
+def test_bad_input_is_one_line_and_exit_2(words, message, run, refused):
+    words = [word.replace("RUN", str(run)) for word in words]
+    assert re.search(message, refused(visualize.COMMANDS, words))
