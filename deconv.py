@@ -160,7 +160,7 @@ class _Watch(TorchDispatchMode):
             if same and (rule.replaced or part.untyped_storage().data_ptr() in memory):  # a view
                 self.known.update(signs)
             elif same:
-                rule.hidden.append(str(function).split(".")[1])
+                rule.hidden.append(str(function).split(".")[1])  # the name in aten.relu.default
         return value
 
 

@@ -601,8 +601,8 @@ def captured_maps(network, outputs, layer, count):
         side = math.isqrt(maps.shape[1])  # 14 for ViT-B/16 at 224: a class token and 14·14 others
         maps = maps[:, -side * side:].unflatten(1, (side, side))
     elif maps.ndim == 2 or not maps.shape[1] == maps.shape[2] != maps.shape[3]:
-        return maps
-    return maps.permute(0, 3, 1, 2)
+        return maps  # N×C, or N×C×H×W
+    return maps.permute(0, 3, 1, 2)  # its channels came last
 
 
 def logits_and_maps(network, layers, images):
@@ -649,13 +649,13 @@ def _scaled(_function, x, *_others, **_named):
 
 def _averaged(function, x, weight, bias=None, *options, **named):
     """A convolution whose weights are all one positive constant: one kernel does for all."""
-    # conv2d and conv_transpose2d both have `groups` as the fourth of their options.
-    groups = named.pop("groups", options[3] if len(options) > 3 else 1)
+    options, groups = [*options], named.pop("groups", 1)
+    if len(options) > 3:  # of conv2d and of conv_transpose2d the fourth is `groups`
+        groups, options[3] = options[3], 1
     outputs = weight.shape[1] * groups if "transpose" in function.__name__ else weight.shape[0]
     # With equal weights a sum over channels may come first, and all outputs of a group are one.
     means = x.unflatten(1, (groups, -1)).mean(2).flatten(0, 1)[:, None]  # N·groups×1×H×W
     kernel = x.new_full((1, 1, *weight.shape[2:]), 1 / weight[0, 0].numel())
-    options = (*options[:3], *[1][:len(options) - 3], *options[4:])
     maps = function(means, kernel, None, *options, **named).unflatten(0, (-1, groups))
     return maps.expand(-1, -1, outputs // groups, *maps.shape[3:]).flatten(1, 2)
 
@@ -667,13 +667,14 @@ def _pooled(function, x, kernel_size, stride=None, padding=0, dilation=1, ceil_m
         (value, value) if isinstance(value, int) else (*value, *value)[:2]
         for value in (kernel_size, stride or kernel_size, padding, dilation))
     found = function(x, kernel, stride, padding, dilation, ceil_mode)
-    size, pads = found[0].shape if isinstance(found, tuple) else found.shape, []
-    for axis in (1, 0):  # first left and right, then top and bottom: as far as windows reach
-        reach = (size[axis - 2] - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1
-        pads += [padding[axis], reach - x.shape[axis - 2] - padding[axis]]
+    size = found[0].shape if isinstance(found, tuple) else found.shape
+    # With `ceil_mode` a last window may reach over the edge by less than a stride; where there is
+    # none, the place that this makes for it is cut off again.
+    pads = [padding[1], padding[1] + stride[1], padding[0], padding[0] + stride[0]]
     mean = x.new_full((1, 1, *kernel), 1 / math.prod(kernel))
     maps = F.conv2d(F.pad(x, pads).flatten(0, -3)[:, None], mean, None, stride, 0, dilation)
-    return (maps.view(size), found[1]) if isinstance(found, tuple) else maps.view(size)
+    maps = maps[:, 0, :size[-2], :size[-1]].reshape(size)
+    return (maps, found[1]) if isinstance(found, tuple) else maps
 
 
 def _largest(_function, x, other=None, keepdim=False, dim=None):
@@ -801,20 +802,17 @@ def receptive_fields(network, layer, image_size):
         boxes = torch.zeros(len(first), 4, dtype=torch.long)
         for box, channel in zip(boxes, first):
             unit = maps[channel, min(index, height - 1), min(index, width - 1)]
-            seen = torch.autograd.grad(unit, noise, retain_graph=True)[0][0, 0] != 0
-            for axis in (0, 1):
-                lines = seen.any(1 - axis).nonzero().cpu()  # the GPU waits here
-                if len(lines):
-                    box[axis], box[axis + 2] = lines[0, 0], lines[-1, 0] + 1
+            gradient, = torch.autograd.grad(unit, noise, retain_graph=True)
+            seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
+            if len(seen):
+                box[:2], box[2:] = seen.amin(0), seen.amax(0) + 1
         return boxes
 
-    # A box's rows depend on the unit's row alone, its columns on the column: so the units of
-    # the diagonal tell all.
+    # A box's top and bottom depend on the unit's row alone, left and right on its column: so the
+    # units of the diagonal tell all.
     fields = filled_in(fields_at, max(height, width)).transpose(0, 1)  # kinds×n×4
-    rows, columns = fields[:, :height, None], fields[:, None, :width]
-    top, bottom = (rows[..., side].expand(-1, -1, width) for side in (0, 2))
-    left, right = (columns[..., side].expand(-1, height, -1) for side in (1, 3))
-    return torch.stack([top, left, bottom, right], -1)[kind.cpu()]
+    of_row = torch.tensor([True, False, True, False])
+    return torch.where(of_row, fields[:, :height, None], fields[:, None, :width])[kind.cpu()]
 
 
 def filled_in(values_at, count):
@@ -1024,8 +1022,10 @@ def check_archive(path):
             tail = file.read()
     except OSError as error:
         raise type(error)(f"{path}: {error.strerror}" if error.strerror else str(error)) from error
+    # A zip archive ends with 22 bytes, the last two of which are its comment's length: 32 here.
     if head == b"PK" and tail[:4] == b"PK\5\6" and tail[20:22] == b"\x20\0":
         return
+    # What torch.save alone writes has no comment; before zip archives it wrote pickles.
     if head == b"\x80\2" or (head == b"PK" and tail[-22:-18] == b"PK\5\6"):
         raise OSError(f"{path}: weights that another program saved, no checkpoint of this package; "
                       f"name their network: `network=torchvision:NAME` with `weights={path}`")

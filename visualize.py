@@ -459,7 +459,7 @@ def rectifiers_of(network, image_size):
     outputs = networks.outputs_of(network, modules, image_size, count=2)
     leaves = {name: modules[name] for name, output in outputs.items()
               if "parametrizations" not in name.split(".")  # the weights themselves
-              and torch.is_tensor(output) and len(output) == 2}  # not positions, as in Swin
+              and torch.is_tensor(output) and len(output) == 2}  # images, not positions as in Swin
     kinds = (*networks.ACTIVATIONS.values(), nn.ReLU6, nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.PReLU,
              nn.RReLU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus)
     found = [name for name, module in leaves.items() if isinstance(module, kinds)]
@@ -868,7 +868,8 @@ def draw_pr_curves(curves, classes, title):
     """One plot a class: its (precision, recall, average precision) before those of all others."""
     columns = min(5, len(classes)) if len(classes) <= 25 else 10
     rows = math.ceil(len(classes) / columns)
-    curves = [curve if curve[2] == curve[2] else ((), (), math.nan) for curve in curves]
+    # A class without images has no curve.
+    curves = [((), (), math.nan) if math.isnan(curve[2]) else curve for curve in curves]
     figure = new_figure(1.9 * columns + 0.4, 1.9 * rows + 0.2, title)
     for index, (name, (precision, recall, average)) in enumerate(zip(classes, curves)):
         measured = NOTHING if math.isnan(average) else f"{average:.3f}"

@@ -21,6 +21,7 @@ def sweep(**flags):
     folder, done = configs[0].folder.parent, {}
     told = [name for name in RESULT if name != "test/accuracy_tta" or any(
         config.tta != "none" for config in configs)]
+    # A file of that name without this text is somebody else's.
     signs = {folder / f"sweep.{kind}": between.join(RESULT[-2:])
              for kind, between in (("csv", ","), ("md", " | "))}
     for path, sign in signs.items():

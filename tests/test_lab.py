@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,22 @@ from lab.__main__ import COMMANDS, MEANINGS
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = [*reproduce.book().experiments.values()]
 pytestmark = pytest.mark.usefixtures("coarse_figures")
+
+
+def never_replaced(path, write):
+    """See that `write` leaves `path` alone when it is somebody else's, or was changed."""
+    kept = path.read_text()
+    for mine, said in (("my own", "is not from here"), (f"{kept}\nMy notes.", "was changed since")):
+        path.write_text(mine)
+        with pytest.raises(FileExistsError, match=rf"{path.name}: {said}"):
+            write()
+        assert path.read_text() == mine
+    path.unlink()
+    os.mkfifo(path)  # which would keep its reader waiting
+    with pytest.raises(FileExistsError, match=rf"{path.name}: is not from here"):
+        write()
+    path.unlink()
+    path.write_text(kept)
 
 
 def lab(*words):
@@ -161,12 +178,8 @@ def test_results_are_written_and_never_over_another_file(tmp_path, capsys):
         lab("results", f"--out={path}")
         assert path.read_text() == reproduce.sealed(report.results_markdown(reproduce.RESULTS))
     assert capsys.readouterr().out == f"{path}\n{path}\n"
-    for mine, said in (("my own results", "is not from here"),
-                       (f"{path.read_text()}\nWhat I say of them.", "was changed since")):
-        path.write_text(mine)
-        with pytest.raises(FileExistsError, match=rf"results\.md: {said}"):
-            report.results(out=str(path))
-        assert path.read_text() == mine and len([*path.parent.iterdir()]) == 1
+    never_replaced(path, lambda: report.results(out=str(path)))
+    assert len([*path.parent.iterdir()]) == 1
 
 
 def test_results_are_not_waited_for(tmp_path):
@@ -438,21 +451,7 @@ def test_a_report_never_replaces_what_is_not_one(finished, tmp_path):
     report.report("4.1", runs=str(tmp_path))
     report.report("4.1", runs=str(tmp_path))
     for name in ("report.html", "report.md"):
-        kept = (tmp_path / "4.1" / name).read_bytes()
-        (tmp_path / "4.1" / name).write_bytes(kept + b"What I say of it.")
-        with pytest.raises(FileExistsError, match=rf"{name}: was changed"):
-            report.report("4.1", runs=str(tmp_path))
-        assert (tmp_path / "4.1" / name).read_bytes() == kept + b"What I say of it."
-        (tmp_path / "4.1" / name).write_text("my own")
-        with pytest.raises(FileExistsError, match=rf"{name}: is not from here"):
-            report.report("4.1", runs=str(tmp_path))
-        assert (tmp_path / "4.1" / name).read_text() == "my own"
-        (tmp_path / "4.1" / name).unlink()
-        os.mkfifo(tmp_path / "4.1" / name)  # which would keep its reader waiting
-        with pytest.raises(FileExistsError, match=rf"{name}: is not from here"):
-            report.report("4.1", runs=str(tmp_path))
-        (tmp_path / "4.1" / name).unlink()
-        (tmp_path / "4.1" / name).write_bytes(kept)
+        never_replaced(tmp_path / "4.1" / name, lambda: report.report("4.1", runs=str(tmp_path)))
 
 
 def test_a_class_without_test_images_has_no_accuracy():
@@ -622,16 +621,12 @@ def test_a_sweep_goes_on_where_a_run_fails_and_says_so(tmp_path, monkeypatch, ca
         assert re.match(r"0\.01,[\d.]+,[\d.]+,[\d.]+,finished$", finished)
     monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("nothing is to be trained"))
     lab(*line[:-2], "--lr=0.01,0.01", line[-1])
-    for mine, said in (("my notes", "is not from here"),
-                       ((folder / "sweep.md").read_text() + "\nmy notes", "was changed since")):
-        (folder / "sweep.md").write_text(mine)
-        with pytest.raises(FileExistsError, match=rf"sweep\.md: {said}"):
-            sweep.sweep(**dict(word[2:].split("=") for word in line[1:]))
-        assert (folder / "sweep.md").read_text() == mine
+    again = partial(sweep.sweep, **dict(word[2:].split("=") for word in line[1:]))
+    never_replaced(folder / "sweep.md", again)
     (folder / "sweep.md").unlink()
     (folder / "curves.png").write_text("my curves")
     with pytest.raises(FileExistsError, match=r"curves\.png: is there already"):
-        sweep.sweep(**dict(word[2:].split("=") for word in line[1:]))
+        again()
     assert (folder / "curves.png").read_text() == "my curves" and not (folder / "sweep.md").exists()
 
 
