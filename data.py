@@ -172,7 +172,12 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
 
 def load_split(part, data="cifar10", root="data", image_size=None, seed=0, limit=None,
                skip_bad=False, writes=True):
-    """Load one part, "train" or "test", of a data set: (class names, `Split`). See `load`."""
+    """Load one part, "train" or "test", of a data set: (class names, `Split`). See `load`.
+
+    A file of arrays, `….npy`, is a test set of CIFAR-10's classes; see `read_arrays`.
+    """
+    if str(data).endswith(".npy"):
+        return CIFAR10, read_arrays(data)
     source = _source((part,), data, root, image_size, skip_bad, writes)
     return source.classes, _limited(source, part, limit, seed)
 
@@ -1414,14 +1419,12 @@ def shows_bars(screen):
 
 def progress(items, description, total=None):
     """Iterate over `items` with a bar on standard error, where one can move (see `shows_bars`)."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
+    from rich.markup import escape
+    from rich.progress import track
 
     screen = console(stderr=True)
-    with Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
-                  Remaining(), console=screen, transient=True,
-                  disable=not shows_bars(screen)) as bar:
-        yield from bar.track(items, total, description=description)
+    return track(items, escape(description), total, console=screen, transient=True,
+                 disable=not shows_bars(screen))
 
 
 # ---------------------------------------------------------------------------- command line

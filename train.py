@@ -42,24 +42,7 @@ from torch import distributed, nn
 
 import data
 import network as networks
-from data import (
-    AUGMENTATIONS,
-    CIFAR10,
-    MIXTURES,
-    Batches,
-    Flag,
-    Made,
-    Table,
-    closest,
-    command_line,
-    load_split,
-    mix,
-    parse_value,
-    progress,
-    read_arrays,
-    text_of,
-    write_atomically,
-)
+from data import AUGMENTATIONS, Made, Table, closest, load_split, text_of, write_atomically
 
 # The columns of metrics.csv as TensorBoard groups them: what is compared stands side by side.
 TAGS = {"train/loss": "loss/train", "train/accuracy": "accuracy/train", "val/loss": "loss/val",
@@ -304,14 +287,15 @@ def with_environment(flags, resume=False):
         raise ValueError(f"TRAIN_FLAGS={text}: {error}") from error
 
 
-def parse_flags(flags):
-    """Settings as values of their declared types, from flags as text (see `with_environment`)."""
-    flags, kinds = with_environment(flags), typing.get_type_hints(Config)
-    model = flags.get("model", Config.model)
-    kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
-    if "options" in flags:
-        raise ValueError("options: give the network's options by their names, as `dropout=0.2`")
-    return {name: parse_value(name, text, kinds[name])
+def parse_flags(flags, resume=False):
+    """Settings as values of their declared types, from flags as text and those of the environment;
+    see `with_environment`, for `resume` too."""
+    flags, kinds = with_environment(flags, resume), typing.get_type_hints(Config)
+    if model := resumed_model(resume, flags.get("out"), flags.get("name")):
+        flags = {"model": model, **flags}
+    options = networks.options_of(flags.get("model", Config.model))
+    kinds |= {name: kind for name, (kind, _) in options.items()}
+    return {name: data.parse_value(name, text, kinds[name])
             if name in kinds and isinstance(text, str) else text for name, text in flags.items()}
 
 
@@ -520,8 +504,8 @@ def train_step(state, images, labels, config, workers, lr, batch_size):
     before = {tensor: tensor.detach().clone() for tensor in changing(state)} if skips else None
     # Mixed images have two labels each, with their shares; see `data.mix`.
     targets = [(labels, 1.0)]
-    if set(config.augment) & set(MIXTURES):
-        images, targets = mix(images, labels, config.augment, config.seed, state.step)
+    if set(config.augment) & set(data.MIXTURES):
+        images, targets = data.mix(images, labels, config.augment, config.seed, state.step)
     with autocast(images.device, config.precision):
         logits = state.network(images)
     loss, sums = measure(logits.float(), targets, config.label_smoothing)
@@ -772,8 +756,8 @@ def describe(config, dataset):
 
 def batches_of(config, dataset, device, workers):
     """This process's training batches of a run."""
-    return Batches(dataset.train, dataset.mean, dataset.std, config.batch_size, config.augment,
-                   config.seed, config.size, device, workers.rank, workers.world)
+    return data.Batches(dataset.train, dataset.mean, dataset.std, config.batch_size, config.augment,
+                        config.seed, config.size, device, workers.rank, workers.world)
 
 
 def new_state(config, description, device):
@@ -1102,7 +1086,7 @@ def predict(network, images, preprocessing, tta="none", bar=None):
     # No image is left out, and none counts twice: the last chunk is smaller.
     chunks, logits = images.split(images_at_once(network, preprocessing.image_size)), []
     with torch.no_grad(), networks.evaluation(network), autocast(device, preprocessing.precision):
-        for chunk in progress(chunks, bar) if bar else chunks:
+        for chunk in data.progress(chunks, bar) if bar else chunks:
             pixels = preprocessing(chunk, device)
             logits.append(sum(share * networks.logits_of(network, view)
                               for share, view in tta_views(pixels, tta)))
@@ -1581,8 +1565,6 @@ def open_dataset(description, data=None, root=None):
 
 def open_test(description, data=None, root=None):
     """The test images of `open_dataset`, without its training images."""
-    if data is not None and str(data).endswith(".npy"):
-        return as_named(read_arrays(data), CIFAR10, description, data)
     config = run_settings(description, data, root)
     classes, test = load_split("test", config.data, config.root, config.size, config.seed,
                                config.limit, config.skip_bad, writes=root is not None)
@@ -1802,10 +1784,7 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
     """Train a network, or go on with a run (--resume)."""
     if resume and overwrite:
         raise ValueError("`resume` and `overwrite`: take one of the two")
-    flags = with_environment(flags, resume)
-    if resume and (model := resumed_model(resume, flags.get("out"), flags.get("name"))):
-        flags = {"model": model, **flags}
-    given = parse_flags(flags)
+    given = parse_flags(flags, resume)
     if isinstance(resume, str):
         path = Path(resume)
         path = path.parent if path.is_file() else path
@@ -1933,13 +1912,6 @@ def how_made(result):
     return {name: result[name] for name in kinds}
 
 
-def is_export(path):
-    """Whether the file `path` is a network that `export` wrote."""
-    with contextlib.suppress(OSError, ValueError):
-        return "made" in networks.read(path)
-    return False
-
-
 def export(run: str, out: str):
     """Write the network of the finished run in the folder RUN to the file OUT, to be given away.
 
@@ -1948,7 +1920,10 @@ def export(run: str, out: str):
     """
     run = Path(run)
     check_output(out, ".pth")
-    if Path(out).exists() and not is_export(out):
+    exported = False
+    with contextlib.suppress(OSError, ValueError):  # none of ours, or not there
+        exported = "made" in networks.read(out)
+    if Path(out).exists() and not exported:
         raise FileExistsError(f"out={out}: is there already, and was not exported here")
     made = data.read_json(run / "result.json", how_made)
     checkpoint = networks.read(networks.find_checkpoint(run))
@@ -1976,8 +1951,9 @@ def settings_flags(words, model=None):
     flags = {}
     for entry in dataclasses.fields(Config):
         words_of = [word for word in entry.metadata["allowed"] or () if isinstance(word, str)]
-        flags[entry.name] = Flag(kinds[entry.name], text_of(getattr(defaults, entry.name)),
-                                 entry.metadata.get("help", ""), words_of)
+        flags[entry.name] = data.Flag(
+            kinds[entry.name], text_of(getattr(defaults, entry.name)),
+            entry.metadata.get("help", ""), words_of)
     del flags["options"]  # which have flags of their own
     return flags | networks.option_flags(model, words)
 
@@ -2006,4 +1982,4 @@ MEANINGS = {"resume": "go on with the run, or start it if there is none; a RUN's
             "device": "auto | cpu | cuda | mps"}
 
 if __name__ == "__main__":
-    command_line(COMMANDS, default="train", meanings=MEANINGS)
+    data.command_line(COMMANDS, default="train", meanings=MEANINGS)

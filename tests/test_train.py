@@ -1147,7 +1147,7 @@ def step(state, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     real_step(state, *arguments)
 train.train_step = step
-train.command_line({"train": train.train_command}, default="train")
+train.data.command_line({"train": train.train_command}, default="train")
 """
 
 
@@ -1263,10 +1263,10 @@ def test_a_resumed_run_takes_the_options_of_its_network(words, tmp_path, capsys)
     train.train(config)
     words = [word.replace("RUN", str(config.folder)).replace("OUT", str(tmp_path))
              for word in words]
-    train.command_line(train.COMMANDS, "train", [*words, "--channels=4"])
+    data.command_line(train.COMMANDS, "train", [*words, "--channels=4"])
     assert "at step 12; measuring" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
-        train.command_line(train.COMMANDS, "train", [*words, "--channels=4", "--width=3"])
+        data.command_line(train.COMMANDS, "train", [*words, "--channels=4", "--width=3"])
     assert "error: --width" in capsys.readouterr().err
 
 
@@ -1274,15 +1274,15 @@ def test_a_run_that_the_environment_names_is_gone_on_with(tmp_path, monkeypatch,
     config = tiny(tmp_path, model="convnet")
     train.train(config)
     monkeypatch.setenv("TRAIN_FLAGS", f"--out={tmp_path} --name=run")
-    train.command_line(train.COMMANDS, "train", ["--resume"])
+    data.command_line(train.COMMANDS, "train", ["--resume"])
     assert "at step 12; measuring" in capsys.readouterr().out
     monkeypatch.setenv("TRAIN_FLAGS", "--dropout=0.2 --batch_norm=false")
-    train.command_line(train.COMMANDS, "train", [f"--resume={config.folder}"])
+    data.command_line(train.COMMANDS, "train", [f"--resume={config.folder}"])
     monkeypatch.setenv("TRAIN_FLAGS", "--channels=4")
     config = train.Config.create(**{**TINY, "model": "simple_cnn", "out": str(tmp_path),
                                     "name": "trial", "channels": (4,)})
     train.train(config)
-    train.command_line(train.COMMANDS, "train", [f"--resume={config.folder}"])
+    data.command_line(train.COMMANDS, "train", [f"--resume={config.folder}"])
     assert "at step 12; measuring" in capsys.readouterr().out
 
 

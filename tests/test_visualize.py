@@ -1095,7 +1095,7 @@ def test_a_network_from_elsewhere(tmp_path, monkeypatch, few_shapes, capsys):
     torch.save(weights, "tiny.pth")
     table, line = train.evaluate("some_nets:tiny", "shapes", device="cpu", weights="tiny.pth",
                                  image_size=16)
-    train.command_line(train.COMMANDS, argv=[
+    data.command_line(train.COMMANDS, argv=[
         "evaluate", "some_nets:tiny", "--data=shapes", "--weights=tiny.pth", "--image_size=16",
         "--mean=.485,.456,.406", "--std=.229,.224,.225", "--device=cpu"])
     assert line in capsys.readouterr().out  # these are ImageNet's
