@@ -562,10 +562,10 @@ def seed_step(seed, step, rank, device):
 def changing(state):
     """All tensors that a step changes: parameters, buffers, their means over the steps, and what
     the optimizer keeps."""
-    kept = (values.values() for values in state.optimizer.state.values())
-    yield from itertools.chain(state.network.parameters(), state.network.buffers(),
-                               (state.average or {}).values(),
-                               filter(torch.is_tensor, itertools.chain(*kept)))
+    for network in {state.network, state.evaluated}:  # the same one, but for `ema`
+        yield from itertools.chain(network.parameters(), network.buffers())
+    for kept in state.optimizer.state.values():
+        yield from filter(torch.is_tensor, kept.values())
 
 
 @torch.no_grad()
@@ -616,8 +616,7 @@ def end_epoch(state, dataset, batches, folder):
                          f"gradient was not finite; {folder.last_good()}; lower `lr`")
     validation = {"loss": None, "accuracy": None}
     if dataset.val:
-        with averaged(state):
-            logits = predict(state.network, dataset.val.images, folder.preprocessing)
+        logits = predict(state.evaluated, dataset.val.images, folder.preprocessing)
         validation = score(logits, dataset.val.labels, len(dataset.classes))
     state.epoch += 1
     row = {"epoch": state.epoch, "step": state.step, "train/loss": loss / count,
@@ -671,8 +670,14 @@ class State:
     best_accuracy: float = -1.0  # on validation images: below any, so that the first epoch is best
     best_epoch: int = 0
     rows: str = ""  # of metrics.csv, which is written anew from here when the run goes on
-    average: dict | None = None  # the weights' running mean, if `ema` asks for one
+    average: nn.Module | None = None  # has the weights' running mean, if `ema` asks for one
 
+    @property
+    def evaluated(self):
+        """The network that is evaluated and saved: the `average` if there is one."""
+        return self.network if self.average is None else self.average
+
+    @torch.no_grad()
     def follow(self, ema):
         """Let `average` follow the weights: it keeps the share `ema` of itself.
 
@@ -681,16 +686,13 @@ class State:
         if self.average is None:
             return
         kept = min(ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for name, tensor in self.network.state_dict().items():
-                if tensor.is_floating_point():
-                    self.average[name].lerp_(tensor, 1 - kept)
-                else:
-                    self.average[name].copy_(tensor)
-
-    def weights(self):
-        """The weights that are evaluated and saved: their `average` if there is one."""
-        return self.average or self.network.state_dict()
+        # State dictionaries are views of the weights and buffers, of both in the same order.
+        for mean, tensor in zip(self.average.state_dict().values(),
+                                self.network.state_dict().values()):
+            if tensor.is_floating_point():
+                mean.lerp_(tensor, 1 - kept)
+            else:
+                mean.copy_(tensor)
 
     def parameters(self):
         """The parameters that are trained."""
@@ -724,8 +726,8 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     else:
         folder.say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
         fit_first_layer(state.network, dataset, config.size)
-        if state.average:
-            state.average = copy.deepcopy(state.network.state_dict())
+        if state.average is not None:
+            state.average.load_state_dict(state.network.state_dict())
     folder.say(batches.describe_way())
     announce(state, config, dataset, device, workers, folder.say)
     workers.any(False, state.sums)  # none writes before all have read
@@ -771,22 +773,8 @@ def new_state(config, description, device):
         network.compile()
     state = State(network, make_optimizer(config, network), torch.zeros(4, device=device))
     if config.ema:
-        state.average = copy.deepcopy(network.state_dict())
+        state.average = copy.deepcopy(network)
     return state
-
-
-@contextlib.contextmanager
-def averaged(state):
-    """While open, the network has the weights that are evaluated; see `State.weights`."""
-    if not state.average:  # it has them: nothing is copied
-        yield
-        return
-    own = copy.deepcopy(state.network.state_dict())  # a state dict is a view of the weights
-    state.network.load_state_dict(state.average)
-    try:
-        yield
-    finally:
-        state.network.load_state_dict(own)
 
 
 def fit_first_layer(network, dataset, size=None):
@@ -803,7 +791,7 @@ def training_state(state):
     """What a checkpoint keeps for going on, besides weights, epoch and step."""
     kept = {entry.name: getattr(state, entry.name) for entry in dataclasses.fields(state)
             if entry.name not in ("network", "optimizer", "sums", "epoch", "step", "average")}
-    if state.average:
+    if state.average is not None:
         kept["weights"] = state.network.state_dict()  # not those that are evaluated
     return {**kept, "optimizer": {"state": state.optimizer.state_dict()["state"]}}
 
@@ -830,9 +818,7 @@ def restore(state, checkpoint, steps, epoch_anew=False):
             and 0 <= checkpoint["epoch"] <= checkpoint["step"] // steps <= checkpoint["epoch"]):
         raise ValueError("the checkpoint does not fit this run: its weights, its optimizer or its "
                          "step among those of an epoch are those of another")
-    if state.average:
-        for name, tensor in checkpoint["weights"].items():
-            state.average[name].copy_(tensor)
+    state.evaluated.load_state_dict(checkpoint["weights"])
     state.network.load_state_dict(training.pop("weights", checkpoint["weights"]))
     optimizer.load_state_dict({**optimizer.state_dict(), **training.pop("optimizer")})
     for name, value in training.items():
@@ -1286,7 +1272,8 @@ class RunFolder:
     def save(self, state, best=False, snapshot=False):
         """Write `state` as last.pth in the background, as best.pth too if it is the best, and with
         `snapshot` its weights in half precision."""
-        weights, training = copied((state.weights(), training_state(state)))  # the GPU waits here
+        weights, training = copied(  # the GPU waits here
+            (state.evaluated.state_dict(), training_state(state)))
         # Never saved: the checkpoint before it is the one to go back to.
         if not networks.finite(weights):
             raise ValueError(f"the weights are not finite at step {state.step}; {self.last_good()}")
