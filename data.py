@@ -162,8 +162,7 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
                   for rows in parts)
     test = _limited(source, "test", limit, seed)
     if train.images.shape[1:] != test.images.shape[1:] and not image_size:
-        raise ValueError(f"{data}: images for training and test of different sizes: an image_size "
-                         f"is needed")
+        raise ValueError(f"{data}: training and test images differ in size; give `image_size=N`")
     # Without the held-out images: what a network is measured on may tell it nothing.
     mean, std = pixel_statistics(train.images)
     return Dataset(data, source.classes, train, val if len(held) else None, test, mean, std,
@@ -190,8 +189,7 @@ def _limited(source, part, limit, seed):
 def held_out(labels, count, seed):
     """The numbers of the images that stay, and of `count` that are held out (see `balanced`)."""
     if not (hasattr(count, "__index__") and 0 <= count < len(labels)):
-        raise ValueError(f"val={count}: must be a whole number from 0 to {len(labels) - 1}, less "
-                         f"than the {len(labels)} training images")
+        raise ValueError(f"val={count}: must be a whole number from 0 to {len(labels) - 1}")
     held = balanced(labels, count, seed) if count else torch.arange(0)
     keep = torch.ones(len(labels), dtype=torch.bool)
     keep[held] = False
@@ -376,10 +374,8 @@ def corruptions(folder):
 
 
 def check_regular(path, most=1 << 28):
-    """OSError unless `path` is a regular file of at most `most` bytes.
-
-    A pipe or a device can keep its reader waiting, or busy, for ever.
-    """
+    """OSError unless `path` is a regular file of at most `most` bytes: a pipe or a device can keep
+    its reader waiting, or busy, for ever."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{path}: not a regular file")
@@ -1044,10 +1040,8 @@ class Batches:
                     self.labels[there], shift.to(self.device), corner.to(self.device))
 
     def epoch(self, epoch, start=0, size=None, crop=True):
-        """Yield the batches of `epoch` from step `start` on, of side `size` if that is given.
-
-        Without `crop` no image is moved, whatever the augmentation.
-        """
+        """Yield the batches of `epoch` from step `start` on, of side `size` if that is given;
+        without `crop` no image is moved, whatever the augmentation."""
         plan = self.plan(epoch, crop)
         scale, shift = _row_constants(self.mean, self.std, self.size, self.device)
         # Of the images of a step, this process has those of numbers rank, rank + world, …
@@ -1231,10 +1225,8 @@ def nested(value, depth=20, most=100_000):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Hold a run's folder; `Busy` when another process does. A dead process holds nothing.
-
-    A folder in which nothing was done does not remain.
-    """
+    """Hold a run's folder; `Busy` when another process does. A dead process holds nothing, and a
+    folder in which nothing was done does not remain."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     # The system's lock is on the open file: it goes with its process, also with one that is killed.
     folder.mkdir(parents=True, exist_ok=True)
@@ -1298,10 +1290,8 @@ def event_bytes(**event):
 
 
 def trim_events(paths, step):
-    """Drop from TensorBoard's files `paths` what was logged after `step`.
-
-    Those steps will be taken again: each shall be there once. A torn last record is dropped too.
-    """
+    """Drop from TensorBoard's files `paths` what was logged after `step`, as those steps will be
+    taken again, and a torn last record."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     for path in paths:
@@ -1498,10 +1488,8 @@ def closest(word, known):
 
 
 def nearest(word, known):
-    """The one of `known` that `word` may stand for, or None if none is like it.
-
-    Case and punctuation do not count (ResNet-18), and initials may be meant (learning_rate: lr).
-    """
+    """The one of `known` that `word` may stand for, or None: case and punctuation do not count
+    (ResNet-18), and initials may be meant (learning_rate: lr)."""
     def plain(text):
         return re.sub(r"[\W_]", "", text.lower())
 

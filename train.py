@@ -78,10 +78,8 @@ SCHEDULES = ("constant", "step", "cosine", "linear", "onecycle")
 
 
 def setting(default, text, allowed=None):
-    """A field of `Config`: its default, a line of help, and the values that are allowed.
-
-    `allowed` is a pair of numbers, lowest and highest, or a collection of words.
-    """
+    """A field of `Config`: its default, a line of help, and what is allowed: a pair of numbers,
+    lowest and highest, or a collection of words."""
     return field(default=default, metadata={"help": text, "allowed": allowed})
 
 
@@ -570,10 +568,8 @@ def changing(state):
 
 @torch.no_grad()
 def put_back(state, before, undo):
-    """Undo a step where the tensor `undo` is true, without waiting to know whether it is.
-
-    What the optimizer has only just begun to keep is zero again.
-    """
+    """Undo a step where the tensor `undo` is true, without waiting to know whether it is; what the
+    optimizer has only just begun to keep is zero again."""
     for tensor in changing(state):
         if tensor.device == undo.device:  # counters of steps may be elsewhere, and may go on
             tensor.copy_(torch.where(undo, before.get(tensor, torch.zeros_like(tensor)), tensor))
@@ -679,10 +675,8 @@ class State:
 
     @torch.no_grad()
     def follow(self, ema):
-        """Let `average` follow the weights: it keeps the share `ema` of itself.
-
-        Less in the first steps, (1 + step) / (10 + step), so that it soon forgets the first ones.
-        """
+        """Let `average` follow the weights: it keeps the share `ema` of itself, but less in the
+        first steps, (1 + step) / (10 + step), so that it soon forgets the first ones."""
         if self.average is None:
             return
         kept = min(ema, (1 + self.step) / (10 + self.step))
@@ -1125,10 +1119,8 @@ def check_labels(labels, logits):
 
 
 def score(logits, labels, classes):
-    """Loss, accuracy and accuracy per class of N×classes `logits`: sums divided by counts.
-
-    A class without an image has no accuracy: None.
-    """
+    """Loss, accuracy and accuracy per class of N×classes `logits`: sums divided by counts. A class
+    without an image has no accuracy: None."""
     check_labels(labels, logits)
     # Of logits that are all NaN the first is "the largest": no answer, and none that is right.
     correct = (logits.argmax(1) == labels) & logits.isfinite().all(1)
@@ -1154,10 +1146,8 @@ def calibration(logits, labels, bins=15):
 
 
 def figures(logits, labels, classes):
-    """What is said of a test set: loss, accuracies, calibration error, by their names.
-
-    `classes` are the names; the five likeliest count (top 5) where there are more than ten.
-    """
+    """What is said of a test set of the `classes`, names: loss, accuracies, also of the five
+    likeliest where there are more than ten, and calibration error."""
     result = score(logits, labels, len(classes))
     top5 = None
     if len(classes) > 10:  # of ten, five would be half of all
@@ -1344,34 +1334,27 @@ def format_cell(value):
 
 
 def read_rows(run):
-    """The rows of a run's metrics.csv as dictionaries of text, without those that are not whole;
-    [] without a file. ValueError for one of other columns."""
+    """The rows of a run's metrics.csv, {column: number}, NaN where nothing was measured; [] without
+    a file. Rows that are not whole are left out; ValueError for a damaged one."""
     path = Path(run) / "metrics.csv"
     try:
-        table = csv.DictReader(io.StringIO(data.read_text(path, errors="replace")))
-        rows = [*table]
+        lines = [*csv.reader(io.StringIO(data.read_text(path, errors="replace")))]
+        if len(lines) > 1 and lines[0] != [*COLUMNS]:
+            raise ValueError(f"its first line is not {','.join(COLUMNS)}")
+        return [{name: float(cell or "nan") for name, cell in zip(COLUMNS, line)}
+                for line in lines[1:] if len(line) == len(COLUMNS)]
     except FileNotFoundError:
         return []
-    except csv.Error as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
-    if rows and table.fieldnames != [*COLUMNS]:
-        raise ValueError(f"{path}: damaged (its first line is not {','.join(COLUMNS)})")
-    # In a row of too many cells these stand under None, in one of too few None stands in its cells.
-    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def read_metrics(run):
-    """metrics.csv as {column: [numbers]}, NaN where nothing was measured.
-
-    Raises FileNotFoundError for a run without it, ValueError for one with a damaged row.
-    """
+    """metrics.csv as {column: [numbers]} (see `read_rows`); FileNotFoundError without a row."""
     rows = read_rows(run)
     if not rows:
         raise FileNotFoundError(f"{run}: no run with a finished epoch (no rows in metrics.csv)")
-    try:
-        return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
-    except ValueError as error:
-        raise ValueError(f"{Path(run) / 'metrics.csv'}: damaged ({error})") from error
+    return {name: [row[name] for row in rows] for name in COLUMNS}
 
 
 def check_folder(config, resume, overwrite):
@@ -1437,8 +1420,7 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
               or math.dist(*colors) > 1e-4)
     if others and not changed_data:
         raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
-                         f"began, which goes on with them as they are now if `changed_data` is "
-                         f"given")
+                         f"began; go on with them as they are now (`changed_data`)")
     if checkpoint.get("commit") and checkpoint["commit"] != description["commit"]:
         say(f"note: saved by the code of commit {checkpoint['commit']}; this is "
             f"{description['commit'] or 'another'}, whose steps may differ")
@@ -1484,10 +1466,8 @@ def remove_written(folder, chosen):
 
 
 def newest_checkpoint(folder, say):
-    """The newest checkpoint in `folder` that can be read and gone on from; None if there is none.
-
-    A damaged one is named and the one before it taken; OSError when none is left.
-    """
+    """The newest checkpoint in `folder` to go on from, None if there is none: a damaged one is
+    named and the one before it taken. OSError when none is left."""
     with contextlib.suppress(FileNotFoundError):
         if data.read_json(folder / "config.json", lambda values: EMPTYING in values):
             return None  # what is left is of the run before
@@ -1572,10 +1552,8 @@ def run_settings(description, data=None, root=None):
 
 
 def as_named(split, classes, description, data):
-    """`split`, whose labels number `classes`, with labels that number the network's classes.
-
-    ValueError when the network does not know one of them.
-    """
+    """`split`, whose labels number `classes`, with labels that number the network's classes;
+    ValueError when it does not know one of them."""
     known = {name: number for number, name in enumerate(description.classes or classes)}
     if not description.classes and all(re.fullmatch("[0-9]{1,9}", name) for name in classes):
         known = {name: int(name) for name in classes}  # the classes of such a network are numbers
@@ -1629,7 +1607,7 @@ def finish(state, dataset, folder, workers):
     result = {
         **figures(logits, labels, dataset.classes), "test/accuracy_tta": with_tta,
         "val/accuracy": state.best_accuracy if kept.name == "best.pth" else None,
-        "train/accuracy": float(read_rows(folder.path)[-1]["train/accuracy"]),
+        "train/accuracy": read_rows(folder.path)[-1]["train/accuracy"],
         "epoch": about.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
@@ -1676,10 +1654,8 @@ def write_board(folder, network, dataset, logits, result, step):
 
 
 def shown_settings(config):
-    """The settings of a run for TensorBoard: what matters most, then what is not as by default.
-
-    It sorts them by their names, digits before letters, and shows the first few.
-    """
+    """The settings of a run for TensorBoard, which sorts them by name, digits before letters, and
+    shows the first few: what matters most, then what is not as by default."""
     first = ("model", "optimizer", "lr", "batch_size", "epochs")
     values = {f"{number} {name}": getattr(config, name) for number, name in enumerate(first, 1)}
     values |= {name: value for name, value in config.changed().items()
