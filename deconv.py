@@ -48,9 +48,9 @@ from data import command_line, progress, subset
 RULES = {"deconvnet": lambda signal, positive: signal.clamp(min=0),
          "guided": lambda signal, positive: signal.clamp(min=0) * positive,
          "gradient": None}
-Rule = typing.Literal["deconvnet", "guided", "gradient"]
+Rule = typing.Literal[*RULES]
 BATCH_NORMS = {"through": None, "skip": lambda signal, positive: signal}
-BatchNorm = typing.Literal["through", "skip"]
+BatchNorm = typing.Literal[*BATCH_NORMS]
 
 
 # ---------------------------------------------------------------------------- the rule
@@ -592,8 +592,7 @@ def draw_moved(axes, name, amounts, pictures, classes, count=7):
 
 def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
                 image: str | None = None, index: int = 0, unit: int | str = "strongest",
-                rule: Rule = "deconvnet",
-                bn: typing.Literal["through", "skip", "both"] = "through",
+                rule: Rule = "deconvnet", bn: typing.Literal[*BATCH_NORMS, "both"] = "through",
                 **flags: typing.Unpack[visualize.Flags]):
     """Draw what comes back from a unit of each of LAYERS: the strongest, one by number, or all.
 

@@ -1290,16 +1290,6 @@ def made_like(value, pattern):
 # ---------------------------------------------------------------------------- commands
 
 
-def parse_options(model, texts):
-    """{option: value} of network `model` from text as it is typed; ValueError for a wrong one."""
-    known = options_of(model)
-    options = {name: parse_value(name, text, known[name][0])
-               if name in known and isinstance(text, str) else text
-               for name, text in texts.items()}
-    check_options(model, options)
-    return options
-
-
 def option_flags(model, words=()):
     """{option: `Flag`} of network `model`, for its command line; ValueError when the line's `words`
     give an option that only other networks have."""
@@ -1332,7 +1322,10 @@ def summary(model: str, classes: int = 10, image_size: int | None = None, stages
 
     Multiply-adds are those of one image.
     """
-    options = parse_options(model, options)
+    kinds = {name: kind for name, (kind, _) in options_of(model).items()}
+    options = {name: parse_value(name, value, kinds[name])
+               if name in kinds and isinstance(value, str) else value
+               for name, value in options.items()}  # which are text as it was typed
     image_size = image_size_of(model) if image_size is None else image_size
     with torch.device("meta"):
         network = build(model, classes, image_size, **options)

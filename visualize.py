@@ -1272,10 +1272,10 @@ def reliability(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
     return save_figure(draw_reliability(*bins, title), ckpt, "reliability", **flags)
 
 
-def where(ckpt: str | None = None, method: typing.Literal[
-        "gradcam", "gradient", "smoothgrad", "integrated", "all"] = "gradcam",
-        layer: str | None = None, *, image: str | None = None, index: int = 0,
-        **flags: typing.Unpack[WhereFlags]):
+def where(ckpt: str | None = None,
+          method: typing.Literal["gradcam", *GRADIENTS, "all"] = "gradcam",
+          layer: str | None = None, *, image: str | None = None, index: int = 0,
+          **flags: typing.Unpack[WhereFlags]):
     """Draw what in a picture bears on the predicted class, or on `--class=cat`.
 
     Grad-CAM at LAYER (Selvaraju et al. 2017, section 3) shows what speaks for it; the logit's

@@ -460,20 +460,6 @@ def test_a_linear_layer_that_comes_first_takes_grey_values():
     assert network.forward(layers, torch.rand(2, 3, 16, 16)).shape == (2, 2)
 
 
-def test_receptive_fields_behind_unpooling():
-    class Unpooling(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.back = nn.Conv2d(3, 3, 1)
-
-        def forward(self, x):
-            pooled, places = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
-            return self.back(torch.nn.functional.max_unpool2d(pooled, places, 2))
-
-    fields = network.receptive_fields(Unpooling(), "back", 8)
-    assert fields[0, 5, 2].tolist() == [4, 2, 6, 4]  # it may be any place of its window
-
-
 @pytest.mark.parametrize("wish, said", [
     ({"mean": (0.5,)}, "mean=0.5: must be three numbers, one a colour$"),
     ({"std": (1.0, 1.0, 0.0)}, "std=1.0,1.0,0.0: must be three numbers, one a colour, above 0"),

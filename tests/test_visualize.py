@@ -102,20 +102,10 @@ class Lambda(nn.Module):
         return self.function(x)
 
 
-class Branches(nn.Module):
-    """A 1×1 and a 5×5 convolution and the image itself, beside each other."""
-
-    def __init__(self):
-        super().__init__()
-        self.small, self.large = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 5, padding=2, bias=False)
-
-    def forward(self, x):
-        """N×3×H×W to N×7×H×W."""
-        return torch.cat([self.small(x), self.large(x).relu(), x], 1)
-
-
 def test_channels_of_one_layer_may_have_different_fields():
-    fields = network.receptive_fields(nn.Sequential(Branches()), "0", 12)
+    small, large = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 5, padding=2, bias=False)
+    branches = Lambda(lambda x: torch.cat([small(x), large(x).relu(), x], 1))
+    fields = network.receptive_fields(nn.Sequential(branches), "0", 12)
     assert fields[:, 5, 1].tolist() == 2 * [[5, 1, 6, 2]] + 2 * [[3, 0, 8, 4]] + 3 * [[5, 1, 6, 2]]
 
 
@@ -129,6 +119,14 @@ def test_receptive_fields_where_the_border_breaks_the_formula():
     up = nn.Sequential(nn.AvgPool2d(4), nn.Upsample(scale_factor=2))  # two units see the same
     assert network.receptive_fields(up, "1", 32)[0, :, 0, 0].tolist() == [
         4 * (row // 2) for row in range(16)]
+
+
+def test_receptive_fields_behind_unpooling():
+    def unpooled(x):
+        return F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)
+
+    fields = network.receptive_fields(nn.Sequential(Lambda(unpooled), nn.Conv2d(3, 3, 1)), "1", 8)
+    assert fields[0, 5, 2].tolist() == [4, 2, 6, 4]  # it may be any place of its window
 
 
 @pytest.mark.parametrize("rectify", [
@@ -591,15 +589,12 @@ def test_integrated_gradients_add_up_to_the_difference_of_the_outputs():
 
 
 def test_smooth_gradient_averages_what_the_noise_does():
-    class Cubes(nn.Module):
-        def forward(self, images):
-            return images.pow(3).flatten(1).sum(1, keepdim=True)
-
+    cubes = Lambda(lambda images: images.pow(3).flatten(1).sum(1, keepdim=True))
     images = torch.tensor([0.0, 1.0]).repeat(6).view(1, 3, 2, 2)  # their range is 1
-    smooth = network.smooth_gradient(Cubes(), images, 0, count=4000, noise=0.5)
+    smooth = network.smooth_gradient(cubes, images, 0, count=4000, noise=0.5)
     # E[3 (x + ε)²] = 3 x² + 3·0.25.
     assert torch.allclose(smooth, 3 * images**2 + 0.75, atol=0.25)
-    again = network.smooth_gradient(Cubes(), images, 0, count=4000, noise=0.5)
+    again = network.smooth_gradient(cubes, images, 0, count=4000, noise=0.5)
     assert torch.equal(smooth, again)
 
 
@@ -779,16 +774,10 @@ def test_the_hessian_of_a_network_is_that_of_all_its_images(opened):
     assert first == pytest.approx(torch.linalg.eigvalsh(whole).max().item(), rel=1e-2)
 
 
-class Attention(nn.Module):
-    """Attention as torchvision's transformers have it: its quick ways have no second derivative."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 2)
-
-    def forward(self, x):
-        x = self.conv(x).flatten(2).mT[:, None]
-        return self.fc(F.scaled_dot_product_attention(x, x, x).mean((1, 2)))
+def attention(x):
+    """As torchvision's transformers have it: its quick ways have no second derivative."""
+    x = x.flatten(2).mT[:, None]
+    return F.scaled_dot_product_attention(x, x, x).mean((1, 2))
 
 
 def test_the_hessian_of_networks_from_elsewhere(opened):
@@ -797,8 +786,8 @@ def test_the_hessian_of_networks_from_elsewhere(opened):
     about = dataclasses.replace(opened[1], preprocessing=data.Preprocessing(
         8, (0.5,) * 3, (0.25,) * 3))
     grey = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2))
-    for built in (grey, Attention()):
-        built.get_submodule("fc" if built is not grey else "2").unused = nn.Linear(2, 2)
+    for built in (grey, nn.Sequential(nn.Conv2d(3, 4, 4, 4), Lambda(attention), nn.Linear(4, 2))):
+        built[2].unused = nn.Linear(2, 2)
         assert abs(visualize.hessian_on(built, about, {"train": split})[0]) > 0
     quick = Lambda(lambda x: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0])
     with pytest.raises(ValueError, match=r"hessian: .*not implemented"):
@@ -1113,13 +1102,6 @@ def test_a_network_from_elsewhere(tmp_path, monkeypatch, few_shapes, capsys):
         visualize.confusion("some_nets:tiny", network="some_nets:tiny")
 
 
-class Means(nn.Module):
-    """No layer, and no more outputs than channels."""
-
-    def forward(self, x):
-        return torch.relu(x.mean((2, 3)))
-
-
 class Ones(nn.Module):
     """An output that depends on nothing."""
 
@@ -1142,8 +1124,9 @@ def quantized():
 
 
 odd_networks = {
-    "means": Means, "ones": Ones, "scripted": lambda: torch.jit.script(odd_network_of()),
-    "quantized": quantized, "half": lambda: odd_network_of(1).half(), "nothing": nn.Sequential,
+    "means": lambda: Lambda(lambda x: torch.relu(x.mean((2, 3)))), "ones": Ones,
+    "scripted": lambda: torch.jit.script(odd_network_of()), "quantized": quantized,
+    "half": lambda: odd_network_of(1).half(), "nothing": nn.Sequential,
     "one_output": lambda: odd_network_of(outputs=1),
     "lazy": lambda: nn.Sequential(nn.LazyConv2d(4, 3))}
 # What draws all the same.
@@ -1158,6 +1141,7 @@ def test_no_network_from_elsewhere_ends_in_a_traceback(name, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.modules[__name__], "odd_network", odd_networks[name], raising=False)
     monkeypatch.setattr(visualize, "save_figure", lambda figure, *_others, **_flags: figure)
+    monkeypatch.setattr(train, "say_once", lambda _line: None)  # which classes are meant
     given, drawn = {"data": "shapes", "image_size": 32, "layer": "c", "layers": "c", "images": 8,
                     "points": 3, "units": 2}, set()
     commands = visualize.COMMANDS | deconv.COMMANDS
