@@ -1184,10 +1184,8 @@ def _load_elsewhere(source, weights, wishes, device):
         module = "torchvision.models"
     given = f", weights={weights}" if weights else ""
     with told(f"network={source}{given}", (Exception, SystemExit)):
-        # As `python -c` and notebooks have it, so that `mymodule:function` is found where one
-        # stands.
-        if "" not in sys.path:
-            sys.path.append("")  # the current folder
+        if "" not in sys.path:  # the current folder, which `python -c` and notebooks have there
+            sys.path.append("")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             network = getattr(importlib.import_module(module), name)()
         if not isinstance(network, nn.Module):

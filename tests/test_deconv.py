@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -442,20 +443,10 @@ def test_occlusion_of_a_network_that_looks_at_one_pixel():
     assert (found.probabilities < 0.6).nonzero().tolist() == [[2, 0], [2, 1], [3, 0], [3, 1]]
 
 
-class Pooled(nn.Module):
-    """As many a first network: one pool that is called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.pool, self.fc = nn.AvgPool2d(2), nn.Linear(12, 2)
-
-    def forward(self, x):
-        """N×3×8×8 to N×2."""
-        return self.fc(self.pool(2 * self.pool(x)).flatten(1))
-
-
 def test_of_a_layer_that_is_called_twice_the_first_call_counts_everywhere():
-    built, image = Pooled(), torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    image, pool = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8), nn.AvgPool2d(2)
+    built = nn.Sequential(OrderedDict(  # as many a first network has it
+        pool=pool, again=pool, flatten=nn.Flatten(), fc=nn.Linear(12, 2)))
     preprocessing = Preprocessing(8, (0.5,) * 3, (0.25,) * 3)
     x = preprocessing(image)
     expected = F.avg_pool2d(x, 2)

@@ -239,6 +239,9 @@ def test_images_are_brought_to_a_networks_type_and_channels(dtype):
     assert network.forward(flat, images).dtype == dtype
     assert network.forward(nn.ReLU(), images).dtype == torch.float32
     assert network.device_of(nn.ReLU()) == torch.device("cpu")
+    first = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.Unflatten(1, (4, 4, 4)),
+                          nn.Conv2d(4, 2, 4), nn.Flatten()).to(dtype)  # a linear layer comes first
+    assert network.forward(first, torch.rand(2, 3, 16, 16)).shape == (2, 2)
 
 
 @pytest.mark.parametrize("built, message", [
@@ -452,12 +455,6 @@ def test_what_a_module_does_with_its_parts_they_do_not_tell():
         network.forward(layers, torch.rand(2, 3, 16, 16))
     maps = network.captured_maps(layers, outputs, "0", 2)
     assert torch.equal(maps, outputs["0.patcher"])
-
-
-def test_a_linear_layer_that_comes_first_takes_grey_values():
-    layers = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.Unflatten(1, (4, 4, 4)),
-                           nn.Conv2d(4, 2, 4), nn.Flatten())
-    assert network.forward(layers, torch.rand(2, 3, 16, 16)).shape == (2, 2)
 
 
 @pytest.mark.parametrize("wish, said", [
