@@ -1614,12 +1614,13 @@ def _value_after(words, kind):
     return "true" if bool in (kind, *typing.get_args(kind)) else ""
 
 
-def parse(commands, words, default=None):
+def parse(commands, words, default=None, moved=None):
     """The call that the command line `words` asks for, ready to be made: parse, then run.
 
     `commands` are functions by name, `default` is the command meant by a line that begins with a
-    flag. Each value is converted to its parameter's annotated type; what a function takes beyond
-    its signature stays text. Raises ValueError for a line that makes no sense.
+    flag, `moved` see `command_line`. Each value is converted to its parameter's annotated type;
+    what a function takes beyond its signature stays text. Raises ValueError for a line that makes
+    no sense.
 
     Fire would run the function at once, and complain about what is left over afterwards; and it
     takes a flag without a value to be True, and words behind ` -- ` to be for itself. So it is
@@ -1627,7 +1628,7 @@ def parse(commands, words, default=None):
     """
     import fire
 
-    words, remembered = [*words], {}
+    words, moved, remembered = [*words], moved or {}, {}
 
     @fire.decorators.SetParseFn(str)
     def remember(**flags):
@@ -1636,8 +1637,11 @@ def parse(commands, words, default=None):
     if default and (not words or is_flag(words[0])):
         words = [default, *words]
     if not words or words[0] not in commands:
-        raise ValueError(_no_command("".join(words[:1]), commands, default))
+        raise ValueError(_no_command(words[:1], commands, default, moved))
     function = commands[words[0]]
+    for word in words[1:]:
+        if (flag := word.partition("=")[0]) in moved:
+            raise ValueError(f"{flag}: is now called {moved[flag]}")
     own, known = flags_of(function), all_flags(function, words)
     spec = inspect.getfullargspec(function)  # a parameter that is named always takes no such word
     plain, texts = canonical(words[1:], known, spec.varargs, next(iter(spec.args), None))
@@ -1652,8 +1656,11 @@ def parse(commands, words, default=None):
     return functools.partial(function, *plain, **values)
 
 
-def _no_command(word, commands, default):
-    """What to say of a line that begins with `word`, which is no command."""
+def _no_command(words, commands, default, moved):
+    """What to say of a line that begins with no command."""
+    word = "".join(words)
+    if word in moved:
+        return f"{word} has moved: {moved[word]}"
     hint = closest(word, commands)
     if default and not hint:  # a value of one of the default's flags: lenet for --model=lenet
         flags = all_flags(commands[default], ())
@@ -1666,11 +1673,12 @@ def _no_command(word, commands, default):
     return f"no command {word!r}{hint or f'; commands: {chr(44).join(commands)}'}"
 
 
-def command_line(commands, default=None, argv=None, meanings=None):
+def command_line(commands, default=None, argv=None, meanings=None, moved=None):
     """Run one of `commands` with the flags of the command line and show what it returns; exit.
 
-    See `parse` for `commands` and `default`. `meanings` says in a line what each flag means. Help
-    exits with 0; ValueError and OSError become one line and 2.
+    See `parse` for `commands` and `default`. `meanings` says in a line what each flag means,
+    `moved` what took the place of commands and flags that are gone. Help exits with 0; ValueError
+    and OSError become one line and 2.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     make_output_last()
@@ -1678,7 +1686,7 @@ def command_line(commands, default=None, argv=None, meanings=None):
         if {"--help", "-h", "help"} & set(words) or not (words or default):
             print(help_text(commands, words, default, meanings or {}))
             sys.exit(0)
-        show(parse(commands, words, default)())
+        show(parse(commands, words, default, moved)())
     except (ValueError, OSError) as error:
         print(wrapped(f"error: {as_typed(error, commands, words, default)}", sys.stderr),
               file=sys.stderr)

@@ -193,6 +193,8 @@ class Config:
         fields = {entry.name for entry in dataclasses.fields(cls)}
         known, settings, options = networks.options_of(model), {}, {}
         for name, value in values.items():
+            if name in RENAMED:
+                raise ValueError(f"{name}: is now called {RENAMED[name]}")
             if name not in fields and name not in known:
                 raise ValueError(f"{name}: neither a setting of a run nor an option of {model}"
                                  f"{closest(name, [*fields, *known])}; its options are "
@@ -208,7 +210,8 @@ class Config:
             return tuple(value) if isinstance(value, list) else value
 
         try:
-            values = {name: listed(value) for name, value in values.items() if name != EMPTYING}
+            values = {RENAMED.get(name, name): listed(value) for name, value in values.items()
+                      if name != EMPTYING}
             values["options"] = {name: listed(value) for name, value in values["options"].items()}
             return cls(**values)
         except (TypeError, KeyError, AttributeError) as error:
@@ -268,6 +271,9 @@ RECIPES = {
 # What a resumed run may be told anew; all else would make it another run.
 MAY_CHANGE = ("epochs", "patience", "snapshots", "device", "compile", "log_steps", "save_minutes",
               "keep", "name", "out", "root", "on_nan", "tta")
+# Settings of earlier checkpoints and run folders that have another name now.
+RENAMED = {"early": "early_share", "uncropped": "uncropped_epochs", "warmup": "warmup_epochs",
+           "log_every": "log_steps", "save_every": "save_minutes"}
 
 
 def with_environment(flags, resume=False):
@@ -622,7 +628,7 @@ def end_epoch(state, dataset, batches, folder):
            "images_per_second": len(batches) * batches.batch_size / state.epoch_seconds,
            "train/objective": objective / count if config.label_smoothing else None}
     line = ",".join(format_cell(row[name]) for name in COLUMNS) + "\n"
-    state.rows += line
+    state.metrics += line
     folder.row(row, line, histograms(state.network))
     # Of epochs that do equally well the first stays, the one with less training.
     best = dataset.val is not None and validation["accuracy"] > state.best_accuracy
@@ -665,7 +671,7 @@ class State:
     seconds: float = 0.0  # of the epochs that are done, their steps alone
     best_accuracy: float = -1.0  # on validation images: below any, so that the first epoch is best
     best_epoch: int = 0
-    rows: str = ""  # of metrics.csv, which is written anew from here when the run goes on
+    metrics: str = ",".join(COLUMNS) + "\n"  # metrics.csv, written from here when the run goes on
     average: nn.Module | None = None  # has the weights' running mean, if `ema` asks for one
 
     @property
@@ -716,7 +722,7 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     batches = batches_of(config, dataset, device, workers)
     if checkpoint:
         others = check_checkpoint(config, checkpoint, description, changed_data, folder.say)
-        restore(state, checkpoint, len(batches), epoch_anew=others)
+        restore(state, as_today(checkpoint, config.folder), len(batches), epoch_anew=others)
     else:
         folder.say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
         fit_first_layer(state.network, dataset, config.size)
@@ -788,6 +794,25 @@ def training_state(state):
     if state.average is not None:
         kept["weights"] = state.network.state_dict()  # not those that are evaluated
     return {**kept, "optimizer": {"state": state.optimizer.state_dict()["state"]}}
+
+
+def as_today(checkpoint, folder):
+    """A run's checkpoint by an earlier version as this one writes it: its metrics.csv was in the
+    run's `folder` alone, its sums were tensors, of one loss, and its optimizer had settings."""
+    training = dict(checkpoint["training"])
+    if "metrics" not in training:
+        rows = [row for row in read_rows(folder) if row["epoch"] <= checkpoint["epoch"]]
+        training["metrics"] = Table(COLUMNS, [
+            ["" if math.isnan(value) else f"{value:.15g}" for value in row.values()]
+            for row in rows]).csv()
+        for name in ("totals", "logged"):
+            if isinstance(training.get(name), torch.Tensor):
+                training[name] = tuple(training[name].flatten().tolist())
+            if isinstance(training.get(name), tuple) and len(training[name]) == 3:
+                training[name] += training[name][:1]
+        if isinstance(training.get("optimizer"), dict):
+            training["optimizer"].pop("param_groups", None)
+    return {**checkpoint, "training": training}
 
 
 def restore(state, checkpoint, steps, epoch_anew=False):
@@ -1202,7 +1227,7 @@ class RunFolder:
         with contextlib.suppress(FileNotFoundError):  # else `state` is from last.pth
             os.replace(self.older(), self.path / "last.pth")
         # Rows and points behind the checkpoint go: their steps will be taken again.
-        write_atomically(self.path / "metrics.csv", ",".join(COLUMNS) + "\n" + state.rows)
+        write_atomically(self.path / "metrics.csv", state.metrics)
         self.write_config()
         logged = [path for path in written_by_a_run(self.path)  # not what others log there
                   if path.parent == self.path and path.name.startswith("events")]
@@ -1333,16 +1358,22 @@ def format_cell(value):
     return str(value) if isinstance(value, int) else f"{value:.5g}"
 
 
+def rows_in(text):
+    """The rows in the text of a metrics.csv, {column: number}, NaN where nothing was measured.
+    Those that are not whole are left out; ValueError or csv.Error for a damaged text."""
+    header, *lines = [*csv.reader(io.StringIO(text))] or [[]]
+    # Earlier versions had not the last column.
+    if lines and tuple(header) not in (COLUMNS, COLUMNS[:-1]):
+        raise ValueError(f"its first line is not {','.join(COLUMNS)}")
+    return [dict(zip(COLUMNS, [*map(float, (cell or "nan" for cell in line)), math.nan]))
+            for line in lines if len(line) == len(header)]
+
+
 def read_rows(run):
-    """The rows of a run's metrics.csv, {column: number}, NaN where nothing was measured; [] without
-    a file. Rows that are not whole are left out; ValueError for a damaged one."""
+    """`rows_in` a run's metrics.csv; [] without one."""
     path = Path(run) / "metrics.csv"
     try:
-        lines = [*csv.reader(io.StringIO(data.read_text(path, errors="replace")))]
-        if len(lines) > 1 and lines[0] != [*COLUMNS]:
-            raise ValueError(f"its first line is not {','.join(COLUMNS)}")
-        return [{name: float(cell or "nan") for name, cell in zip(COLUMNS, line)}
-                for line in lines[1:] if len(line) == len(COLUMNS)]
+        return rows_in(data.read_text(path, errors="replace"))
     except FileNotFoundError:
         return []
     except (ValueError, csv.Error) as error:
@@ -1408,7 +1439,8 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
     """Whether `checkpoint` is of other images, which `changed_data` must allow. ValueError when it
     is of another run than the one that `config` and the new `description` speak of, whatever the
     other files of the run say."""
-    check_same_run(config, Config.from_json(checkpoint["settings"]), moved=True)
+    known = "fingerprint" in checkpoint  # earlier ones have none
+    check_same_run(config, Config.from_json(checkpoint["settings"]), moved=known)
     if checkpoint["classes"] != description["classes"]:
         raise ValueError(f"data={config.data}: its classes are "
                          f"{difference(description['classes'], checkpoint['classes'])}")
@@ -1418,13 +1450,13 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
         networks.describe(each).preprocessing for each in (checkpoint, description))]
     others = (checkpoint.get("fingerprint") != description["fingerprint"]
               or math.dist(*colors) > 1e-4)
-    if others and not changed_data:
+    if others and not changed_data and known:
         raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
                          f"began; go on with them as they are now (`changed_data`)")
     if checkpoint.get("commit") and checkpoint["commit"] != description["commit"]:
         say(f"note: saved by the code of commit {checkpoint['commit']}; this is "
             f"{description['commit'] or 'another'}, whose steps may differ")
-    return others
+    return others and changed_data
 
 
 def read_config(path):
@@ -1433,9 +1465,14 @@ def read_config(path):
 
 
 def is_run(folder):
-    """Whether a run of this package made `folder`."""
-    marker = folder / MARKER
-    return marker.is_file() and marker.stat().st_size == len(MARK)
+    """Whether a run of this package made `folder`; runs of earlier versions left no marker."""
+    with contextlib.suppress(OSError):
+        if (folder / MARKER).is_file() and (folder / MARKER).stat().st_size == len(MARK):
+            return True
+    with contextlib.suppress(OSError, ValueError):
+        read_config(folder / "config.json")
+        return any((folder / name).exists() for name in ("last.pth", "metrics.csv"))
+    return False
 
 
 def written_by_a_run(folder):
@@ -1600,6 +1637,7 @@ def finish(state, dataset, folder, workers):
         folder.say(f"{folder.path}: best.pth is gone; the last epoch is measured")
     network, about = open_network(kept, config.device)
     logits = finite_logits(network, dataset.test.images, prep)
+    last = [row for row in rows_in(state.metrics) if row["epoch"] == state.epoch]
     with_tta = None
     if config.tta != "none":
         views = finite_logits(network, dataset.test.images, prep, config.tta)
@@ -1607,7 +1645,8 @@ def finish(state, dataset, folder, workers):
     result = {
         **figures(logits, labels, dataset.classes), "test/accuracy_tta": with_tta,
         "val/accuracy": state.best_accuracy if kept.name == "best.pth" else None,
-        "train/accuracy": read_rows(folder.path)[-1]["train/accuracy"],
+        # Of a run that an earlier version began, the row may be lost.
+        "train/accuracy": last[0]["train/accuracy"] if last else None,
         "epoch": about.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
@@ -1924,6 +1963,10 @@ def settings_flags(words, model=None):
 train_command.flags = settings_flags
 COMMANDS = {"train": train_command, "evaluate": evaluate, "predict": predict_command,
             "export": export}
+MOVED = {name: f"python -m lab {now}" for name, now in (
+    ("sweep", "sweep"), ("reproduce", "reproduce"), ("benchmark", "benchmark"),
+    ("results_table", "results"))}
+MOVED |= {f"--{before}": f"--{now}" for before, now in RENAMED.items()}
 MEANINGS = {"resume": "go on with the run, or start it if there is none; a RUN's folder: with that "
                       "one",
             "overwrite": "start anew where a run is already",
@@ -1945,4 +1988,4 @@ MEANINGS = {"resume": "go on with the run, or start it if there is none; a RUN's
             "device": "auto | cpu | cuda | mps"}
 
 if __name__ == "__main__":
-    data.command_line(COMMANDS, default="train", meanings=MEANINGS)
+    data.command_line(COMMANDS, default="train", meanings=MEANINGS, moved=MOVED)

@@ -328,10 +328,11 @@ def test_predict_goes_on_past_what_is_no_picture(tmp_path, capsys):
     ("--batch_size 8 16", "16: a word too many"), ("evaluate x --tta=flp", "did you mean flip?"),
     ("data=shapes", "did you mean --data=shapes?"), ("epoch=3", "did you mean --epochs=3?"),
     ("--device=gpu", "--device=gpu: must be of auto, cpu, cuda, mps; did you mean cuda?"),
-])
+    ("reproduce 4.1", "reproduce has moved: python -m lab reproduce"),
+    ("--early=0.5", "--early: is now called --early_share")])
 def test_a_mistyped_setting_is_answered_with_what_was_meant(line, answer, capsys):
     with pytest.raises(SystemExit) as leave:
-        data.command_line(train.COMMANDS, "train", line.split())
+        data.command_line(train.COMMANDS, "train", line.split(), moved=train.MOVED)
     assert leave.value.code == 2 and answer in capsys.readouterr().err
 
 
@@ -516,6 +517,30 @@ def test_metrics_are_whole_again_whatever_became_of_them(tmp_path):
         result = train.train(config, resume=True)
         assert path.read_text() == text and reproduce.checked(result)
         assert result["train/accuracy"] == first["train/accuracy"]
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with(tmp_path):
+    for name in ("new", "old"):
+        train.train(tiny(tmp_path, name))
+    folder = tmp_path / "old"
+    checkpoint = network.read(folder / "last.pth")
+    training = checkpoint["training"]
+    for name in ("totals", "logged"):  # of one loss, as a tensor
+        training[name] = torch.tensor(training[name][:3])
+    training["optimizer"]["param_groups"] = [{"lr": 0.1, "params": [0]}]
+    del training["metrics"], checkpoint["fingerprint"], checkpoint["commit"]
+    settings = checkpoint["settings"]
+    for before, now in train.RENAMED.items():
+        settings[before] = settings.pop(now)
+    network.save(folder / "last.pth", checkpoint)
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / ".run").unlink()
+    lines = (folder / "metrics.csv").read_text().splitlines()  # without what a step lowers
+    lines = [line.rpartition(",")[0] for line in lines]
+    (folder / "metrics.csv").write_text("\r\n".join([*lines, "3,"]), "utf-8-sig")
+    for name in ("new", "old"):
+        train.train(tiny(tmp_path, name, epochs=3), resume=True)
+    assert_same_run(tmp_path / "new", folder)
 
 
 def test_other_images_of_the_same_names_and_sizes_are_refused(tmp_path):
@@ -874,6 +899,13 @@ def test_what_others_log_in_the_folder_of_a_run_stays(tmp_path):
     before = mine.read_bytes()
     train.train(tiny(tmp_path, epochs=3), resume=True)
     assert mine.read_bytes() == before
+
+
+def test_a_run_folder_made_before_there_was_a_marker_is_a_run(tmp_path):
+    train.train(tiny(tmp_path))
+    (tmp_path / "run" / ".run").unlink()
+    train.train(tiny(tmp_path, epochs=1), overwrite=True)
+    assert (tmp_path / "run" / ".run").exists()
 
 
 def operations_of(config, monkeypatch, fatal=None):
