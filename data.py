@@ -548,6 +548,7 @@ def _images_of(items, image_size, skip_bad, title, cache, writes):
                 images = _decode(items, image_size, skip_bad, title, only_larger)
                 return _write_images(file, key, len(items), images, free, medium)
 
+    # Without the lock at first: where nothing can be written, there may be something to read.
     found = _map_images(cache, key, len(items), complains=not writes)
     if found is None and writes:
         try:
@@ -1338,7 +1339,9 @@ class Table:
         full = [max(map(cell_len, column)) for column in columns]
         least = [max((cell_len(word) for cell in column for word in cell.split()), default=0)
                  for column in columns]
-        least = [min(most, (width - 7) // 2) for most in least]  # a word that is no word: a path
+        # A word that is no word, such as a path, may be broken: so that two columns fit, with the 7
+        # characters of their lines and spaces.
+        least = [min(most, (width - 7) // 2) for most in least]
 
         def room(block):  # a column has three characters of lines and space, the table one
             return width - 1 - sum(least[column] + 3 for column in block)
@@ -1524,7 +1527,7 @@ def flags_of(function, meanings=None):
             found[name] = kind, parameter.default
     flags = {}
     for name, (kind, default) in found.items():
-        kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
+        kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind  # of Annotated
         words_of = [part for part in (kind, *typing.get_args(kind))
                     if typing.get_origin(part) is typing.Literal]
         flags[name] = Flag(kind, None if default is inspect.Parameter.empty else text_of(default),
@@ -1541,6 +1544,7 @@ def all_flags(function, words, meanings=None):
 
 def value_in(words, flag):
     """The text that `words` give `flag`, or None."""
+    # Asked before the line is parsed: which flags there are may depend on it.
     for word, after in zip(words, [*words[1:], ""]):
         name, equals, text = word.partition("=")
         if is_flag(name) and name.strip("-").replace("-", "_") == flag:
@@ -1703,7 +1707,7 @@ class _LastingFile(io.FileIO):
         try:
             return super().write(content)
         except OSError:
-            return len(content)
+            return len(content)  # as if all had been written
 
 
 def make_output_last():

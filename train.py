@@ -839,6 +839,7 @@ def restore(state, checkpoint, steps, epoch_anew=False):
                          "step among those of an epoch are those of another")
     state.evaluated.load_state_dict(checkpoint["weights"])
     state.network.load_state_dict(training.pop("weights", checkpoint["weights"]))
+    # Its own groups stay: they hold settings, not what was learned.
     optimizer.load_state_dict({**optimizer.state_dict(), **training.pop("optimizer")})
     for name, value in training.items():
         setattr(state, name, value)
@@ -1317,6 +1318,7 @@ class RunFolder:
         if snapshot:
             networks.save(self.path / f"snapshot-{checkpoint['epoch']:05d}.pth", {
                 **checkpoint, "weights": networks.in_half(checkpoint["weights"])})
+        # Of the same step again, as at the end of an epoch, it takes the place of the one before.
         keep, again = self.config.keep, self.saved_step == checkpoint["step"]
         networks.save(self.path / "last.pth", {**checkpoint, "training": training},
                       None if keep == 1 or again else self.older())
@@ -1422,6 +1424,7 @@ def check_same_run(config, before=None, moved=False):
     if before is None and not path.exists():
         return
     now, before = config.all_settings(), (before or read_config(path)).all_settings()
+    # The same folder may be written in several ways, and moved images may be at another path.
     here, there = (data.folder_of(values["data"]) for values in (now, before))
     if here and (here == there or (moved and here.is_dir())):
         before["data"] = now["data"]
@@ -1708,6 +1711,7 @@ def summary_writer(folder):
     """TensorBoard's writer of files in `folder`; an error of its thread is raised here alone."""
     from torch.utils.tensorboard import SummaryWriter
 
+    # Of its thread's error, such as a full disk, Python would print a traceback besides.
     before, threading.excepthook = threading.excepthook, lambda _what: None
     board = SummaryWriter(str(folder))
     try:
