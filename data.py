@@ -923,13 +923,12 @@ def with_margins(pixels, margin):
 
 
 class Plan(typing.NamedTuple):
-    """An epoch's choices for each image in the order of their use: its number, whether it is
-    mirrored, its label, the first pixel of its crop and the corner of its cutout (2×N: y, x)."""
+    """An epoch's choices for each image in the order of their use: its number, its label, the first
+    pixel of its crop (see `crops_of`) and the corner of its cutout (2×N: y, x)."""
 
     order: Tensor
-    mirrored: Tensor
     labels: Tensor
-    shift: Tensor
+    first: Tensor
     corner: Tensor
 
 
@@ -1036,9 +1035,16 @@ class Batches:
             mirrored = first[order] ^ bool(epoch % 2)
         elif "flip" not in self.augment:
             mirrored = torch.zeros(count, dtype=torch.bool)
+        # Crops are cut from the store, where an image has its number in the data set, or from the
+        # dressed images of its step, where it has its place among them.
+        places = order if self.way == "store" else (
+            torch.arange(count) % self.batch_size // self.world)
+        numbers = places * (1 + self.flips) + mirrored
+        # The number of pixel (y, x) of an image among all the pixels of all of them.
+        first = (numbers * self.side + shift[0]) * self.side + shift[1]
         there = order.to(self.device)
-        return Plan(order if self.way == "host" else there, mirrored.to(self.device),
-                    self.labels[there], shift.to(self.device), corner.to(self.device))
+        return Plan(order if self.way == "host" else there, self.labels[there],
+                    first.to(self.device), corner.to(self.device))
 
     def epoch(self, epoch, start=0, size=None, crop=True):
         """Yield the batches of `epoch` from step `start` on, of side `size` if that is given;
@@ -1048,19 +1054,10 @@ class Batches:
         # Of the images of a step, this process has those of numbers rank, rank + world, …
         steps = [slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size,
                        self.world) for step in range(start, len(self))]
-        # What a step's crops are cut from: the store, where an image has the number it has in the
-        # data set, or the step's own images, where it has its place among them.
-        if self.way == "store":
-            numbers, sources = plan.order, itertools.repeat(self.images)
-        else:
-            numbers = torch.arange(len(self.labels), device=self.device)
-            numbers = numbers % self.batch_size // self.world
-            sources = map(self._dressed, self._fetch(plan, steps))
-        numbers = numbers * (1 + self.flips) + plan.mirrored
-        # The number of pixel (y, x) of an image among all the pixels of all images.
-        first = (numbers * self.side + plan.shift[0]) * self.side + plan.shift[1]
+        sources = itertools.repeat(self.images) if self.way == "store" else (
+            map(self._dressed, self._fetch(plan, steps)))
         for mine, source in zip(steps, sources):
-            lines = crops_of(source, first[mine], self.size)
+            lines = crops_of(source, plan.first[mine], self.size)
             pixels = lines.float().mul_(scale).add_(shift).view(-1, self.size, self.size, 3)
             if "cutout" in self.augment:
                 pixels.mul_(self._cutout_mask(plan.corner[:, mine]))
