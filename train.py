@@ -196,9 +196,9 @@ class Config:
             if name in RENAMED:
                 raise ValueError(f"{name}: is now called {RENAMED[name]}")
             if name not in fields and name not in known:
-                raise ValueError(f"{name}: neither a setting of a run nor an option of {model}"
-                                 f"{closest(name, [*fields, *known])}; its options are "
-                                 f"{', '.join(known)}")
+                raise ValueError(f"{name}={text_of(value)}: neither a setting of a run nor an "
+                                 f"option of {model}{closest(name, [*fields, *known])}; its "
+                                 f"options are {', '.join(known)}")
             (settings if name in fields else options)[name] = as_setting(value)
         options = {**settings.pop("options", {}), **options}
         return cls(**{"model": model, **RECIPES.get(model, {}), "options": options, **settings})
@@ -278,14 +278,14 @@ RENAMED = {"early": "early_share", "uncropped": "uncropped_epochs", "warmup": "w
 
 def with_environment(flags, resume=False):
     """`flags` and those in the environment variable TRAIN_FLAGS, which win: with
-    TRAIN_FLAGS="--limit=512 --epochs=2" any training command is a quick trial. `resume` is the run
-    that is gone on with, whose network may have options."""
+    TRAIN_FLAGS="--limit=512 --epochs=2" any training command is a quick trial. With `resume` they
+    may be options of any network, as the run's is not known yet."""
     text = os.environ.get("TRAIN_FLAGS", "")
     try:
         if not (words := shlex.split(text)):
             return flags
         line = [*words, *(f"--{name}={value}" for name, value in flags.items())]
-        known = settings_flags([*line, f"--resume={resume}"] if resume else line)
+        known = settings_flags([*line, "--resume"] if resume else line)
         return {**flags, **data.canonical(words, known, None, None)[1]}
     except ValueError as error:
         raise ValueError(f"TRAIN_FLAGS={text}: {error}") from error
@@ -295,10 +295,8 @@ def parse_flags(flags, resume=False):
     """Settings as values of their declared types, from flags as text and those of the environment;
     see `with_environment`, for `resume` too."""
     flags, kinds = with_environment(flags, resume), typing.get_type_hints(Config)
-    if model := resumed_model(resume, flags.get("out"), flags.get("name")):
-        flags = {"model": model, **flags}
-    options = networks.options_of(flags.get("model", Config.model))
-    kinds |= {name: kind for name, (kind, _) in options.items()}
+    for model in networks.NETWORKS:  # in all of them an option is of the same kind
+        kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
     return {name: data.parse_value(name, text, kinds[name])
             if name in kinds and isinstance(text, str) else text for name, text in flags.items()}
 
@@ -1774,17 +1772,6 @@ def processor_name():
 # ---------------------------------------------------------------------------- commands
 
 
-def resumed_model(resume, out, name):
-    """The network of the run that is gone on with: of that in the folder `resume`, or with True of
-    that called `name` in `out`; None where there is none."""
-    if resume:
-        folder = Path(out or Config.out, name or Config.model) if resume is True else Path(resume)
-        with contextlib.suppress(OSError, ValueError):  # no such run
-            folder = folder.parent if folder.is_file() else folder
-            return read_config(folder / "config.json").model
-    return None
-
-
 def train_command(*, resume: bool | str = False, overwrite: bool = False,
                   changed_data: bool = False, **flags):
     """Train a network, or go on with a run (--resume)."""
@@ -1802,10 +1789,14 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
         # Folder and name of one and the same path: of a link, and of ".", where it really is.
         path = path if path.name == path.resolve().name else path.resolve()
         given |= {"out": str(path.parent), "name": path.name}
+    saved, folder = None, Path(given.get("out", Config.out),
+                               given.get("name") or given.get("model", Config.model))
+    if resume and (folder / "config.json").exists():
+        saved = read_config(folder / "config.json")
+        given = {"model": saved.model, **given}
     # Checked as a new run's would be, before the settings of the old one come in.
     config = Config.create(**given)
-    if resume and (config.folder / "config.json").exists():  # its own settings, and those given
-        saved = read_config(config.folder / "config.json")
+    if saved:  # its own settings, and those given
         config = dataclasses.replace(saved, **{
             **{name: value for name, value in given.items() if name not in config.options},
             "out": config.out, "name": config.name,
@@ -1946,14 +1937,10 @@ def export(run: str, out: str):
 
 
 def settings_flags(words, model=None):
-    """{name: `Flag`} of a run's settings: those of the network `model`, or else of the one that is
-    named in `words`, or of the run that they go on with."""
-    resume, out, name = (data.value_in(words, flag) for flag in ("resume", "out", "name"))
-    if resume is not None and (resume.lower() in ("", "true") or data.is_flag(resume)):
-        resume = True  # a RUN need not follow it
-    model = model or data.value_in(words, "model") or resumed_model(resume, out, name) or (
-        Config.model)
-    defaults, kinds = Config.create(model), typing.get_type_hints(Config)
+    """{name: `Flag`} of a run's settings and options: those of the network `model`, or else of the
+    one that is named in `words`, or of any where these go on with a run."""
+    model = model or data.value_in(words, "model")
+    defaults, kinds = Config.create(model or Config.model), typing.get_type_hints(Config)
     flags = {}
     for entry in dataclasses.fields(Config):
         words_of = [word for word in entry.metadata["allowed"] or () if isinstance(word, str)]
@@ -1961,7 +1948,11 @@ def settings_flags(words, model=None):
             kinds[entry.name], text_of(getattr(defaults, entry.name)),
             entry.metadata.get("help", ""), words_of)
     del flags["options"]  # which have flags of their own
-    return flags | networks.option_flags(model, words)
+    if model or data.value_in(words, "resume") is None:
+        return flags | networks.option_flags(model or Config.model, words)
+    for model in networks.NETWORKS:
+        flags |= networks.option_flags(model)
+    return flags
 
 
 train_command.flags = settings_flags
