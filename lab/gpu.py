@@ -39,6 +39,7 @@ def gpu(device: str = "auto", data: str = "cifar10", root: str = "data",
                          "--data=shapes --limit=256 --epochs=1 --models=lenet)")
     base = {"device": chosen.type, "root": root, "limit": limit}
     rows = []
+    # What runs and tests print goes to standard error; the summary alone is standard output.
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
         attempts = {"killed and resumed, bit for bit": partial(killed, base, Path(out))}
         if tests:
@@ -90,6 +91,7 @@ def killed(base, out):
     words = shlex.split(train.command_of(config))[2:]
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words],
                                stdout=subprocess.DEVNULL)
+    # Its first row is there: the second epoch, with a checkpoint after each step, has begun.
     while process.poll() is None and len(train.read_rows(config.folder)) < 1:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

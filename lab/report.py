@@ -73,6 +73,7 @@ def render(template, sign, parts=None, **content):
     if parts:
         content["page"] = pages.get_template(parts).module
     text = pages.get_template(template).render(**content)
+    # Where a condition does not hold, the empty lines around it are left; one says as much.
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -256,6 +257,7 @@ def draw_commands(run, folder, layers, shown, given):
         return figure[0] if isinstance(figure, list) else figure
 
     ends, first = dict.fromkeys((layers[0], layers[-1])), shown[0]
+    # Fifteen maps and the image itself are four rows of four.
     drawn = {f"features-{layer}": [draw(f"features-{layer}", visualize.features, layers=(layer,),
                                         maps=15, index=first)] for layer in ends}
     drawn["filters"] = [draw("filters", visualize.filters, layer=layers[0])]
@@ -289,6 +291,7 @@ def settings_tables(config, data, image_size):
     usual = train.Config(model=config.model).all_settings()
     first, rest = [], []
     for name, value in values.items():
+        # What a resumed run may change does not bear on the outcome, but for how long it trains.
         if name == "epochs" or name not in (*train.MAY_CHANGE, "options"):
             shown = name in MAIN_SETTINGS or value != usual[name]
             (first if shown else rest).append((name, text_of(value), meanings[name]))
@@ -438,6 +441,7 @@ def figures_of(experiment, runs, folder):
         path, = keep_figures(folder, f"{experiment.id}-curves", draw_curves(folders))
         captions[path] = "loss and accuracy after each epoch"
     for path, name in found.items():
+        # A copy, so that the page stays whole where the runs are removed or made anew.
         copy = folder / "figures" / f"report-{experiment.id}-{path.name}"
         visualize.check_figure(copy)
         write_atomically(copy, path.read_bytes())

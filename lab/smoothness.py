@@ -142,6 +142,7 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
     table = visualize.figure_path(None, "smoothness", out).with_name(f"smoothness-{key}.csv")
     rows = visualize.read_table(table)
     done = {(row["model"], row["lr"]) for row in rows}
+    # Along the gradient one run of each is measured: each time that takes nine backward passes.
     for model, lr in (run for run in itertools.product(models, lrs) if run not in done):
         rows += short_run(model, lr, dataset, train.choose_device(device), steps, batch_size, seed,
                           every if lr == lrs[0] else 0)

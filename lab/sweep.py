@@ -27,7 +27,7 @@ def sweep(**flags):
     for path, sign in signs.items():
         check_unchanged(path, sign)  # before anything is trained
     visualize.check_figure(folder / "curves.png")
-    while len(done) < len(configs):
+    while len(done) < len(configs):  # again and again: another process may hold a run, and die
         for number, config in enumerate(configs):
             if number not in done:
                 try:
