@@ -1533,6 +1533,16 @@ def flags_of(function, meanings=None):
     return flags
 
 
+def check_words(function, **values):
+    """ValueError for one of `values` that is none of the words that `function` takes for it: on the
+    command line `parse` refuses them, but from Python anything may come."""
+    for name, value in values.items():
+        choices = flags_of(function)[name].choices
+        if value not in choices:
+            raise ValueError(f"{name}={value}: must be one of {', '.join(choices)}"
+                             f"{closest(str(value), choices)}")
+
+
 def all_flags(function, words, meanings=None):
     """`flags_of` a command, and what it takes beyond its signature: its attribute `flags`, a
     function of the line's `words`, tells these."""

@@ -30,6 +30,7 @@ import itertools
 import math
 import typing
 from collections import namedtuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 import network as networks
 import train
 import visualize
-from data import command_line, progress, subset
+from data import check_words, command_line, progress, subset
 
 # What goes on down, given the signal and where the rectifier's input was positive; None: the
 # derivative that the function has.
@@ -601,6 +602,7 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     """
     layers = visualize.listed(layers)
     visualize.need(layers=len(layers))
+    check_words(reconstruct, rule=rule, bn=bn)
     network, about, picture, _, name = visualize.open_picture(ckpt, image, index, **flags)
     images = about.preprocessing(picture, networks.device_of(network))
     ways = ("through", "skip") if bn == "both" else (bn,)
@@ -624,6 +626,7 @@ def gallery(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
     them; `--units=3,17` are those two.
     """
     visualize.need(top=top)
+    check_words(gallery, rule=rule, bn=bn)
     network, about, test = visualize.open_test(ckpt, **flags)
     units = visualize.choose_units(network, layer, about.preprocessing.image_size, units)
     found = top_reconstructions(network, layer, test.images, about.preprocessing, units, top, rule,
@@ -648,7 +651,9 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     stride = max(1, side // 16) if stride is None else stride
     visualize.need(size=size, stride=stride)
     images = about.preprocessing(picture, networks.device_of(network))
-    logits = train.finite_logits(network, picture, about.preprocessing)[0]
+    # In the precision in which `occlude` computes, with whose probabilities it is compared.
+    logits = train.finite_logits(network, picture, replace(about.preprocessing,
+                                                           precision="fp32"))[0]
     classes = about.class_names(len(logits))
     kind = "true class"
     if label is None:
@@ -674,6 +679,7 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (),
 
     Zeiler & Fergus (2014), section 4, figure 4; beside it, the patch. `--units` as in `gallery`.
     """
+    check_words(evolution, rule=rule, bn=bn)
     files, cells, titles = visualize.snapshots(ckpt), [], []
     if not files:
         raise ValueError(f"{ckpt}: not the folder of a run with two snapshots or more (train with "

@@ -657,7 +657,8 @@ def _averaged(function, x, weight, bias=None, *options, **named):
     means = x.unflatten(1, (groups, -1)).mean(2).flatten(0, 1)[:, None]  # N·groups×1×H×W
     kernel = x.new_full((1, 1, *weight.shape[2:]), 1 / weight[0, 0].numel())
     maps = function(means, kernel, None, *options, **named).unflatten(0, (-1, groups))
-    return maps.expand(-1, -1, outputs // groups, *maps.shape[3:]).flatten(1, 2)
+    # Copies: what follows may add to them in place.
+    return maps.repeat_interleave(outputs // groups, 2).flatten(1, 2)
 
 
 def _pooled(function, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *_others,
@@ -719,8 +720,8 @@ CONNECTIONS = {
                     lambda _, x, *others, **named: 0.5 + 1e-3 * (x - x.detach())),
     **dict.fromkeys(["softmax", "log_softmax"], _shared),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d", "conv_transpose2d"], _averaged),
-    "linear": lambda _, x, weight, bias=None: x.mean(-1, True).expand(
-        *x.shape[:-1], weight.shape[0]),
+    "linear": lambda _, x, weight, bias=None: x.mean(-1, True).repeat_interleave(
+        weight.shape[0], -1),
     **dict.fromkeys(["max_pool2d", "max_pool2d_with_indices"], _pooled),
     "max_unpool2d": lambda function, x, *others, **named: F.interpolate(  # any place of a window
         x, function(x.detach(), *others, **named).shape[2:]),
@@ -759,8 +760,8 @@ class Connections(TorchFunctionMode):
             return CONNECTIONS[name](function, *given, **{
                 key: value for key, value in kwargs.items() if key != "input"})
         # Weights that are no layer's, such as an embedding or the scale of a channel.
-        args = [value.new_ones(value.shape) if id(value) in self.weights else value
-                for value in args]
+        args = [torch.ones_like(value, dtype=exact_type(value.device))
+                if id(value) in self.weights else value for value in args]
         return function(*args, **kwargs)
 
 
@@ -952,21 +953,25 @@ def layers(network, image_size):
     operations of its own beside them, in the order in which they are done."""
     modules = dict(network.named_modules())
     shapes, counts = shapes_and_counts(network, modules, image_size)
-    rows = []
+    # The counter gives a module what happens inside those within it too: they have their own rows.
+    # A list of modules is never called, and has no count.
+    own, rows = dict(counts), []
+    for name in filter(None, counts):
+        path = name.split(".")
+        above = (".".join(path[:end]) for end in reversed(range(len(path))))
+        own[next(module for module in above if module in counts)] -= counts[name]
     for name in [*shapes, *(name for name in modules if name not in shapes)]:
         module = modules[name]
-        inside = [name + "." * bool(name) + child for child, _ in module.named_children()]
-        # The counter gives a module what happens inside its children too: they have their own rows.
-        own = counts.get(name, 0) - sum(counts.get(child, 0) for child in inside)
         parameters = sum(value.numel() for value in module.parameters(recurse=False)
                          if value.requires_grad)
-        if own or parameters or (name in shapes and not inside):
+        inside = any(True for _ in module.children())
+        if own.get(name) or parameters or (name in shapes and not inside):
             kernel, stride, padding = (_sides(getattr(module, field, ""))
                                        for field in ("kernel_size", "stride", "padding"))
             kind = type(module).__name__
             kernel = f"{kernel}×{kernel}" if kernel.isdecimal() and kind.endswith("2d") else kernel
             rows.append(Layer(name, kind, kernel, stride, padding, shapes.get(name), parameters,
-                              own))
+                              own.get(name, 0)))
     return rows
 
 
@@ -1233,14 +1238,15 @@ def _torchvision_weights(name, weights):
 
 def state_dict_in(content, network):
     """The state dict of `network` in what a file of weights holds: all of it, or a part, as in
-    {"net": …, "acc": …}, without what DataParallel and torch.compile put before the names. What
-    holds none is returned as it is."""
-    parts = [content, *content.values()] if isinstance(content, dict) else []
-    for part in parts:
-        state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value
-                 for name, value in part.items()} if isinstance(part, dict) else {}
-        if state and state.keys() == network.state_dict().keys():
-            return state
+    {"net": …, "acc": …}, without what others put before all names: DataParallel module., Lightning
+    model. What holds none is returned as it is."""
+    own = network.state_dict().keys()
+    for part in [content, *content.values()] if isinstance(content, dict) else []:
+        if isinstance(part, dict) and len(part) == len(own) > 0:
+            prefix = min(map(str, part)).removesuffix(min(own))  # of the first name of each
+            state = {str(name).removeprefix(prefix): value for name, value in part.items()}
+            if state.keys() == own:
+                return state
     return content
 
 

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 import network as networks
 import train
@@ -42,6 +43,7 @@ from data import (
     MIXTURES,
     Made,
     Table,
+    check_words,
     closest,
     command_line,
     generator,
@@ -529,11 +531,15 @@ def group_runs(runs):
     for members, settings in groups.values():
         more = len(members) - 1
         label = members[0].name + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
+        metrics = [train.read_metrics(run) for run in members]
+        # Earlier versions logged what a step lowers as the loss, and no objective.
+        if settings.get("label_smoothing") and math.isnan(metrics[0]["train/objective"][-1]):
+            label += " (training loss with label smoothing)"
         if any(name in str(settings.get("augment")) for name in MIXTURES):
             label += " (training on mixed images)"
         while label in labelled:  # runs of the same name in different folders
             label += "′"
-        labelled[label] = [train.read_metrics(run) for run in members]
+        labelled[label] = metrics
     return labelled
 
 
@@ -648,7 +654,8 @@ def measure_batch_norm(network, images, preprocessing):
         norm.reset_running_stats()
         norm.train()
         norm.momentum = None  # the mean of all batches
-    for chunk in images.split(256) if norms else ():
+    # Of equal size, as each counts as much: of 257 images the last would weigh as much as 256.
+    for chunk in images.tensor_split(-(-len(images) // 256)) if norms else ():
         networks.forward(network, preprocessing(chunk, networks.device_of(network)))
     for norm, momentum in zip(norms, momenta):
         norm.eval()
@@ -985,17 +992,18 @@ def draw_curves(groups, x="epoch"):
     """
     lines = []
     for index, (label, members) in enumerate(groups.items()):
-        length = min(len(metrics[x]) for metrics in members)  # a seed may still be running
-        columns = {name: torch.tensor([metrics[name][:length] for metrics in members])
+        # A seed may still be running, or have been stopped earlier (`patience`): NaN from there on.
+        columns = {name: pad_sequence([torch.tensor(metrics[name]) for metrics in members],
+                                      batch_first=True, padding_value=math.nan)
                    for name in members[0]}
         # "seconds" are those of one epoch: their sum is the time since the run began.
-        at = (columns[x].cumsum(1) if x == "seconds" else columns[x]).mean(0)
+        at = (columns[x].cumsum(1) if x == "seconds" else columns[x]).nanmean(0)
         for part, style, inside in (("train", "--", "white"), ("val", "-", None)):
             lines.append(({kind: columns[f"{part}/{kind}"] for kind in UNITS}, at,
                           f"{label}, {PART_NAMES[part]}", {
                 "linestyle": style, "color": COLORS[index % len(COLORS)], "markersize": 4.5,
                 "marker": MARKERS[index % len(MARKERS)], "markerfacecolor": inside,
-                "markevery": max(1, length // 8)}))
+                "markevery": max(1, len(at) // 8)}))
     xlabel = "time / s" if x == "seconds" else x
     figure = draw_measures(lines, "loss and accuracy on training and validation images", xlabel)
     for axes in figure.axes if x != "seconds" else ():
@@ -1016,9 +1024,11 @@ def draw_measures(lines, title, xlabel):
             values = values[kind]
             if not values.isfinite().any():
                 continue
-            [entries[label]] = axes.plot(at, values.mean(0), linewidth=1.6, **style)
+            [entries[label]] = axes.plot(at, values.nanmean(0), linewidth=1.6, **style)
             if len(values) > 1:
-                axes.fill_between(at, values.amin(0), values.amax(0), color=style["color"],
+                lowest, highest = (torch.where(values.isnan(), limit, values)
+                                   for limit in (math.inf, -math.inf))
+                axes.fill_between(at, lowest.amin(0), highest.amax(0), color=style["color"],
                                   alpha=0.2, linewidth=0)
     percent(axes.yaxis)
     add_legend(figure, entries)
@@ -1174,7 +1184,8 @@ def predicted(network, about, test):
 
 def listed(value):
     """A flag with several values as a tuple; from Python, a text or a number is a list of one."""
-    return (value,) if isinstance(value, (str, int, float)) else tuple(value)
+    single = isinstance(value, str) or not hasattr(value, "__iter__")
+    return (value,) if single else tuple(value)
 
 
 def need(out=None, **least):
@@ -1224,6 +1235,7 @@ def curves(*runs: str, x: typing.Literal["epoch", "step", "seconds"] = "epoch",
     """
     if not runs:
         raise ValueError("curves: name one run folder or more")
+    check_words(curves, x=x, format=format)
     file_of(out)
     return save_figure(draw_curves(group_runs(runs), x), runs[0], "curves", out, format)
 
@@ -1238,6 +1250,7 @@ def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "r
     table 1).
     """
     need(count=count)
+    check_words(predictions, only=only, order=order)
     network, about, test = open_test(ckpt, **flags)
     chosen = torch.randperm(len(test.labels), generator=generator(seed, "predictions"))
     if only == "all" and order == "random":  # else all have to be looked at
@@ -1282,6 +1295,7 @@ def where(ckpt: str | None = None,
     gradient (Simonyan et al. 2014, section 3), SmoothGrad (Smilkov et al. 2017, section 2) and
     integrated gradients (Sundararajan et al. 2017, section 3) what speaks for or against it.
     """
+    check_words(where, method=method)
     name = flags.pop("class", None)
     network, about, picture, _, source = open_picture(ckpt, image, index, **flags)
     shares = train.finite_logits(network, picture, about.preprocessing)[0].softmax(0)
@@ -1425,7 +1439,7 @@ def patches(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
     columns = values.shape[1]
     figure = image_grid(
         cut_patches(about.preprocessing.pictures(images), boxes), columns=columns, cell=0.62,
-        row_titles=[f"unit {unit}\nactivation {peaks[0]:.2f} to {peaks[-1]:.2f}"
+        row_titles=[f"unit {unit}\nactivation {peaks[0]:.3g} to {peaks[-1]:.3g}"
                     for unit, peaks in zip(units, values)],
         suptitle=f"{about.title}: {layer}, the {columns} patches of {len(test.labels)} "
                  f"test images\nthat excite each unit most, the strongest first")
@@ -1445,6 +1459,7 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     where it was stopped, and draws at once when all are there.
     """
     need(flags.get("out"), images=images, span=span)
+    check_words(landscape, directions=directions)
     if points < 3:
         raise ValueError(f"points={points}: must be at least 3")
     network, about = open_network(ckpt, **flags)

@@ -601,6 +601,23 @@ def test_snapshots_are_chosen_evenly_in_the_order_of_training(tmp_path):
     assert names == ["step-000000001.pth", "last.pth"]
 
 
+def test_occlusion_compares_probabilities_of_one_precision(run, tmp_path, monkeypatch):
+    Image.new("RGB", (32, 32), (128, 128, 128)).save(tmp_path / "grey.png")  # as the square is
+    opened, drawn = visualize.open_picture, []
+
+    def in_bf16(*args, **flags):
+        net, about, *others = opened(*args, **flags)
+        fast = dataclasses.replace(about.preprocessing, precision="bf16")
+        return net, dataclasses.replace(about, preprocessing=fast), *others
+
+    draw = deconv.draw_occlusion
+    monkeypatch.setattr(visualize, "open_picture", in_bf16)
+    monkeypatch.setattr(deconv, "draw_occlusion", lambda *args: drawn.append(args) or draw(*args))
+    deconv.occlusion(str(run), image=str(tmp_path / "grey.png"), stride=16, device="cpu")
+    (_, found, _, _, _, _, _, share, *_), = drawn
+    assert found.probabilities.unique().tolist() == pytest.approx([share], rel=1e-6)
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A folder with a module of networks, a picture, a data set, and no cached weights."""

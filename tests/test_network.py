@@ -307,6 +307,19 @@ def test_images_are_as_torchvisions_weights_want_them(tmp_path, monkeypatch):
         assert [seen.image_size] == version.transforms().crop_size
 
 
+def test_a_list_of_modules_has_no_operations_of_its_own():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)])
+
+        def forward(self, x):
+            return self.parts[1](self.parts[0](x)).mean((2, 3))
+
+    assert [(row.name, row.multiply_adds) for row in network.layers(Listed(), 8)] == [
+        ("parts.0", 4 * 27 * 36), ("parts.1", 2 * 36 * 16)]
+
+
 def test_layers_of_lenet_by_hand():
     rows = {row.name: row[1:] for row in network.layers(on_meta("lenet"), 32)}
     assert rows["conv1.0"] == ("Conv2d", "5×5", "1", "0", (6, 28, 28), 456, 28 * 28 * 6 * 75)
@@ -388,6 +401,7 @@ def test_files_without_end_are_not_read(tmp_path):
 @pytest.mark.parametrize("wrapped", [
     lambda weights: weights,
     lambda weights: {"net": {f"module.{name}": weights[name] for name in weights}, "acc": 95.2},
+    lambda weights: {"state_dict": {f"model.{name}": weights[name] for name in weights}},
     lambda weights: {"epoch": 3, "optimizer": {"state": {}, "param_groups": []}, "state_dict": {
         f"module._orig_mod.{name}": weights[name] for name in weights}}])
 def test_weights_as_other_programs_save_them(wrapped, tmp_path, monkeypatch):

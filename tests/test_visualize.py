@@ -109,6 +109,28 @@ def test_channels_of_one_layer_may_have_different_fields():
     assert fields[:, 5, 1].tolist() == 2 * [[5, 1, 6, 2]] + 2 * [[3, 0, 8, 4]] + 3 * [[5, 1, 6, 2]]
 
 
+class AddedInPlace(nn.Module):
+    """A block of a pre-activation ResNet, and a matrix product by hand behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.matrix = nn.Conv2d(4, 4, 3, padding=1), nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x):
+        out = self.conv(x)
+        out += x
+        return (out.movedim(1, -1) @ self.matrix).movedim(-1, 1)
+
+
+def test_receptive_fields_of_sums_in_place_and_of_products_by_hand():
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), AddedInPlace())
+    assert network.receptive_fields(stack, "1", 16)[:, 4, 5].tolist() == 2 * [[2, 3, 7, 8]]
+    linear = nn.Linear(4, 2)
+    summed = nn.Sequential(nn.Conv2d(3, 4, 2, 2), Lambda(
+        lambda x: linear(x.mean((2, 3))).add_(1.0)))
+    assert network.receptive_fields(summed, "1", 6)[:, 0, 0].tolist() == 2 * [[0, 0, 6, 6]]
+
+
 def test_receptive_fields_where_the_border_breaks_the_formula():
     # The strided 1×1 convolution sees columns 0 and 4 of 7 alone; a third one there is not.
     strided = nn.Sequential(nn.Conv2d(3, 2, 1, 4), nn.Conv2d(2, 2, 3, 1, 1))
@@ -482,8 +504,14 @@ def test_outputs_that_are_not_finite_are_said_to_be_so(run, tmp_path, few_shapes
                 command(str(tmp_path), **flags)
 
 
-def test_runs_have_the_name_of_their_folder_and_mixed_images_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "read_metrics", lambda _: METRICS)
+def test_runs_have_the_name_of_their_folder_and_other_losses_are_named(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"label_smoothing": 0.1}')
+    for objective, label in ((math.nan, f"{tmp_path.name} (training loss with label smoothing)"),
+                             (2.0, tmp_path.name)):
+        monkeypatch.setattr(train, "read_metrics", lambda _, objective=objective: METRICS | {
+            "train/objective": [objective] * 2})
+        assert [*visualize.group_runs([tmp_path])] == [label]
+    (tmp_path / "config.json").unlink()
     monkeypatch.chdir(tmp_path)
     assert [*visualize.group_runs(["."])] == [tmp_path.name]
     (tmp_path / "config.json").write_text('{"augment": ["flip", "cutmix"]}')
@@ -703,7 +731,23 @@ def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
     groups = visualize.group_runs([tmp_path / name for name in "abc"])
     assert {label: len(members) for label, members in groups.items()} == {
         "a and 1 more seed": 2, "c": 1}
-    visualize.draw_curves(groups)
+    for name in groups["c"][0]:  # one that `patience` stopped after its first epoch
+        del groups["a and 1 more seed"][0][name][1:]
+    groups["a and 1 more seed"][0]["train/loss"][0] = 3.0
+    line, *_ = visualize.draw_curves(groups).axes[0].lines
+    assert line.get_xydata().tolist() == [[1, 2], [2, 1]]
+
+
+@pytest.mark.parametrize("command, words", [
+    (visualize.where, {"method": "smooth_grad"}), (visualize.landscape, {"directions": "rand"}),
+    (visualize.predictions, {"only": "bad"}), (visualize.predictions, {"order": "size"}),
+    (visualize.curves, {"x": "epochs"}), (visualize.curves, {"format": "gif"}),
+    (deconv.reconstruct, {"rule": "relu"}), (deconv.reconstruct, {"bn": "none"}),
+    (deconv.gallery, {"rule": "relu"})])
+def test_python_takes_no_other_words_than_the_command_line(command, words):
+    (name, word), = words.items()
+    with pytest.raises(ValueError, match=f"{name}={word}: must be one of"):
+        command("no such run", **words)
 
 
 # ---------------------------------------------------------------------------- landscapes
@@ -826,6 +870,10 @@ def test_batch_norms_statistics_measured_anew_are_those_of_the_images():
     assert torch.allclose(norm.running_mean, (images / 255).mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(norm.running_var, (images / 255).var((0, 2, 3)), atol=1e-5)
     assert norm.momentum == 0.3 and not norm.training
+    images = torch.full((257, 3, 4, 4), 51, dtype=torch.uint8)  # 0.2 of white
+    images[-1] = 255
+    visualize.measure_batch_norm(network_, images, prep)
+    assert norm.running_mean.tolist() == pytest.approx([0.2 + 0.8 / 257] * 3, rel=0.01)
     assert visualize.measure_batch_norm(nn.Linear(1, 1), images, prep) == 0
 
 
