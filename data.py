@@ -144,7 +144,8 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
     """Load a data set and return it as a `Dataset`.
 
     `data` is `cifar10`, `cifar100`, `shapes` or a folder `train/<class>/*`, `test/<class>/*`.
-    `val` training images, as many of each class, chosen by `seed`, are held out (None: a tenth).
+    `val` training images, as large a share of each class, chosen by `seed`, are held out (None: a
+    tenth).
     `limit` keeps so many training, validation and test images, and no others are read. Without
     `writes` nothing is downloaded and no cache is made in `root`: for settings that somebody
     else's file brought. Raises ValueError for a setting that makes no sense and OSError for files
@@ -187,29 +188,34 @@ def _limited(source, part, limit, seed):
 
 
 def held_out(labels, count, seed):
-    """The numbers of the images that stay, and of `count` that are held out (see `balanced`)."""
+    """The numbers of the images that stay, and of `count` that are held out: as large a share of
+    each class, so that none is left without images to learn from."""
     if not (hasattr(count, "__index__") and 0 <= count < len(labels)):
         raise ValueError(f"val={count}: must be a whole number from 0 to {len(labels) - 1}")
-    held = balanced(labels, count, seed) if count else torch.arange(0)
+    held = balanced(labels, count, seed, shares=True) if count else torch.arange(0)
     keep = torch.ones(len(labels), dtype=torch.bool)
     keep[held] = False
     return keep.nonzero()[:, 0], held
 
 
-def balanced(labels, count, seed):
-    """The sorted numbers of `count` images, as many of each class as possible, chosen by `seed`:
-    of all for None, or where there are no more. ValueError for none at all."""
+def balanced(labels, count, seed, shares=False):
+    """The sorted numbers of `count` images, as many of each class as possible, or with `shares` as
+    large a share of each, chosen by `seed`: of all for None, or where there are no more. ValueError
+    for none at all."""
     if count is not None and count < 1:
         raise ValueError(f"limit={count}: at least one image is needed")
     if count is None or count >= len(labels):
         return torch.arange(len(labels))
     # Each class is shuffled; then images are dealt in turn, one of every class a round: of classes
-    # aaab the turns are 0 2 4 and 1, so the first two dealt are one a and the b.
+    # aaab the turns are 0, 1, 2 and ½, so the first two dealt are one a and the b. For shares each
+    # class is dealt evenly over the whole: the turns are 1/6, 3/6, 5/6 and, a little later than
+    # that of the class before it, 1/2.
     order = torch.randperm(len(labels), generator=generator(seed, "val"))
-    turn, classes = torch.empty_like(order), labels.unique()
+    turn, classes = torch.empty(len(order), dtype=torch.float64), labels.unique()
     for number, label in enumerate(classes):
-        members = order[labels[order] == label]
-        turn[members] = torch.arange(len(members)) * len(classes) + number
+        members, later = order[labels[order] == label], number / len(classes)
+        rounds = torch.arange(len(members), dtype=torch.float64)
+        turn[members] = (rounds + 0.5 + later / 1000) / len(members) if shares else rounds + later
     return turn.argsort()[:count].sort().values
 
 
@@ -416,8 +422,10 @@ def read_image(path, size=None, only_larger=False):
                 image = image.convert("RGB")
                 fits = image.width == image.height and (
                     image.width == size or (only_larger and image.width < (size or math.inf)))
-                if size and not fits:
-                    image = image.resize((size, size), Image.Resampling.LANCZOS)
+                if size and not fits:  # enlarged as `resize` does, which does it to most
+                    smaller = max(image.size) < size
+                    image = image.resize((size, size), Image.Resampling.BILINEAR if smaller
+                                         else Image.Resampling.LANCZOS)
                 width, height = image.size
                 pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     except FileNotFoundError:
@@ -1313,10 +1321,11 @@ class Table:
     header: typing.Sequence[str]
     rows: typing.Sequence[typing.Sequence[str]]
     title: str | None = None
+    keys: int = 1  # the first columns, which say what a row is about
 
     def print(self):
         """Show it on the screen: columns of text wrap at words, and where even the longest words do
-        not fit side by side, the columns come in blocks, each with the first column."""
+        not fit side by side, the columns come in blocks, each with the `keys`."""
         from rich.table import Table as Screen
 
         screen = console()
@@ -1343,13 +1352,13 @@ class Table:
         def room(block):  # a column has three characters of lines and space, the table one
             return width - 1 - sum(least[column] + 3 for column in block)
 
-        # As many columns side by side as have room for their longest words; the first one, which
-        # says what a row is about, begins every block.
-        blocks = [[0]]
-        for column in range(1, len(columns)):
-            if room([*blocks[-1], column]) < 0 < len(blocks[-1][1:]):
-                blocks.append([0])
-            blocks[-1].append(column)
+        # As many columns side by side as have room for their longest words.
+        keys = [*range(self.keys)]
+        blocks = [keys]
+        for column in range(self.keys, len(columns)):
+            if room([*blocks[-1], column]) < 0 and len(blocks[-1]) > len(keys):
+                blocks.append(keys)
+            blocks[-1] = [*blocks[-1], column]
         return [(block, _grow([least[column] for column in block],
                               [full[column] for column in block], room(block)))
                 for block in blocks]

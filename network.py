@@ -1091,6 +1091,7 @@ class Description:
     settings: dict = field(default_factory=dict)
     epoch: int = 0
     step: int = 0
+    fingerprint: str | None = None  # of the data set's files, see `data.Dataset`
 
     def class_names(self, count):
         """The names of its `count` classes; numbers for a network from elsewhere."""
@@ -1132,7 +1133,7 @@ def describe(checkpoint):
         checkpoint["settings"].get("precision", "fp32"))
     return Description(checkpoint["model"], tuple(checkpoint["classes"]), preprocessing,
                        checkpoint["options"], checkpoint["settings"], checkpoint.get("epoch", 0),
-                       checkpoint.get("step", 0))
+                       checkpoint.get("step", 0), checkpoint.get("fingerprint"))
 
 
 def find_checkpoint(path):

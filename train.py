@@ -132,7 +132,7 @@ class Config:
     early_share: float = setting(0.5, "share of the epochs that see images of early_size", (0, 1))
     uncropped_epochs: int = setting(0, "last epochs whose images are not cropped", (0, 1e6))
     val: int | None = setting(None, "training images held out; none: a tenth", (0, 1e9))
-    limit: int | None = setting(None, "use so many training and so many test images", (1, 1e9))
+    limit: int | None = setting(None, "use so many images of each part", (1, 1e9))
     skip_bad: bool = setting(False, "leave out image files that cannot be read")
     # How it is trained.
     epochs: int = setting(30, "passes over the training images", (1, 1e6))
@@ -156,7 +156,7 @@ class Config:
     patience: int = setting(0, "epochs without a higher validation accuracy that end the run; 0: "
                             "any", (0, 1e6))
     snapshots: tuple[int, ...] = setting((), "epochs whose weights are kept; none: a few, of a "
-                                         "small network", (0, 99_999))
+                                         "small network", (1, 99_999))
     tta: str = setting("none", "views of a test image whose logits are averaged:", TTA)
     # With what, and what the machine may do about it.
     seed: int = setting(0, "of weights, split, order and augmentation", (0, 2**62))
@@ -1225,6 +1225,11 @@ class RunFolder:
             anew and name not in ("config.json", ".lock", MARKER)))
         with contextlib.suppress(FileNotFoundError):  # else `state` is from last.pth
             os.replace(self.older(), self.path / "last.pth")
+        with contextlib.suppress(OSError):  # it is not there, or no file
+            header = data.read_text(self.path / "metrics.csv", errors="replace").splitlines()[:1]
+            if {*"".join(header).split(",")} > {*COLUMNS}:
+                raise ValueError(f"{self.path / 'metrics.csv'}: has columns of somebody else's and "
+                                 f"would be written anew; move it away")
         # Rows and points behind the checkpoint go: their steps will be taken again.
         write_atomically(self.path / "metrics.csv", state.metrics)
         self.write_config()
@@ -1374,7 +1379,7 @@ def read_rows(run):
     path = Path(run) / "metrics.csv"
     try:
         return rows_in(data.read_text(path, errors="replace"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
@@ -1559,10 +1564,13 @@ def open_dataset(description, data=None, root=None):
     `root` takes the place of the data set's folder; without it nothing is written or downloaded,
     for where the checkpoint says is for its author to say. Classes are told by their names:
     labels number the network's classes, of which the data set may have some. ValueError for any
-    other.
+    other, and for files that have changed since, of which another part would be held out.
     """
     config = run_settings(description, data, root)
     dataset = load_images(config, writes=root is not None)
+    if data is None and description.fingerprint not in (None, dataset.fingerprint):
+        raise ValueError(f"data={config.data}: files were added, removed or changed since the "
+                         f"network was trained on them; `data=FOLDER` takes them as they are")
     parts = {part: as_named(getattr(dataset, part), dataset.classes, description, config.data)
              for part in ("train", "val", "test")}
     return dataclasses.replace(dataset, classes=description.classes or dataset.classes, **parts)
@@ -1584,8 +1592,8 @@ def run_settings(description, data=None, root=None):
                          "`image=FILE`")
     config = Config.from_json(description.settings) if description.settings else Config()
     if data is not None:
-        config = dataclasses.replace(config, data=data, val=0, limit=None)
-    return dataclasses.replace(config, root=root or config.root,
+        config = dataclasses.replace(config, data=as_setting(data), val=0, limit=None)
+    return dataclasses.replace(config, root=as_setting(root or config.root),
                                image_size=description.preprocessing.image_size)
 
 
@@ -1903,7 +1911,8 @@ def how_made(result):
     """What an exported network says of how it was made, of a run's result; ValueError or KeyError
     where that lacks it."""
     kinds = {"test/accuracy": (float, (0, 1)), "seconds": (float, (0, 1e12)), "device": (str, None),
-             "versions": (dict, None), "commit": (str | None, None)}
+             "versions": (dict, None), "commit": (str | None, None), "epoch": (int, (0, 1e6)),
+             "epochs": (int, (0, 1e6))}
     for name, (kind, allowed) in kinds.items():
         check_setting(name, result[name], kind, allowed)
     return {name: result[name] for name in kinds}
@@ -1922,16 +1931,18 @@ def export(run: str, out: str):
         exported = "made" in networks.read(out)
     if Path(out).exists() and not exported:
         raise FileExistsError(f"out={out}: is there already, and was not exported here")
-    made = data.read_json(run / "result.json", how_made)
+    made, config = data.read_json(run / "result.json", how_made), read_config(run / "config.json")
+    if not is_over(config, made["epochs"], made["epoch"]):  # the result is not of these weights
+        raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
+                         f"with one that was stopped)")
     checkpoint = networks.read(networks.find_checkpoint(run))
     checkpoint = {name: value for name, value in checkpoint.items() if name != "training"}
     checkpoint["weights"] = networks.in_half(checkpoint["weights"])
     if not networks.finite(checkpoint["weights"]):
         raise ValueError(f"{run}: holds weights that are not finite numbers, or too large for half "
                          f"precision")
-    config = Config.from_json(checkpoint["settings"])
-    checkpoint["settings"] |= {"name": None, "out": Config.out, "root": Config.root}
-    made["command"] = command_of(dataclasses.replace(config, name=None, out=Config.out))
+    config = dataclasses.replace(config, name=None, out=Config.out, root=Config.root)
+    checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
     networks.save(out, {**checkpoint, "made": made})
     return Path(out)
 

@@ -40,7 +40,7 @@ def sweep(**flags):
             time.sleep(5)
     rows = [[*choice.values(), *row_of(done[number], told)]
             for number, choice in enumerate(choices)]
-    table = Table([*choices[0], *told, "state"], rows, str(folder))
+    table = Table([*choices[0], *told, "state"], rows, str(folder), len(choices[0]))
     for (path, sign), content in zip(signs.items(), (
             table.csv(), f"{table.markdown()}\n<!-- Written by python -m lab sweep -->\n")):
         replace(path, content, sign)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
@@ -54,6 +55,15 @@ def test_validation_split_is_balanced_and_disjoint():
     assert sorted([*rest.tolist(), *held.tolist()]) == list(range(500))
     assert torch.equal(held, data.held_out(labels, 100, seed=3)[1])
     assert not torch.equal(held, data.held_out(labels, 100, seed=4)[1])
+
+
+def test_of_a_small_class_no_larger_share_is_held_out_than_of_a_large_one():
+    labels = torch.tensor([0] * 1000 + [1] * 1000 + [2] * 60 + [3])
+    rest, held = data.held_out(labels, 206, seed=0)
+    assert torch.bincount(labels[rest]).tolist() == [900, 900, 54, 1]
+    assert torch.bincount(labels[held]).tolist() == [100, 100, 6]
+    kept = data.balanced(labels, 206, seed=0)  # a limit takes as many of each
+    assert torch.bincount(labels[kept]).tolist() == [73, 72, 60, 1]
 
 
 @pytest.mark.parametrize("count", [-1, 500, 501])
@@ -454,6 +464,10 @@ def test_odd_images_are_read_right(kind, tmp_path):
 def test_grey_of_16_bits_is_rounded_and_damaged_exif_does_no_harm(tmp_path):
     Image.new("I;16", (4, 4), 40_000).save(tmp_path / "grey.png")
     assert (data.read_image(tmp_path / "grey.png") == 156).all()  # 40 000 / 257 = 155.6
+    small = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    Image.fromarray(small.permute(1, 2, 0).numpy()).save(tmp_path / "small.png")
+    enlarged = data.resize(small[None].float(), 32)[0]  # as `Batches` and `Preprocessing` do
+    assert (data.read_image(tmp_path / "small.png", 32) - enlarged).abs().max() <= 1
     Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "a.png", exif=b"garbage!")
     assert (data.read_image(tmp_path / "a.png") == 9).all()
 
@@ -621,6 +635,9 @@ def test_a_table_never_breaks_inside_a_word(capsys, monkeypatch):
     assert max(map(len, shown.splitlines())) <= 50
     assert all(word in shown for word in [*words, *text.split()])
     assert shown.count("column_0") == shown.count(words[0]) > 1
+    data.Table(("a", "b", *(f"column_{number}" for number in range(9))), [
+        ("lenet", "0.3", *"123456789")], keys=2).print()
+    assert re.findall(r"│ lenet │ 0\.3 │ (\d)", capsys.readouterr().out) == ["1", "4", "7"]
     data.Table(("name",), [("x" * 200,)], title="[v1]").print()
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 50
 

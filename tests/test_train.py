@@ -351,6 +351,8 @@ def test_damaged_metrics_are_named(content, complaint, tmp_path):
         path.write_bytes(content.encode("latin1"))
     with pytest.raises((ValueError, OSError), match=complaint):
         train.read_metrics(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no run with a finished epoch"):
+        train.read_metrics(path)  # a file, as a checkpoint is
 
 
 RESAVED = [lambda text: re.sub("(?m)^([0-9]+),([0-9]+),", r"\1.0,\2.0,", text),  # pandas, a join
@@ -517,6 +519,10 @@ def test_metrics_are_whole_again_whatever_became_of_them(tmp_path):
         result = train.train(config, resume=True)
         assert path.read_text() == text and reproduce.checked(result)
         assert result["train/accuracy"] == first["train/accuracy"]
+    path.write_text(mine := text.replace("objective\n", "objective,what I think of it\n"))
+    with pytest.raises(ValueError, match=r"metrics\.csv: has columns of somebody else's"):
+        train.train(config, resume=True)
+    assert path.read_text() == mine
 
 
 def test_a_run_of_an_earlier_version_is_gone_on_with(tmp_path):
@@ -607,6 +613,10 @@ def test_images_that_changed_since_the_run_began_are_refused(tmp_path):
     more = tiny(tmp_path / "runs", **values, epochs=3)
     with pytest.raises(ValueError, match=r"files were added, removed or changed.*`changed_data`"):
         train.train(more, resume=True)
+    _, about = train.open_network(more.folder)
+    with pytest.raises(ValueError, match=r"files were added, .*since the network was trained"):
+        train.open_dataset(about, root=values["root"])  # split as it was then: it cannot be
+    assert len(train.open_dataset(about, pets, Path(values["root"])).train.labels) == 7
     train.train(more, resume=True, changed_data=True)
     train.train(tiny(tmp_path / "runs", **values, epochs=4), resume=True)  # known from now on
 
@@ -1203,6 +1213,18 @@ def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_pat
     logits = [train.predict(loaded, images, description.preprocessing)
               for loaded, description in map(train.open_network, (path, config.folder))]
     assert torch.allclose(*logits, atol=1e-2)
+
+
+def test_no_network_is_exported_with_the_result_of_another(tmp_path):
+    first = train.train(config := tiny(tmp_path))
+    result = (config.folder / "result.json").read_text()
+    train.train(more := tiny(tmp_path, epochs=4), resume=True)
+    made = network.read(train.export(str(more.folder), str(tmp_path / "given.pth")))
+    assert "--epochs=4" in made["made"]["command"] and made["settings"]["epochs"] == 4
+    (config.folder / "result.json").write_text(result)  # as it is while the run goes on
+    with pytest.raises(ValueError, match=r"holds no finished run \(python train.py --resume="):
+        train.export(str(more.folder), str(tmp_path / "again.pth"))
+    assert first["epochs"] == 2 and not (tmp_path / "again.pth").exists()
 
 
 @pytest.mark.parametrize("value", [math.nan, 1e5])  # more than half precision takes
