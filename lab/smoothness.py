@@ -55,7 +55,8 @@ def short_run(model, lr, dataset, device, steps, batch_size, seed, every=0):
     """
     torch.manual_seed(seed)
     size = networks.image_size_of(model)
-    network = networks.build(model, len(dataset.classes), size).to(device).train()
+    network = networks.build(model, len(dataset.classes), size).to(
+        device, memory_format=torch.channels_last).train()  # as the batches come
     batches = Batches(dataset.train, dataset.mean, dataset.std, batch_size, ("flip", "crop"), seed,
                       size, device)
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9)
