@@ -1570,7 +1570,7 @@ def open_dataset(description, data=None, root=None):
     dataset = load_images(config, writes=root is not None)
     if data is None and description.fingerprint not in (None, dataset.fingerprint):
         raise ValueError(f"data={config.data}: files were added, removed or changed since the "
-                         f"network was trained on them; `data=FOLDER` takes them as they are")
+                         f"network was trained on them")
     parts = {part: as_named(getattr(dataset, part), dataset.classes, description, config.data)
              for part in ("train", "val", "test")}
     return dataclasses.replace(dataset, classes=description.classes or dataset.classes, **parts)

@@ -670,7 +670,8 @@ def hessian_eigenvalues(losses, weights, count=2, steps=30, tolerance=1e-4):
     By Lanczos iteration with Hessian-vector products (Pearlmutter 1994; Yao et al. 2020, section
     3): the gradient's product with a vector, differentiated again. Power iteration would find
     neither of two eigenvalues that differ in their sign alone. It keeps up to `steps` vectors, each
-    as large as all the weights.
+    as large as all the weights; where no eigenvalue stands out, these may leave the second some per
+    cent off.
     """
     point = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
 
