@@ -189,7 +189,7 @@ def _limited(source, part, limit, seed):
 
 def held_out(labels, count, seed):
     """The numbers of the images that stay, and of `count` that are held out: as large a share of
-    each class, so that none is left without images to learn from."""
+    each class."""
     if not (hasattr(count, "__index__") and 0 <= count < len(labels)):
         raise ValueError(f"val={count}: must be a whole number from 0 to {len(labels) - 1}")
     held = balanced(labels, count, seed, shares=True) if count else torch.arange(0)
@@ -216,7 +216,7 @@ def balanced(labels, count, seed, shares=False):
         members, later = order[labels[order] == label], number / len(classes)
         rounds = torch.arange(len(members), dtype=torch.float64)
         turn[members] = (rounds + 0.5 + later / 1000) / len(members) if shares else rounds + later
-    return turn.argsort()[:count].sort().values
+    return turn.argsort(stable=True)[:count].sort().values
 
 
 def subset(split, count, seed):
@@ -957,6 +957,9 @@ class Batches:
 
     def __init__(self, split, mean, std, batch_size, augment=(), seed=0, image_size=None,
                  device="cpu", rank=0, world=1, way=None):
+        for name in augment:
+            if name not in AUGMENTATIONS:
+                raise ValueError(f"augment={name}: must be of {', '.join(AUGMENTATIONS)}")
         # A data set of less than a batch is one batch, or there would be no step at all.
         self.batch_size = min(batch_size, len(split.labels))
         if self.batch_size < world:
@@ -1354,8 +1357,10 @@ class Table:
 
         # As many columns side by side as have room for their longest words.
         keys = [*range(self.keys)]
+        if room([*keys, max(range(len(columns)), key=least.__getitem__)]) < 0:
+            keys = [0]
         blocks = [keys]
-        for column in range(self.keys, len(columns)):
+        for column in range(len(keys), len(columns)):
             if room([*blocks[-1], column]) < 0 and len(blocks[-1]) > len(keys):
                 blocks.append(keys)
             blocks[-1] = [*blocks[-1], column]
@@ -1418,12 +1423,15 @@ def shows_bars(screen):
 
 def progress(items, description, total=None):
     """Iterate over `items` with a bar on standard error, where one can move (see `shows_bars`)."""
-    from rich.markup import escape
-    from rich.progress import track
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
 
     screen = console(stderr=True)
-    return track(items, escape(description), total, console=screen, transient=True,
-                 disable=not shows_bars(screen))
+    # Not rich's own `track`, for which `:cat:` in a name is a picture.
+    with Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+                  Remaining(), console=screen, transient=True,
+                  disable=not shows_bars(screen)) as bar:
+        yield from bar.track(items, total, description=description)
 
 
 # ---------------------------------------------------------------------------- command line

@@ -27,7 +27,6 @@ import os
 import pickle
 import re
 import sys
-import textwrap
 import typing
 import zipfile
 from collections import OrderedDict, namedtuple
@@ -479,8 +478,8 @@ def told(what, kinds=Exception):
     try:
         yield
     except kinds as error:
-        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
-        raise ValueError(f"{what}: {said}") from error
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{what}: {said:.300}") from error
 
 
 def forward(network, images, dtype=None, compiled=True, weights=None):

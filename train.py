@@ -155,8 +155,8 @@ class Config:
                                  "2013, section 3.2); none: any", (1e-6, 1e9))
     patience: int = setting(0, "epochs without a higher validation accuracy that end the run; 0: "
                             "any", (0, 1e6))
-    snapshots: tuple[int, ...] = setting((), "epochs whose weights are kept; none: a few, of a "
-                                         "small network", (1, 99_999))
+    snapshots: tuple[int, ...] = setting((), "epochs whose weights are kept; 0: none; none: a "
+                                         "few, of a small network", (0, 99_999))
     tta: str = setting("none", "views of a test image whose logits are averaged:", TTA)
     # With what, and what the machine may do about it.
     seed: int = setting(0, "of weights, split, order and augmentation", (0, 2**62))
@@ -751,7 +751,8 @@ def describe(config, dataset):
             "classes": list(dataset.classes), "image_size": config.size,
             "mean": list(dataset.mean), "std": list(dataset.std),
             "settings": dataclasses.asdict(config), "commit": commit_of_code(),
-            "fingerprint": dataset.fingerprint}
+            "fingerprint": dataset.fingerprint,
+            "held_out": [] if dataset.val is None else torch.bincount(dataset.val.labels).tolist()}
 
 
 def batches_of(config, dataset, device, workers):
@@ -1226,10 +1227,11 @@ class RunFolder:
         with contextlib.suppress(FileNotFoundError):  # else `state` is from last.pth
             os.replace(self.older(), self.path / "last.pth")
         with contextlib.suppress(OSError):  # it is not there, or no file
-            header = data.read_text(self.path / "metrics.csv", errors="replace").splitlines()[:1]
-            if {*"".join(header).split(",")} > {*COLUMNS}:
-                raise ValueError(f"{self.path / 'metrics.csv'}: has columns of somebody else's and "
-                                 f"would be written anew; move it away")
+            text = data.read_text(self.path / "metrics.csv", errors="replace")
+            for name in "".join(text.splitlines()[:1]).strip("\0").split(","):
+                if name and name.strip('"') not in COLUMNS:
+                    raise ValueError(f"{self.path / 'metrics.csv'}: has a column {name:.80} of "
+                                     f"somebody else's and would be written anew; move it away")
         # Rows and points behind the checkpoint go: their steps will be taken again.
         write_atomically(self.path / "metrics.csv", state.metrics)
         self.write_config()
@@ -1365,8 +1367,11 @@ def format_cell(value):
 
 def rows_in(text):
     """The rows in the text of a metrics.csv, {column: number}, NaN where nothing was measured.
-    Those that are not whole are left out; ValueError or csv.Error for a damaged text."""
-    header, *lines = [*csv.reader(io.StringIO(text))] or [[]]
+    Those that are not whole are left out; ValueError for a damaged text."""
+    try:
+        header, *lines = [*csv.reader(io.StringIO(text))] or [[]]
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
     # Earlier versions had not the last column.
     if lines and tuple(header) not in (COLUMNS, COLUMNS[:-1]):
         raise ValueError(f"its first line is not {','.join(COLUMNS)}")
@@ -1381,7 +1386,7 @@ def read_rows(run):
         return rows_in(data.read_text(path, errors="replace"))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (ValueError, csv.Error) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: damaged ({error})") from error
 
 
@@ -1450,6 +1455,12 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
     if checkpoint["classes"] != description["classes"]:
         raise ValueError(f"data={config.data}: its classes are "
                          f"{difference(description['classes'], checkpoint['classes'])}")
+    # Earlier versions held out as many images of each class: of classes of one size the same ones.
+    counts = description["held_out"]
+    if "held_out" not in checkpoint and counts and max(counts) - min(counts) > 1:
+        raise ValueError(f"data={config.data}: an earlier version began this run and held out "
+                         f"others of its images, whose classes are not of one size; start it anew "
+                         f"(`overwrite`)")
     # Other images may have the same names and sizes, but not the same mean colour; as for another
     # decoder of the same files, it rounds otherwise.
     colors = [part.mean + part.std for part in (

@@ -997,8 +997,9 @@ def draw_curves(groups, x="epoch"):
         columns = {name: pad_sequence([torch.tensor(metrics[name]) for metrics in members],
                                       batch_first=True, padding_value=math.nan)
                    for name in members[0]}
-        # "seconds" are those of one epoch: their sum is the time since the run began.
-        at = (columns[x].cumsum(1) if x == "seconds" else columns[x]).nanmean(0)
+        at = columns[x].nanmean(0)
+        if x == "seconds":  # of one epoch: their sum is the time since the run began
+            at = at.cumsum(0)
         for part, style, inside in (("train", "--", "white"), ("val", "-", None)):
             lines.append(({kind: columns[f"{part}/{kind}"] for kind in UNITS}, at,
                           f"{label}, {PART_NAMES[part]}", {
@@ -1605,4 +1606,5 @@ MEANINGS = {
 }
 
 if __name__ == "__main__":
-    command_line(COMMANDS, meanings=MEANINGS)
+    command_line(COMMANDS, meanings=MEANINGS, moved={
+        "report": "python -m lab report", "smoothness": "python -m lab smoothness"})

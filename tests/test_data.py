@@ -638,6 +638,8 @@ def test_a_table_never_breaks_inside_a_word(capsys, monkeypatch):
     data.Table(("a", "b", *(f"column_{number}" for number in range(9))), [
         ("lenet", "0.3", *"123456789")], keys=2).print()
     assert re.findall(r"│ lenet │ 0\.3 │ (\d)", capsys.readouterr().out) == ["1", "4", "7"]
+    data.Table([10 * letter for letter in "abcd"], [("state",) * 4], keys=3).print()
+    assert capsys.readouterr().out.count("state") == 5  # no room for three in each block
     data.Table(("name",), [("x" * 200,)], title="[v1]").print()
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 50
 

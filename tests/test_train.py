@@ -508,7 +508,7 @@ def test_metrics_are_whole_again_whatever_became_of_them(tmp_path):
     first, path = train.train(config), config.folder / "metrics.csv"
     assert first["train/accuracy"] == train.read_metrics(config.folder)["train/accuracy"][-1]
     text = path.read_text()
-    for damaged in ("epoch\n" + "9" * 200_000, "", "epoch;step\n1;5\n2;10\n", "\0\0", None,
+    for damaged in ("epoch\n" + "9" * 200_000, "", "\0\0", None,
                     ",".join(train.COLUMNS) + "\n1,1,2", text.rpartition("\n2,")[0],
                     *(change(text) for change in RESAVED)):
         path.unlink()
@@ -519,10 +519,13 @@ def test_metrics_are_whole_again_whatever_became_of_them(tmp_path):
         result = train.train(config, resume=True)
         assert path.read_text() == text and reproduce.checked(result)
         assert result["train/accuracy"] == first["train/accuracy"]
-    path.write_text(mine := text.replace("objective\n", "objective,what I think of it\n"))
-    with pytest.raises(ValueError, match=r"metrics\.csv: has columns of somebody else's"):
-        train.train(config, resume=True)
-    assert path.read_text() == mine
+    for mine in (text.replace("objective\n", "objective,my note\n"), "loss,acc\n1,2\n",
+                 text.replace("train/objective", "my note"), "epoch;step\n1;5\n2;10\n",
+                 RESAVED[1](text).replace("objective\"\n", "objective\",\"my note\"\n")):
+        path.write_text(mine)
+        with pytest.raises(ValueError, match=r"metrics\.csv: has a column .* of somebody else's"):
+            train.train(config, resume=True)
+        assert path.read_text() == mine
 
 
 def test_a_run_of_an_earlier_version_is_gone_on_with(tmp_path):
@@ -580,6 +583,11 @@ def test_a_run_goes_on_where_its_images_were_moved(tmp_path, monkeypatch):
     for name in ("others", "pets"):  # whose images nobody compares
         with pytest.raises(ValueError, match=f"data={name}: the run in .* has moved"):
             reproduce.finished_result(tiny(tmp_path / "runs", **more, data=name))
+    old = network.read(first.folder / "last.pth")
+    del old["fingerprint"]  # as checkpoints of earlier versions
+    network.save(first.folder / "last.pth", old)
+    with pytest.raises(ValueError, match=r"data=others: the run in .* has moved"):
+        train.train(tiny(tmp_path / "runs", **more, data="others"), resume=True)
 
 
 def test_a_run_may_be_called_as_its_images_are(tmp_path, monkeypatch):
@@ -619,6 +627,27 @@ def test_images_that_changed_since_the_run_began_are_refused(tmp_path):
     assert len(train.open_dataset(about, pets, Path(values["root"])).train.labels) == 7
     train.train(more, resume=True, changed_data=True)
     train.train(tiny(tmp_path / "runs", **values, epochs=4), resume=True)  # known from now on
+    old = network.read(tmp_path / "runs" / "run" / "last.pth")
+    del old["fingerprint"], old["commit"]  # as checkpoints of earlier versions
+    network.save(tmp_path / "runs" / "run" / "last.pth", old)
+    Path(pets, "train", "cat", "1.png").unlink()
+    train.train(tiny(tmp_path / "runs", **values, epochs=5), resume=True)
+
+
+def test_an_earlier_split_of_unequal_classes_is_not_gone_on_with(tmp_path):
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"), images=12)
+    for number in range(8):
+        Path(pets, "train", "dog", f"{number}.png").unlink()
+    config = tiny(tmp_path / "runs", data=pets, val=8, limit=None, batch_size=4, image_size=32,
+                  root=str(tmp_path / "cache"))
+    train.train(config)
+    more = dataclasses.replace(config, epochs=3)
+    train.train(more, resume=True)
+    old = network.read(config.folder / "last.pth")
+    assert old.pop("held_out") == [6, 2]  # and it was 4 of each
+    network.save(config.folder / "last.pth", old)
+    with pytest.raises(ValueError, match="an earlier version began this run and held out others"):
+        train.train(more, resume=True)
 
 
 def test_going_on_with_other_code_is_said(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import runpy
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -719,6 +720,21 @@ def test_the_history_of_a_layer_by_hand(tmp_path):
     assert len(colors) == 50
 
 
+def test_old_spellings_are_answered_with_the_new_ones(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["visualize.py", "report", "runs/lenet"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(visualize.__file__, run_name="__main__")
+    assert capsys.readouterr().err == "error: report has moved: python -m lab report\n"
+
+
+def test_errors_of_other_code_are_told_in_one_line_whatever_their_words():
+    with pytest.raises(ValueError, match=r"^x: RuntimeError: p{286}$"), network.told("x"):
+        raise RuntimeError(400 * "p" + "\n")
+    with pytest.raises(ValueError, match="layer=0: returns a tuple"):
+        visualize.feature_maps(nn.Sequential(Lambda(lambda x: (x, x))), ["0"],
+                               torch.zeros(1, 3, 4, 4))
+
+
 def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
     for name, lr, seed in (("a", 0.1, 0), ("b", 0.1, 1), ("c", 0.2, 0)):
         (tmp_path / name).mkdir()
@@ -736,6 +752,9 @@ def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
     groups["a and 1 more seed"][0]["train/loss"][0] = 3.0
     line, *_ = visualize.draw_curves(groups).axes[0].lines
     assert line.get_xydata().tolist() == [[1, 2], [2, 1]]
+    groups["a and 1 more seed"][0]["seconds"] = [10.0]
+    line, *_ = visualize.draw_curves(groups, "seconds").axes[0].lines
+    assert line.get_xdata().tolist() == [5.5, 6.5]  # which never runs backwards
 
 
 @pytest.mark.parametrize("command, words", [
