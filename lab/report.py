@@ -402,7 +402,7 @@ def tables_of(experiment, runs):
     done = {run.name if run.experiment == experiment.id else f"{run.experiment}/{run.name}": found
             for run in with_others(experiment) if (found := results_of(run, runs))}
     tables = {}
-    if experiment.runs and done:
+    if {*experiment.runs} & {*done}:
         def line(what, value_of):  # of several seeds the mean
             values = [[value for result in results if (value := value_of(result)) is not None]
                       for results in done.values()]
