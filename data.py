@@ -1554,10 +1554,7 @@ def check_words(function, **values):
     """ValueError for one of `values` that is none of the words that `function` takes for it: on the
     command line `parse` refuses them, but from Python anything may come."""
     for name, value in values.items():
-        choices = flags_of(function)[name].choices
-        if value not in choices:
-            raise ValueError(f"{name}={value}: must be one of {', '.join(choices)}"
-                             f"{closest(str(value), choices)}")
+        parse_value(name, text_of(value), flags_of(function)[name].kind)
 
 
 def all_flags(function, words, meanings=None):

@@ -11,6 +11,7 @@ experiments.j2 and results.j2; how it looks in report.html.j2, report.md.j2 and 
 import collections
 import dataclasses
 import html
+import itertools
 import re
 import shlex
 import statistics
@@ -396,6 +397,13 @@ def flags_of(experiment, runs):
     return flags
 
 
+def accuracies(result):
+    """{images: accuracy} of a run's result: of each part of its data set, and of each class."""
+    return {"all for training": result["train/accuracy"],
+            "all for validation": result["val/accuracy"],
+            "all for test": result["test/accuracy"], **result["per_class"]}
+
+
 def tables_of(experiment, runs):
     """{caption: `Table`} of an experiment: the accuracies of its runs on each kind of images and on
     each class, side by side, and the structure of a network."""
@@ -403,20 +411,14 @@ def tables_of(experiment, runs):
             for run in with_others(experiment) if (found := results_of(run, runs))}
     tables = {}
     if {*experiment.runs} & {*done}:
-        def line(what, value_of):  # of several seeds the mean
-            values = [[value for result in results if (value := value_of(result)) is not None]
-                      for results in done.values()]
-            return what, *(f"{statistics.mean(found):.1%}" if found else "–" for found in values)
-
-        classes = dict.fromkeys(name for results in done.values() for name in
-                                results[0]["per_class"])
+        columns, rows = [[*map(accuracies, results)] for results in done.values()], []
+        for what in dict.fromkeys(itertools.chain(*itertools.chain(*columns))):
+            known = [[result[what] for result in column if result.get(what) is not None]
+                     for column in columns]
+            rows.append((what, *(f"{statistics.mean(values):.1%}" if values else "–"
+                                 for values in known)))  # of several seeds the mean
         tables["accuracy on the images of each kind, and of each class on the test images"] = Table(
-            ("images", *done), [
-                *(line(f"all for {what}", lambda result, part=part: result[f"{part}/accuracy"])
-                  for what, part in (("training", "train"), ("validation", "val"),
-                                     ("test", "test"))),
-                *(line(name, lambda result, name=name: result["per_class"].get(name))
-                  for name in classes)])
+            ("images", *done), rows)
     for figure in experiment.figures:
         if figure.words[1] == "network.py":
             short, whole = parse(networks.COMMANDS, figure.words[2:])()
