@@ -285,10 +285,21 @@ def folder_of(data):
     return None if data in BUILT_IN else Path(os.path.realpath(data))
 
 
+def name_of(data):
+    """The name of the data set `data`, as pages and figures tell it: of a folder its own."""
+    return os.path.basename(os.path.abspath(data))
+
+
+def fingerprint_of(data):
+    """What changes with the files behind `data`: see `Dataset`."""
+    return data if data in BUILT_IN else _fingerprint(_list_folder(Path(data))[0])
+
+
 def _source(parts, data, root, image_size, skip_bad, writes):
     """The `_Source` that `data` names."""
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
+    data, root = os.path.expanduser(data), os.path.expanduser(root)
     if data not in BUILT_IN:
         return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes)
     if data == "shapes":
@@ -441,9 +452,10 @@ def _folder(folder, root, image_size, skip_bad, parts, writes):
     Only the rows that are asked for are read, but with `skip_bad`, where only reading tells which
     rows there are.
     """
-    files, classes = _list_folder(folder)
-    names = [(part, Path(path).parent.name, Path(path).name, size)
-             for part in files for path, _, size, _ in files[part]]
+    files, classes, left_out = _list_folder(folder)
+    told = [f"{what} ({count})" for what, count in sorted(left_out.items()) if count]
+    if told:
+        print(f"{folder}: left out {', '.join(told)}", file=sys.stderr)
     labels = {part: torch.tensor([label for _, label, _, _ in files[part]]) for part in parts}
 
     # A cache is named for what was asked for, so that another question has another file, and holds
@@ -463,7 +475,13 @@ def _folder(folder, root, image_size, skip_bad, parts, writes):
     for part in parts if skip_bad else ():
         whole[part], readable = decoded(part, range(len(files[part])))
         labels[part] = labels[part][readable]
-    return _Source(tuple(classes), labels, read, _digest(names))
+    return _Source(tuple(classes), labels, read, _fingerprint(files))
+
+
+def _fingerprint(files):
+    """Of what `_list_folder` found: names and sizes, wherever the folder lies."""
+    return _digest([(part, Path(path).parent.name, Path(path).name, size)
+                    for part in files for path, _, size, _ in files[part]])
 
 
 def _digest(*content):
@@ -472,14 +490,16 @@ def _digest(*content):
 
 
 def _list_folder(folder):
-    """{"train": [(path, label, bytes, times), …], "test": […]} and the class names."""
+    """({"train": [(path, label, bytes, times), …], "test": […]}, class names, {kind: number} of
+    what else there is)."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"data={str(folder)!r}: no such data set or folder (cifar10, cifar100, shapes, or a "
             f"folder with train/<class>/* and test/<class>/*)")
     classes, left_out = {}, collections.Counter()
-    left_out["folders beside train and test"] = sum(
-        entry.is_dir() and entry.name not in ("train", "test") and not entry.name.startswith(".")
+    left_out["folders and images beside train and test"] = sum(
+        (entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES)
+        and entry.name not in ("train", "test") and not entry.name.startswith(".")
         for entry in folder.iterdir())
     for part in ("train", "test"):
         if not (folder / part).is_dir():
@@ -501,10 +521,7 @@ def _list_folder(folder):
     files = {part: [file for label, name in enumerate(names)
                     for file in _list_class(folder / part / name, label, left_out)]
              for part in classes}
-    told = [f"{what} ({count})" for what, count in sorted(left_out.items()) if count]
-    if told:
-        print(f"{folder}: left out {', '.join(told)}", file=sys.stderr)
-    return files, names
+    return files, names, left_out
 
 
 def told_apart(names):
@@ -575,7 +592,8 @@ def _images_of(items, image_size, skip_bad, title, cache, writes):
         except BadImage:
             raise
         except OSError as error:
-            print(f"{error}; the images are held in memory and will be read again the next time",
+            reason = str(error).partition("; ")[0]  # without advice for flags, which are not here
+            print(f"{reason}; the images are held in memory and will be read again the next time",
                   file=sys.stderr)
     if found is None:
         file = io.BytesIO()
@@ -1368,11 +1386,11 @@ class Table:
                               [full[column] for column in block], room(block)))
                 for block in blocks]
 
-    def markdown(self):
-        """It in Markdown."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n"
-                       for line in lines)
+    def markdown(self, right=()):
+        """It in Markdown; numbers of columns that are set to the `right`."""
+        rule = ["---:" if column in right else "---" for column in range(len(self.header))]
+        lines = [[*map(plain, self.header)], rule, *([*map(plain, row)] for row in self.rows)]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def csv(self):
         """It as comma-separated values."""
@@ -1386,6 +1404,13 @@ class Table:
         return (f"<table><caption>{html.escape(self.title or '')}</caption>"
                 + line(self.header, "th") + "".join(line(row, "td") for row in self.rows)
                 + "</table>")
+
+
+def plain(text):
+    """Text as one line of Markdown that means nothing but itself, no link either."""
+    # Names come from outside: what Markdown or a browser would act on gets a backslash.
+    text = html.escape(" ".join(text.splitlines()), quote=False)
+    return re.sub(r"[\\`*|~$@#\[\]]|\b_|_\b|:(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.I)
 
 
 class Made(list):
@@ -1507,20 +1532,20 @@ def closest(word, known):
 def nearest(word, known):
     """The one of `known` that `word` may stand for, or None: case and punctuation do not count
     (ResNet-18), and initials may be meant (learning_rate: lr)."""
-    def plain(text):
+    def bare(text):
         return re.sub(r"[\W_]", "", text.lower())
 
     def initials(text):
         return "".join(part[0] for part in re.split("[-_ ]+", text.lower()) if part)
 
-    names = {plain(name): name for name in known}  # as they are compared, and as they are written
+    names = {bare(name): name for name in known}  # as they are compared, and as they are written
     if word.lower() == "gpu" and "cuda" in names:
         return "cuda"
     short = {initials(name): name for name in known if "_" in name}
     # A slip of the fingers first; then initials, either way: learning_rate: lr, bs: batch_size.
-    for name in difflib.get_close_matches(plain(word), names, 1):
+    for name in difflib.get_close_matches(bare(word), names, 1):
         return names[name]
-    return names.get(initials(word)) or short.get(plain(word))
+    return names.get(initials(word)) or short.get(bare(word))
 
 
 def flags_of(function, meanings=None):
@@ -1708,16 +1733,26 @@ def command_line(commands, default=None, argv=None, meanings=None, moved=None):
     words = sys.argv[1:] if argv is None else list(argv)
     make_output_last()
     try:
-        if {"--help", "-h", "help"} & set(words) or not (words or default):
+        if {"--help", "-h"} & {*words} or words[:1] == ["help"] or not (words or default):
             print(help_text(commands, words, default, meanings or {}))
             sys.exit(0)
         show(parse(commands, words, default, moved)())
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if out_of_memory(error):
+            error = OSError("out of memory: smaller or fewer images need less")
+        if not isinstance(error, (ValueError, OSError)):
+            raise
         print(wrapped(f"error: {as_typed(error, commands, words, default)}", sys.stderr),
               file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+
+def out_of_memory(error):
+    """Whether an exception says that there was no memory left, on a GPU or elsewhere."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 class _LastingFile(io.FileIO):
@@ -1819,7 +1854,8 @@ def stats(data: str = "cifar10", root: str = "data", image_size: int | None = No
           skip_bad: bool = False):
     """A data set's sizes, classes and pixel statistics, each named for what it is."""
     dataset = load(data, root, image_size=image_size, val=0, skip_bad=skip_bad)
-    images, sizes = dataset.train.images, torch.bincount(dataset.train.labels).tolist()
+    images, sizes = dataset.train.images, torch.bincount(
+        dataset.train.labels, minlength=len(dataset.classes)).tolist()
     channels = {"pixel mean": dataset.mean, "pixel std": dataset.std,
                 "mean of the per-image stds (not the pixel std)": mean_of_image_stds(images)}
     return Table(("what", "value"), [

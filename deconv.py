@@ -85,7 +85,8 @@ class BackwardRule(TorchFunctionMode):
     on the images) or pass it on ("skip"). Modules, functions, methods and in-place calls are all
     seen, values and network stay as they are. What escapes, such as an `autograd.Function`, a
     scripted function, one in `torch.vmap`, `x + x.abs()`, `x[x < 0] = 0` or `x * x.sigmoid()`,
-    is noted in `hidden`.
+    is noted in `hidden`; but for what is above 0 everywhere, such as `x.exp().log1p()`, which has
+    its own derivative.
     """
 
     def __init__(self, rule="deconvnet", bn="through"):

@@ -563,22 +563,29 @@ def capture(network, layers, stop=False, inputs=False):
 
 
 def channels_come_first(module):
-    """Whether a module that gives three dimensions out gives N×C×L, as far as its kind tells;
-    layers of transformers give N×L×C."""
+    """Whether a module gives N×C×… out, True, or N×…×C, False, as far as its kind tells, or None.
+    """
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]
-    kinds = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d,
-             nn.AdaptiveMaxPool1d)
-    return isinstance(module, kinds) or (isinstance(module, nn.Flatten) and module.start_dim == 2)
+    # ConvNeXt has a class made of LayerNorm that turns its images first.
+    if type(module) is nn.Linear or (
+            type(module) is nn.LayerNorm and len(module.normalized_shape) == 1):
+        return False
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm,
+             nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
+             nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+    first = isinstance(module, kinds) or (isinstance(module, nn.Flatten) and module.start_dim == 2)
+    return first or None
 
 
 def captured_maps(network, outputs, layer, count):
     """The output of the network's `layer` that `capture` kept for `count` images, as N×C×H×W or
     N×C; ValueError for any other.
 
-    Channels that come last are told by square maps, N×S×S×C. Tokens N×T×C become N×C×S×S with
+    Where the layer's kind does not tell (see `channels_come_first`), channels that come last are
+    told by square maps, N×S×S×C, and three dimensions are tokens N×T×C. Tokens become N×C×S×S with
     the largest square S·S there is in T; those before it, such as the class token, are left out.
-    Of N×C×L (see `channels_come_first`) L is as many rows as columns, or one row.
+    Of N×C×L, L is as many rows as columns, or one row.
     """
     if layer not in outputs:
         raise ValueError(f"layer={layer}: is not called when the network runs (in a network that "
@@ -593,13 +600,15 @@ def captured_maps(network, outputs, layer, count):
     if len(maps) != count:
         raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {count} images, "
                          f"which must come first (in a transformer, batch_first=True)")
-    if maps.ndim == 3 and channels_come_first(find_layer(network, layer) if layer else network):
+    first = channels_come_first(find_layer(network, layer) if layer else network)
+    if maps.ndim == 3 and first:
         side = math.isqrt(maps.shape[2])
         return maps.unflatten(2, (side, -1) if side**2 == maps.shape[2] else (1, -1))
     if maps.ndim == 3:
         side = math.isqrt(maps.shape[1])  # 14 for ViT-B/16 at 224: a class token and 14·14 others
         maps = maps[:, -side * side:].unflatten(1, (side, side))
-    elif maps.ndim == 2 or not maps.shape[1] == maps.shape[2] != maps.shape[3]:
+    elif maps.ndim == 2 or (not maps.shape[1] == maps.shape[2] != maps.shape[3] if first is None
+                            else first):
         return maps  # N×C, or N×C×H×W
     return maps.permute(0, 3, 1, 2)  # its channels came last
 
@@ -705,6 +714,11 @@ def _shared(_function, x, dim=1, *_others, **_named):
     return 0.5 + 1e-3 * (x - x.detach())
 
 
+def _refused(function, *_others, **_named):
+    """What chooses one of its inputs, with which a gradient would say nothing of the others."""
+    raise NotImplementedError(f"behind {function.__name__} no receptive field can be found")
+
+
 def _batch_norm(_function, x, *others, **named):
     """With running statistics a scale, without them each value looks at all of the batch."""
     own = named.get("training", others[4] if len(others) > 4 else False)
@@ -713,7 +727,8 @@ def _batch_norm(_function, x, *others, **named):
 
 # What takes the place of a function, given it and its arguments, in `Connections`.
 CONNECTIONS = {
-    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "round", "floor", "ceil", "neg"], _scaled),
+    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "sign", "round", "floor", "ceil", "neg"],
+                    _scaled),
     **dict.fromkeys(["sub", "rsub", "div", "rdiv"], _added),  # the names of the operators, too
     **dict.fromkeys(["sigmoid", "hardsigmoid"],  # gates, which multiply: near ½ for all values
                     lambda _, x, *others, **named: 0.5 + 1e-3 * (x - x.detach())),
@@ -725,6 +740,8 @@ CONNECTIONS = {
     "max_unpool2d": lambda function, x, *others, **named: F.interpolate(  # any place of a window
         x, function(x.detach(), *others, **named).shape[2:]),
     "adaptive_max_pool2d": lambda _, x, size, *others, **named: F.adaptive_avg_pool2d(x, size),
+    "adaptive_max_pool2d_with_indices": lambda function, x, size, *others, **named: (
+        F.adaptive_avg_pool2d(x, size), function(x.detach(), size)[1]),
     **dict.fromkeys(["amax", "amin"], lambda _, x, *others, **named: x.mean(*others, **named)),
     **dict.fromkeys(["max", "maximum", "min", "minimum"], _largest),
     "batch_norm": _batch_norm, "group_norm": _grouped,
@@ -735,6 +752,9 @@ CONNECTIONS = {
     # Queries T×N×C and values; the weights of attention are positive.
     "multi_head_attention_forward": lambda _, query, key, value, *others, **named: (
         query + value.mean(0, True), None),
+    **dict.fromkeys(["fractional_max_pool2d", "fractional_max_pool2d_with_indices", "max_pool3d",
+                     "max_pool3d_with_indices", "median", "nanmedian", "topk", "kthvalue", "sort",
+                     "cummax", "cummin"], _refused),
 }
 
 
@@ -795,7 +815,7 @@ def receptive_fields(network, layer, image_size):
     height, width = maps.shape[1:]
     # Channels with the same values look at the same pixels: one of each kind is asked.
     kinds, kind = maps.detach().flatten(1).unique(dim=0, return_inverse=True)
-    first = [(kind == number).nonzero()[0, 0] for number in range(len(kinds))]
+    first, sizes = [(kind == number).nonzero()[0, 0] for number in range(len(kinds))], []
 
     def fields_at(index):
         """Of the unit in this row and column, of each kind of channel: kinds×4."""
@@ -804,6 +824,7 @@ def receptive_fields(network, layer, image_size):
             unit = maps[channel, min(index, height - 1), min(index, width - 1)]
             gradient, = torch.autograd.grad(unit, noise, retain_graph=True)
             seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
+            sizes.append(len(seen))
             if len(seen):
                 box[:2], box[2:] = seen.amin(0), seen.amax(0) + 1
         return boxes
@@ -811,6 +832,8 @@ def receptive_fields(network, layer, image_size):
     # A box's top and bottom depend on the unit's row alone, left and right on its column: so the
     # units of the diagonal tell all.
     fields = filled_in(fields_at, max(height, width)).transpose(0, 1)  # kinds×n×4
+    if not any(sizes):
+        raise ValueError(f"layer={layer}: what it computes hides which pixels it looks at")
     of_row = torch.tensor([True, False, True, False])
     return torch.where(of_row, fields[:, :height, None], fields[:, None, :width])[kind.cpu()]
 
@@ -1263,9 +1286,10 @@ def fitting_weights(checkpoint, network):
 
 
 def finite(weights):
-    """Whether all `weights`, a state dict, are finite numbers."""
+    """Whether all `weights`, a state dict, are finite numbers, as integers and quantised ones are.
+    """
     return all(value.isfinite().all() for value in weights.values()
-               if torch.is_tensor(value))  # a quantised network keeps other things too
+               if torch.is_tensor(value) and value.is_floating_point())
 
 
 def in_half(weights):

@@ -42,7 +42,16 @@ from torch import distributed, nn
 
 import data
 import network as networks
-from data import AUGMENTATIONS, Made, Table, closest, load_split, text_of, write_atomically
+from data import (
+    AUGMENTATIONS,
+    Made,
+    Table,
+    closest,
+    fingerprint_of,
+    load_split,
+    text_of,
+    write_atomically,
+)
 
 # The columns of metrics.csv as TensorBoard groups them: what is compared stands side by side.
 TAGS = {"train/loss": "loss/train", "train/accuracy": "accuracy/train", "val/loss": "loss/val",
@@ -114,7 +123,7 @@ def as_setting(value):
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return tuple(map(as_setting, value))
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
 
 
 @dataclass(frozen=True)
@@ -294,7 +303,12 @@ def with_environment(flags, resume=False):
 def parse_flags(flags, resume=False):
     """Settings as values of their declared types, from flags as text and those of the environment;
     see `with_environment`, for `resume` too."""
-    flags, kinds = with_environment(flags, resume), typing.get_type_hints(Config)
+    return typed(with_environment(flags, resume))
+
+
+def typed(flags):
+    """Settings as values of their declared types, from flags as text."""
+    kinds = typing.get_type_hints(Config)
     for model in networks.NETWORKS:  # in all of them an option is of the same kind
         kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
     return {name: data.parse_value(name, text, kinds[name])
@@ -319,9 +333,10 @@ def learning_rate(step, total_steps, warmup_steps, peak, schedule):
     warm-up); `cosine` (Loshchilov & Hutter 2017) or `linear` to 0; `onecycle`, up for the first
     quarter of all steps or the warm-up and linearly down to 0 (Smith & Topin 2018).
     """
-    if schedule == "onecycle":  # whole steps, so that one of them takes the peak
+    if schedule == "onecycle":
         warmup_steps = int(min(max(warmup_steps, total_steps / 4), total_steps - 1))
         schedule = "linear"
+    warmup_steps = round(warmup_steps)  # whole steps, so that one of them takes the peak
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)  # + 1: a step at rate 0 would be wasted
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -869,8 +884,7 @@ def enough_memory(config):
         if re.match(r"torch\._(dynamo|inductor)\b", type(error).__module__):
             raise OSError(f"torch.compile does not work here ({str(error).splitlines()[0]}); leave "
                           f"out `compile`") from error
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                or "allocate memory" in str(error)):  # on a CPU
+        if not data.out_of_memory(error):
             raise
         raise OSError(f"out of memory: a smaller `batch_size` than {config.batch_size} or "
                       f"`image_size` than {config.size} needs less") from error
@@ -1536,7 +1550,7 @@ def newest_checkpoint(folder, say):
             say(f"{error}; trying the checkpoint before it")
     # Without one the run starts anew, and all that is there goes. Killed in its first epoch, a run
     # has lost nothing by that; one that came further has weights, if not its last checkpoint.
-    if paths or (folder / "result.json").exists() or any(
+    if paths or (folder / "result.json").exists() or len(read_rows(folder)) > 1 or any(
             networks.read(path)["epoch"] > 1 for path in written_by_a_run(folder)
             if path.suffix == ".pth"):
         raise OSError(f"{folder}: no checkpoint to go on from can be read; `overwrite` starts anew")
@@ -1566,7 +1580,9 @@ def open_network(source, device="auto", weights=None, **wishes):
             Config.from_json(description.settings)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-    return network.to(memory_format=torch.channels_last), description
+    with contextlib.suppress(RuntimeError):  # filters of a third dimension have no such format
+        network.to(memory_format=torch.channels_last)
+    return network, description
 
 
 def open_dataset(description, data=None, root=None):
@@ -1579,9 +1595,6 @@ def open_dataset(description, data=None, root=None):
     """
     config = run_settings(description, data, root)
     dataset = load_images(config, writes=root is not None)
-    if data is None and description.fingerprint not in (None, dataset.fingerprint):
-        raise ValueError(f"data={config.data}: files were added, removed or changed since the "
-                         f"network was trained on them")
     parts = {part: as_named(getattr(dataset, part), dataset.classes, description, config.data)
              for part in ("train", "val", "test")}
     return dataclasses.replace(dataset, classes=description.classes or dataset.classes, **parts)
@@ -1597,13 +1610,18 @@ def open_test(description, data=None, root=None):
 
 def run_settings(description, data=None, root=None):
     """The `Config` of the run that a network comes from, with `data` and `root` in place of its
-    own; what was held out or left out of its own data is not of other data."""
+    own; what was held out or left out of its own data is not of other data. ValueError where files
+    of its own have changed since."""
     if not description.settings and data is None:
         raise ValueError("a network from elsewhere comes without images; give `data=NAME`; or give "
                          "`image=FILE`")
     config = Config.from_json(description.settings) if description.settings else Config()
     if data is not None:
         config = dataclasses.replace(config, data=as_setting(data), val=0, limit=None)
+    elif description.fingerprint not in (None, fingerprint_of(config.data)):
+        raise ValueError(f"data={config.data}: files were added, removed or changed since the "
+                         f"network was trained on them; `data={config.data}` takes them as they "
+                         f"are now")
     return dataclasses.replace(config, root=as_setting(root or config.root),
                                image_size=description.preprocessing.image_size)
 
@@ -1671,6 +1689,7 @@ def finish(state, dataset, folder, workers):
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
         "command": command_of(config), "processes": workers.world, **environment(network),
+        "fingerprint": dataset.fingerprint,
     }
     with data.writing(folder.path / "test"):
         write_board(folder, network, dataset, logits, result, state.step)
@@ -1740,7 +1759,7 @@ def summary_writer(folder):
 
 def add_projector(board, network, preprocessing, images, labels, layer=None, header=None):
     """Points for TensorBoard's Projector, with sprites: what `layer` makes of uint8 `images`, maps
-    by their means, and their pixels.
+    by their means, very long vectors by where they lie among each other, and their pixels.
 
     Without `layer`, what the last linear layer sees. `labels` has a text for each image, or a row
     of texts under the `header`.
@@ -1756,8 +1775,14 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
                 networks.forward(network, preprocessing(chunk, device))
             maps = networks.captured_maps(network, outputs, layer, len(chunk)).float()
             points.append((maps.mean((2, 3)) if maps.ndim == 4 else maps).cpu())  # B×C
+    features = torch.cat(points)
+    if features.shape[1] > 2**12:  # as text, these would fill the disk
+        # In the coordinates of their own principal axes, of which there are no more than points:
+        # of V = U·S·Wᵀ these are U·S, with the same distances and angles, and V·Vᵀ = U·S²·Uᵀ.
+        squares, axes = torch.linalg.eigh((features @ features.T).double())
+        features = axes.flip(1) * squares.flip(0).clamp(min=0).sqrt()
     sprites = data.resize(images.float() / 255, min(images.shape[3], 32)).clamp(0, 1)
-    for tag, vectors in (("features", torch.cat(points)), ("pixels", sprites.flatten(1))):
+    for tag, vectors in (("features", features.float()), ("pixels", sprites.flatten(1))):
         board.add_embedding(vectors, labels, sprites, tag=tag, metadata_header=header)
 
 
@@ -1872,6 +1897,7 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None, device: s
     if len(paths) < 2:
         raise ValueError("give a checkpoint or the folder of a run, then pictures or folders")
     if out:
+        out = Path(out).expanduser()
         check_output(out, ".csv")
         data.check_ours(out, ",".join(PREDICTED))
     network, description = open_network(paths[0], device, **elsewhere)
@@ -1892,7 +1918,7 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None, device: s
         write_atomically(out, Table(PREDICTED, [
             (file, str(rank), name, f"{share:.6f}") for file, row in found.items()
             for rank, (name, share) in enumerate(row, 1)]).csv())
-        made.append(Path(out))
+        made.append(out)
     return Made([*made, OSError("; ".join(errors))] if errors else made)
 
 
@@ -1902,11 +1928,17 @@ PREDICTED = ("image", "rank", "class", "probability")  # columns of the file tha
 def read_pictures(paths, size):
     """({name: 3×S×S uint8} of the pictures `paths` and in the folders among them, what is wrong
     with those that cannot be read)."""
-    files = [file for path in map(Path, paths) for file in (
-        sorted(found for found in path.rglob("[!.]*")
-               if found.suffix.lower() in data.IMAGE_SUFFIXES
-               and not found.with_name("tensors.tsv").exists())  # no sprites of the Projector
-        if path.is_dir() else [path])]
+    files = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = [file for file in sorted(path.rglob("[!.]*")) if file.is_file()
+                 and not file.with_name("tensors.tsv").exists()]  # no sprites of the Projector
+        files += [file for file in found if file.suffix.lower() in data.IMAGE_SUFFIXES]
+        kinds = {file.suffix.lower() or "unknown" for file in found} - {*data.IMAGE_SUFFIXES}
+        if kinds:
+            print(f"{path}: left out files of type {', '.join(sorted(kinds))}", file=sys.stderr)
     if not files:
         raise ValueError(f"{' '.join(paths)}: no picture there ({', '.join(data.IMAGE_SUFFIXES)})")
     pictures, errors = {}, []
@@ -1935,13 +1967,11 @@ def export(run: str, out: str):
     Its filters are in half precision, and what only going on needs is left out. How it was made
     goes along: the command, accuracy, seconds, hardware and versions.
     """
-    run = Path(run)
+    run, out = Path(run), Path(out).expanduser()
     check_output(out, ".pth")
-    exported = False
+    before = {}
     with contextlib.suppress(OSError, ValueError):  # none of ours, or not there
-        exported = "made" in networks.read(out)
-    if Path(out).exists() and not exported:
-        raise FileExistsError(f"out={out}: is there already, and was not exported here")
+        before = networks.read(out)
     made, config = data.read_json(run / "result.json", how_made), read_config(run / "config.json")
     if not is_over(config, made["epochs"], made["epoch"]):  # the result is not of these weights
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
@@ -1954,8 +1984,11 @@ def export(run: str, out: str):
                          f"precision")
     config = dataclasses.replace(config, name=None, out=Config.out, root=Config.root)
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
+    if out.exists() and ("made" not in before or before["settings"] != checkpoint["settings"]):
+        raise FileExistsError(f"out={out}: is there already, and was not exported from such a run; "
+                              f"move it away or choose another place")
     networks.save(out, {**checkpoint, "made": made})
-    return Path(out)
+    return out
 
 
 def settings_flags(words, model=None):

@@ -50,6 +50,7 @@ from data import (
     is_others,
     load,
     mean_of_image_stds,
+    name_of,
     progress,
     read_image,
     read_json,
@@ -61,6 +62,7 @@ from data import (
 Format = typing.Literal["png", "svg", "pdf"]
 SUFFIXES = (*typing.get_args(Format), "jpg", "jpeg", "eps")  # of files that --out may name
 DPI = 150  # of figures as PNG
+SIGN = "CIFAR-10 lab, with matplotlib"  # in every figure's file
 # Okabe & Ito's colours, told apart by colour-blind readers; in grey print the markers do it.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -284,8 +286,9 @@ def file_of(out):
 
 
 def check_figure(path, flag=""):
-    """FileExistsError if `path`, which may be what `flag` says, is there and holds no figure."""
-    if is_others(path, "atplotlib"):  # Matplotlib leaves its name in all that it writes
+    """FileExistsError if `path`, which may be what `flag` says, is there and holds no figure of
+    this package."""
+    if is_others(path, SIGN):
         raise FileExistsError(f"{flag}{path}: is there already, and is no figure made here")
 
 
@@ -318,8 +321,9 @@ def save_figure(figure, ckpt, name, out=None, format="png", **_others):
     check_figure(path)
     # In memory first: a figure that fails, or a full disk, leaves the file before it as it was.
     kind, content = path.suffix[1:].lower(), io.BytesIO()
-    # In JPEG alone matplotlib leaves no name, by which `file_of` knows what was made here.
-    signed = {"pil_kwargs": {"comment": "Matplotlib"}} if kind in ("jpg", "jpeg") else {}
+    # By a name in the file `check_figure` knows what was made here.
+    signed = ({"pil_kwargs": {"comment": SIGN}} if kind in ("jpg", "jpeg") else
+              {"metadata": {"Software" if kind == "png" else "Creator": SIGN}})
     figure.savefig(content, format=kind, dpi=DPI, facecolor="white", **signed)
     write_atomically(path, content.getvalue())
     figure.path = path
@@ -1197,7 +1201,7 @@ def need(out=None, **least):
         if value <= 0:
             raise ValueError(f"{name}={value}: must be above 0")
     if file_of(out):
-        raise ValueError(f"out={out}: this command draws several figures; name a folder")
+        raise ValueError(f"out={out}: this command writes several files; name a folder")
 
 
 def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: int = 0,
@@ -1217,7 +1221,7 @@ def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: in
              for picture in [*images[row], *[blank] * count][:count]]
     statistics = {"pixel mean": dataset.mean, "pixel std": dataset.std,
                   "mean of the per-image stds": mean_of_image_stds(images)}
-    name = Path(data).name
+    name = name_of(data)
     title = "\n".join([
         f"{name}: {len(labels)} training and {len(dataset.test.labels)} test images of "
         f"{len(dataset.classes)} classes", *(
@@ -1473,7 +1477,7 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     if to is not None:
         return line_to(to, ckpt, network, about, parts, points, title, **flags)
     axes, xs, ys, labels, trail = plane_of(network, ckpt, directions, seed, span, points)
-    key = fingerprint(network, seed, trail, *parts["train"], *parts["test"])
+    key = fingerprint(network, about.preprocessing, seed, trail, *parts["train"], *parts["test"])
     table = figure_path(ckpt, f"landscape-{directions}-{key}", flags.get("out"), "csv")
 
     def loss_of(point):
@@ -1526,9 +1530,10 @@ def line_to(to, ckpt, network, about, parts, points, title, **flags):
     first, second = network.state_dict(), other.float().state_dict()
     if not networks.made_like(first, second) or about.classes != its.classes:
         raise ValueError(f"to={to}: is a network of another kind, or of other classes, than {ckpt}")
-    key = fingerprint(network, other, *parts["train"], *parts["test"])
-    table = figure_path(ckpt, f"landscape-to-{key}", flags.get("out"), "csv")
     ends = ((first, about.preprocessing), (second, its.preprocessing))
+    key = fingerprint(network, other, about.preprocessing, its.preprocessing, *parts["train"],
+                      *parts["test"])
+    table = figure_path(ckpt, f"landscape-to-{key}", flags.get("out"), "csv")
     # Steps of 1.5 / (6·thirds), so that the quarters beyond, 0 and 1 are all among them.
     between, thirds = copy.deepcopy(network), max(1, round(points / 6))  # 0 and 1 are points
     rows = evaluate_points(
@@ -1546,7 +1551,7 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
     maps count by their means. It goes to `projector/LAYER` in the run's folder, or to OUT."""
     from torch.utils.tensorboard import SummaryWriter
 
-    need(count=count)
+    need(flags.get("out"), count=count)
     network, about, test = open_test(ckpt, **flags)
     test = subset(test, count, seed=0)
     logits, classes = predicted(network, about, test)

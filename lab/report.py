@@ -10,7 +10,6 @@ experiments.j2 and results.j2; how it looks in report.html.j2, report.md.j2 and 
 
 import collections
 import dataclasses
-import html
 import itertools
 import re
 import shlex
@@ -26,7 +25,7 @@ import deconv
 import network as networks
 import train
 import visualize
-from data import Table, generator, parse, text_of, write_atomically
+from data import Table, generator, name_of, parse, plain, text_of, write_atomically
 from lab import reproduce
 from lab.reproduce import duration
 
@@ -45,7 +44,8 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     to the run's folder, to RUNS/WHAT, or to OUT. `--data` and `--root` say where a run's images
     are if they have moved.
     """
-    folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
+    visualize.need(out)
+    folder = Path(out or (what if Path(what).is_dir() else Path(runs, what))).expanduser()
     for name in PAGES:
         reproduce.check_unchanged(folder / name, PAGE_SIGN)  # before any work is done
     if Path(what).is_dir():
@@ -116,13 +116,6 @@ def arranged(figure, axes, width, height, columns=1):
     return figure
 
 
-def plain(text):
-    """Text as one line of Markdown that means nothing but itself, no link either."""
-    # Names come from outside: what Markdown or a browser would act on gets a backslash.
-    text = html.escape(" ".join(text.splitlines()), quote=False)
-    return re.sub(r"[\\`*|~$@#\[\]]|\b_|_\b|:(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.I)
-
-
 def fence(text):
     """Backticks, more than `text` has in a row: what begins and ends a block of code."""
     return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
@@ -164,7 +157,7 @@ def finished(run):
         return None
     config, folder = train.read_config(run / "config.json"), run.resolve()  # it may have moved
     return reproduce.finished_result(
-        dataclasses.replace(config, out=str(folder.parent), name=folder.name))
+        dataclasses.replace(config, out=str(folder.parent), name=folder.name), anew=False)
 
 
 def report_of_run(run, folder, given):
@@ -181,7 +174,7 @@ def report_of_run(run, folder, given):
     test, config = dataset.test, train.Config.from_json(result["settings"])
     logits = train.predict(network, test.images, description.preprocessing,
                            bar=f"predicting {len(test.labels)} images")
-    guesses, name = logits.argmax(1), Path(dataset.name).name
+    guesses, name = logits.argmax(1), name_of(dataset.name)
     right = guesses == test.labels
     matrix = visualize.confusion_matrix(test.labels, guesses, len(dataset.classes))
     # The first right and the first wrong prediction: none is picked for its looks.

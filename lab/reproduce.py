@@ -139,10 +139,10 @@ def book():
         for entry in content["experiment"]}, content["reports"])
 
 
-def config_of(line):
-    """The settings that a command line of train.py asks for."""
+def config_of(line, environment=False):
+    """The settings that a command line of train.py asks for, alone or in this `environment`."""
     flags = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:])
-    return Config.create(**train.parse_flags(flags))
+    return Config.create(**(train.parse_flags if environment else train.typed)(flags))
 
 
 def choose(what, kind="experiment", others=()):
@@ -234,7 +234,7 @@ def noted(failed, name):
 
 def perform(run, given, out, seed=0):
     """The result of a run in the folder `out`, made now or before; settings `given` come first."""
-    folder, config = run.folder(out, seed), run.config
+    folder, config = run.folder(out, seed), config_of(run.line, environment=True)
     values = {**given, "seed": seed, "out": str(folder.parent), "name": folder.name}
     if config.limit and "limit" in given:
         values["limit"] = min(config.limit, given["limit"])
@@ -244,8 +244,9 @@ def perform(run, given, out, seed=0):
     return finished_result(config) or train.train(config, resume=True)
 
 
-def finished_result(config):
-    """The result of the run of `config` if it is there and complete, else None."""
+def finished_result(config, anew=True):
+    """The result of the run of `config` if it is there and complete, else None; also where training
+    it `anew` would be on other images."""
     path = config.folder / "result.json"
     if not path.exists():
         return None
@@ -253,6 +254,8 @@ def finished_result(config):
     train.check_same_run(config)
     result = read_json(path, checked)
     over = train.is_over(config, result["epochs"], result["epoch"])
+    if anew and "fingerprint" in result:  # earlier versions kept none
+        over &= result["fingerprint"] == data_module.fingerprint_of(config.data)
     # With other views of the test images it is measured again.
     return result if over and Config.from_json(result["settings"]).tta == config.tta else None
 
@@ -390,7 +393,7 @@ def compare(run, done):
 
 def images_of(config):
     """On which images a run is trained and measured."""
-    return Path(config.data).name + (f", limit {config.limit}" if config.limit else "")
+    return data_module.name_of(config.data) + (f", limit {config.limit}" if config.limit else "")
 
 
 def comparison(rows, columns=HEADER):

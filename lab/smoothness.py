@@ -7,7 +7,6 @@ Short runs with a constant learning rate; the measures of the paper's figure 4 a
 
 import itertools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import nn
 import network as networks
 import train
 import visualize
-from data import Batches, load, progress
+from data import Batches, load, name_of, progress
 
 MEASURES = ("loss_low", "loss_high", "change_low", "change_high", "beta")
 
@@ -57,6 +56,7 @@ def short_run(model, lr, dataset, device, steps, batch_size, seed, every=0):
     size = networks.image_size_of(model)
     network = networks.build(model, len(dataset.classes), size).to(
         device, memory_format=torch.channels_last).train()  # as the batches come
+    train.fit_first_layer(network, dataset, size)
     batches = Batches(dataset.train, dataset.mean, dataset.std, batch_size, ("flip", "crop"), seed,
                       size, device)
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9)
@@ -148,7 +148,7 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
         rows += short_run(model, lr, dataset, train.choose_device(device), steps, batch_size, seed,
                           every if lr == lrs[0] else 0)
         visualize.write_table(table, rows)
-    title = (f"{Path(data).name}, batches of {batch_size}; bands: learning rates "
+    title = (f"{name_of(data)}, batches of {batch_size}; bands: learning rates "
              f"{', '.join(f'{lr:g}' for lr in sorted(lrs))}; along the gradient: at {lrs[0]:g}, "
              f"steps of {lrs[0] / 2:g} to {4 * lrs[0]:g}")
     figure = draw_smoothness([row for row in rows if row["lr"] in lrs], models, title)

@@ -79,8 +79,13 @@ def grid_of(flags):
     configs = []
     for choice in choices:
         label = "_".join(f"{axis}={value}" for axis, value in choice.items()).replace("/", "_")
-        flags = {**fixed, **choice, "name": f"{name}/{label}"}
-        configs.append(train.Config.create(**train.parse_flags(flags)))
+        own = {**choice, "name": f"{name}/{label}"}
+        flags = train.with_environment({**fixed, **own})
+        for axis in own:
+            if flags[axis] != own[axis]:
+                raise ValueError(f"{axis}={own[axis]}: TRAIN_FLAGS in the environment makes it "
+                                 f"{flags[axis]} for all runs")
+        configs.append(train.Config.create(**train.typed(flags)))
     return choices, configs
 
 

@@ -248,6 +248,7 @@ def test_a_fingerprint_changes_with_the_files_alone(tmp_path):
 
     folder = write_images(tmp_path / "images")
     first = fingerprint(folder)
+    assert first == data.fingerprint_of(str(folder))
     assert first == fingerprint(folder.rename(tmp_path / "moved"))
     seen, folder = {first}, tmp_path / "moved"
     (folder / "train/cat/0.png").rename(folder / "train/cat/renamed.png")
@@ -257,7 +258,7 @@ def test_a_fingerprint_changes_with_the_files_alone(tmp_path):
     Image.effect_noise((8, 8), 99).save(folder / "test/dog/0.png")
     seen.add(fingerprint(folder))
     assert len(seen) == 4
-    assert data.load("shapes", val=0).fingerprint == "shapes"
+    assert data.load("shapes", val=0).fingerprint == data.fingerprint_of("shapes") == "shapes"
 
 
 def test_without_writes_nothing_is_made_or_downloaded(tmp_path, monkeypatch):
@@ -425,12 +426,14 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     (folder / "train" / "beside.png").touch()
     (folder / "test" / "fish").symlink_to(tmp_path / "nowhere")
+    (folder / "cover.jpg").touch()
     dataset = data.load(str(folder), tmp_path / "cache", val=0)
     assert dataset.test.images[:, 0, 0, 0].tolist() == [0, 0, 0, 50, 60, 100, 100, 100]
     assert capsys.readouterr().err == (
         f"{folder}: left out files beside the classes (2), files in folders within a class (2), "
-        "files of type .txt (1), files of type unknown (1), folders beside train and test (1), "
-        "hidden files (1), hidden folders beside the classes (1)\n")
+        "files of type .txt (1), files of type unknown (1), "
+        "folders and images beside train and test (2), hidden files (1), "
+        "hidden folders beside the classes (1)\n")
     (folder / "train" / "two\nlines").mkdir()
     (folder / "test" / "two\nlines").mkdir()
     with pytest.raises(ValueError, match=r"two\\nlines"):
@@ -579,6 +582,23 @@ def test_errors_speak_of_arguments_and_the_command_line_of_its_flags(capsys):
         "error: --limit=0, other=1: too few (x=2); give --seed=3\n")
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_is_not_there_is_one_line_of_any_command(error, refused):
+    def command():
+        raise error
+
+    assert "out of memory" in refused({"command": command}, ["command"])
+
+
+def test_a_home_folder_is_meant_from_python_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_images(tmp_path / "images")
+    dataset = data.load("~/images", "~/cache", val=0)
+    assert dataset.train.images.shape[1:] == (3, 8, 8) and [*(tmp_path / "cache").glob("*.cache")]
+
+
 def scripts():
     import deconv
     import lab.__main__
@@ -624,6 +644,13 @@ def test_no_kind_of_standard_output_ends_a_run(line, tmp_path):
     if "OUT" in line:
         out = (tmp_path / "OUT").read_text("ascii")
         assert "0 ?pochs ? ? ?" in out and "[/x]" in out and "[v1]" in out and ":cat:" in out
+
+
+def test_a_table_in_markdown_means_nothing_but_its_text():
+    table = data.Table(("a|b", "n"), [("<img src=x> [l](http://e) _c_", "1")])
+    assert table.markdown(right=(1,)) == (
+        "| a\\|b | n |\n| --- | ---: |\n"
+        "| &lt;img src=x&gt; \\[l\\](http\\://e) \\_c\\_ | 1 |\n")
 
 
 def test_a_table_never_breaks_inside_a_word(capsys, monkeypatch):
@@ -734,7 +761,9 @@ def test_help_and_errors_show_how_the_second_value_is_given(capsys):
         return f"{run} {out}"
 
     for line, said in ((["--help"], "--out=OUT"), (["command", "x"], "needs --out=OUT"),
-                       (["command"], "needs RUN"), (["command", "x", "--out=y"], "x y")):
+                       (["command"], "needs RUN"), (["command", "x", "--out=y"], "x y"),
+                       (["help"], "--out=OUT"),
+                       (["command", "help", "--out", "help"], "help help")):
         with contextlib.suppress(SystemExit):
             data.command_line({"command": command}, argv=line)
         assert said in "".join(capsys.readouterr())

@@ -221,6 +221,37 @@ def test_other_images_than_the_reports_are_not_compared(tmp_path):
     assert reproduce.comparison([row]).rows[0][5] == "+5.50"
 
 
+def test_a_trial_by_the_environment_is_of_other_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAIN_FLAGS", "--data=shapes --limit=32 --epochs=1 --val=0")
+    reproduce.book.cache_clear()
+    table = reproduce.reproduce("1.1/lenet", out=str(tmp_path))
+    assert [row[3:6] for row in table.rows] == [["57.20", table.rows[0][4], "other images"]]
+    reproduce.book.cache_clear()
+
+
+def test_a_sweep_is_not_changed_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAIN_FLAGS", "--limit=32 --epochs=1")
+    with pytest.raises(ValueError, match="epochs=2: TRAIN_FLAGS in the environment makes it 1 for"):
+        sweep.sweep(data="shapes", epochs="1,2", out=str(tmp_path))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_finished_run_on_images_that_changed_is_not_finished(tmp_path):
+    folder = tmp_path / "pets"
+    for part in ("train/a", "train/b", "test/a", "test/b"):
+        (folder / part).mkdir(parents=True)
+        for number in range(2):
+            visualize.image_grid([torch.rand(3, 4, 4)]).savefig(folder / part / f"{number}.png")
+    config = train.Config.create(data=str(folder), image_size=32, val=0, epochs=1, batch_size=2,
+                                 root=str(tmp_path / "cache"), out=str(tmp_path))
+    train.train(config)
+    assert reproduce.finished_result(config)
+    (folder / "test" / "a" / "1.png").unlink()
+    assert reproduce.finished_result(config) is None and report.finished(config.folder)
+    with pytest.raises(ValueError, match="files were added, removed or changed"):
+        train.train(config, resume=True)
+
+
 def test_results_are_kept_in_place_of_older_ones_of_the_same_run(tmp_path):
     path = tmp_path / "results.csv"
     rows = [reproduce.Row(name, run, "test", 57.2, 55.0, seeds=1, epochs=2, data="cifar10")
@@ -399,9 +430,9 @@ def test_the_report_of_a_run_has_every_section_and_needs_no_other_file(finished,
 
 
 def test_a_report_means_nothing_but_what_is_in_it():
-    assert report.plain("`x` *1* a|b <i> a_b _c_\n# d") == (
+    assert data.plain("`x` *1* a|b <i> a_b _c_\n# d") == (
         r"\`x\` \*1\* a\|b &lt;i&gt; a_b \_c\_ \# d")
-    assert report.plain("$1$ ~~2~~ http://x WWW.x a@b.c ![](y)") == (
+    assert data.plain("$1$ ~~2~~ http://x WWW.x a@b.c ![](y)") == (
         r"\$1\$ \~\~2\~\~ http\://x WWW\.x a\@b.c !\[\](y)")
     assert [report.fence(text) for text in ("", "`x`", "a\n````\nb")] == ["```", "```", "`````"]
     words = ["ls", "my runs/a\\b", "x\ny'\x1b", "/a/b"]
@@ -507,6 +538,7 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
     (["reproduce", "4.1", "--epohcs=1"], "epohcs"),
     (["results", "--path=FOLDER/none.csv"], "none.csv"),
     (["sweep", "--lr=0.1"], "no flag has several values"),
+    (["report", "FOLDER", "--out=FOLDER/page.html"], r"out=\S+page\.html"),
 ])
 def test_bad_input_is_one_line_and_exit_2(words, message, tmp_path, refused):
     (tmp_path / "typed").mkdir()

@@ -34,6 +34,19 @@ def test_measuring_smoothness_leaves_running_statistics_alone():
     assert all(torch.equal(before[name], buffer) for name, buffer in layers.named_buffers())
 
 
+def test_filters_of_the_images_are_fitted_as_in_training(few_shapes):
+    import data
+    import train
+
+    seen, dataset = {}, data.load("shapes", limit=64)
+    fit = train.fit_first_layer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit_first_layer", lambda network, *others: (
+            fit(network, *others), seen.update(weight=network.conv1[0].weight))[0])
+        smoothness.short_run("speednet", 0.01, dataset, torch.device("cpu"), 1, 8, 0)
+    assert torch.equal(seen["weight"][:12], -seen["weight"][12:])
+
+
 def test_the_command_keeps_what_it_measured_and_names_are_literal(tmp_path, monkeypatch,
                                                                   few_shapes, coarse_figures):
     flags = {"models": "lenet", "data": "shapes", "steps": 2, "every": 1, "lrs": (0.1, 0.2),

@@ -81,6 +81,8 @@ def test_learning_rate_by_hand():
     for total, warmup in ((10, 0), (10, 3.7), (3, 0), (1, 0), (1, 1), (10, 10), (10, 99)):
         assert max(train.learning_rate(step, total, warmup, 1.0, "onecycle")
                    for step in range(total)) == 1
+    for schedule in ("linear", "cosine", "constant"):  # also where warm-up ends within a step
+        assert max(train.learning_rate(step, 10, 2.5, 1.0, schedule) for step in range(10)) == 1
     after = [train.learning_rate(step, 400, 40, 1.0, "step") for step in (219, 220, 309, 310)]
     assert after == pytest.approx([1, 0.1, 0.1, 0.01])  # of the 360 steps after the warm-up
     assert [train.learning_rate(step, 100, 4, 1.0, "constant") for step in range(5)] == \
@@ -312,10 +314,12 @@ def test_predict_goes_on_past_what_is_no_picture(tmp_path, capsys):
     (pictures / "a" / "._0.png").write_bytes(b"what a Mac leaves beside 0.png")
     (pictures / "sprite.png").write_bytes(next(pictures.rglob("*.png")).read_bytes())
     (pictures / "tensors.tsv").touch()  # the sprites of TensorBoard's Projector lie beside one
+    for name in ("dog.heic", "noext"):
+        (pictures / "a" / name).touch()
     table, error = train.predict_command(str(config.folder), str(pictures))
     assert len(table.rows) == 8 and "broken.png: cannot be read" in str(error)
     assert "._0.png" not in str(error)
-    capsys.readouterr()
+    assert f"{pictures}: left out files of type .heic, unknown\n" in capsys.readouterr().err
     with pytest.raises(SystemExit) as leave:
         data.command_line(train.COMMANDS, argv=["predict", str(config.folder), str(pictures)])
     shown = capsys.readouterr()
@@ -624,6 +628,9 @@ def test_images_that_changed_since_the_run_began_are_refused(tmp_path):
     _, about = train.open_network(more.folder)
     with pytest.raises(ValueError, match=r"files were added, .*since the network was trained"):
         train.open_dataset(about, root=values["root"])  # split as it was then: it cannot be
+    with pytest.raises(ValueError, match=r"`data=\S+` takes them as they are now"):
+        train.open_test(about, root=values["root"])
+    assert len(train.open_test(about, pets, values["root"]).labels) == 8
     assert len(train.open_dataset(about, pets, Path(values["root"])).train.labels) == 7
     train.train(more, resume=True, changed_data=True)
     train.train(tiny(tmp_path / "runs", **values, epochs=4), resume=True)  # known from now on
@@ -929,6 +936,16 @@ def test_a_run_killed_in_its_first_epoch_starts_again(tmp_path):
     for name in ("last.pth", "result.json"):  # between best.pth and last.pth
         (config.folder / name).unlink()
     assert train.train(config, resume=True)["epochs"] == 1
+
+
+def test_what_a_run_measured_is_kept_where_its_weights_are_gone(tmp_path):
+    train.train(config := tiny(tmp_path))
+    for path in (*config.folder.glob("*.pth"), config.folder / "result.json"):
+        path.unlink()
+    before = contents(config.folder)
+    with pytest.raises(OSError, match=r"no checkpoint to go on from.*`overwrite`"):
+        train.train(config, resume=True)
+    assert contents(config.folder) == before
 
 
 def test_what_others_log_in_the_folder_of_a_run_stays(tmp_path):
@@ -1242,6 +1259,12 @@ def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_pat
     logits = [train.predict(loaded, images, description.preprocessing)
               for loaded, description in map(train.open_network, (path, config.folder))]
     assert torch.allclose(*logits, atol=1e-2)
+    train.export(str(config.folder), str(path))  # the same run
+    other = tiny(tmp_path, "other", seed=1)
+    train.train(other)
+    with pytest.raises(FileExistsError, match="was not exported from such a run"):
+        train.export(str(other.folder), str(path))
+    assert network.read(path)["made"] == made
 
 
 def test_no_network_is_exported_with_the_result_of_another(tmp_path):
@@ -1377,6 +1400,8 @@ def test_settings_from_python(tmp_path, monkeypatch):
         train.train(config, resume="runs/a")
     monkeypatch.setenv("TRAIN_FLAGS", "--model=simple_cnn --channels=4")
     assert train.parse_flags({})["channels"] == (4,)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert train.Config.create(out="~/runs", name="a~").folder == Path("/home/me/runs/a~")
 
 
 def test_a_run_goes_on_from_within_its_folder(tmp_path, monkeypatch):

@@ -152,8 +152,30 @@ def test_receptive_fields_behind_unpooling():
     assert fields[0, 5, 2].tolist() == [4, 2, 6, 4]  # it may be any place of its window
 
 
+@pytest.mark.parametrize("pool", [
+    nn.AdaptiveMaxPool2d(8), nn.AdaptiveMaxPool2d(8, return_indices=True)])
+def test_receptive_fields_behind_a_pool_that_gives_its_places_too(pool):
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Lambda(lambda x: pool(x)[0] if (
+        pool.return_indices) else pool(x)))
+    assert network.receptive_fields(stack, "1", 16)[:, 2, 3].tolist() == [[3, 5, 7, 9]] * 4
+
+
+@pytest.mark.parametrize("choose", [
+    nn.FractionalMaxPool2d(2, 4), lambda x: x.median(1, True)[0], lambda x: x.topk(2, 1)[0]])
+def test_where_one_value_is_chosen_no_receptive_field_is_told(choose):
+    with pytest.raises(ValueError, match="no receptive field can be found"):
+        network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(choose)), "1", 12)
+
+
+def test_a_layer_that_hides_all_it_looks_at_is_said_to_do_so():
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(lambda x: x * (x < 0)))
+    with pytest.raises(ValueError, match="layer=1: what it computes hides which pixels"):
+        network.receptive_fields(stack, "1", 12)
+
+
 @pytest.mark.parametrize("rectify", [
-    torch.relu, lambda x: torch.where(x > 0, x, 0), lambda x: x * (x > 0), lambda x: -F.relu(-x),
+    torch.relu, torch.sign, lambda x: torch.where(x > 0, x, 0), lambda x: x * (x > 0),
+    lambda x: -F.relu(-x),
     lambda x: x.clamp(min=torch.tensor(0.0)), torch.sigmoid, lambda x: x.softmax(1), torch.round,
     lambda x: F.log_softmax(x, 1), lambda x: (x - x.mean(1, True)) / x.std(1, keepdim=True),
     lambda x: F.relu(x) + F.relu(-x)])
@@ -230,6 +252,17 @@ def test_feature_maps_of_tokens_and_of_channels_that_come_last():
     found = visualize.top_activations(last, "1", images, data.Preprocessing(8, (0,) * 3, (1,) * 3),
                                       [4], 1)
     assert found[0].item() == pytest.approx(patches(images / 255)[:, 4].max().item())
+
+
+def test_the_kind_of_a_layer_tells_where_its_channels_are():
+    stack = nn.Sequential(nn.Conv2d(3, 6, (1, 3)), Lambda(lambda x: x.permute(0, 2, 3, 1)),
+                          nn.Linear(6, 4), nn.LayerNorm(4))
+    maps = visualize.feature_maps(stack, ["0", "2", "3"], torch.randn(2, 3, 4, 6))
+    assert maps["0"].shape == (2, 6, 4, 4) and torch.equal(
+        maps["3"].permute(0, 2, 3, 1), stack[3](maps["2"].permute(0, 2, 3, 1)))
+    wide = visualize.feature_maps(nn.Sequential(nn.Conv2d(3, 6, (1, 3))), ["0"],
+                                  torch.randn(2, 3, 6, 6))["0"]
+    assert wide.shape == (2, 6, 6, 4)
 
 
 @pytest.mark.parametrize("layer, message", [
@@ -409,9 +442,12 @@ def test_a_file_of_another_kind_is_refused(out, run, tmp_path):
 
 def test_only_figures_made_here_are_replaced(run, tmp_path):
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
+    own = PngInfo()
+    own.add_text("Software", "Matplotlib version3.10.0, https://matplotlib.org/")  # drawn by others
     holiday, pipe = tmp_path / "holiday.png", tmp_path / "pipe.png"
-    Image.new("RGB", (4, 4)).save(holiday)
+    Image.new("RGB", (4, 4)).save(holiday, pnginfo=own)
     os.mkfifo(pipe)
     before = holiday.read_bytes()
     for command in (visualize.filters, visualize.confusion, visualize.curves):
@@ -710,7 +746,7 @@ def test_the_history_of_a_layer_by_hand(tmp_path):
     assert mean == pytest.approx([1, 1.5 * 5 / 6, 1.5 * 4 / 6])
     assert spread == pytest.approx([0, 1.5 * (5 / 36) ** 0.5, 1.5 * (8 / 36) ** 0.5], abs=1e-6)
     assert zeros == dead == pytest.approx([0, 1 / 6, 2 / 6])
-    with pytest.raises(ValueError, match="several figures"):
+    with pytest.raises(ValueError, match="several files"):
         visualize.activations(str(tmp_path), out=str(tmp_path / "one.png"))
     assert len(visualize.activations(str(tmp_path / "last.pth"), out=str(tmp_path), images=5)) == 2
     numbers = {"mean": -1.0, "std": 0.5, "zeros": 1.0, "dead": [0, 1], "units": 2}
@@ -1013,6 +1049,13 @@ def test_a_saved_landscape_is_not_that_of_other_images(run, tmp_path, monkeypatc
     assert tables[0] == tables[2] != tables[1]
     losses = [visualize.read_table(table)[0]["test/loss"] for table in tables[:2]]
     assert losses[0] != losses[1]
+    monkeypatch.setattr(train, "open_network", lambda *_, opened=train.open_network: (
+        (found := opened(*_))[0], dataclasses.replace(found[1], preprocessing=dataclasses.replace(
+            found[1].preprocessing, mean=(0.1,) * 3))))  # nor that of images normalised otherwise
+    *_, other = visualize.landscape(str(run), points=3, images=9, out=str(tmp_path))
+    assert other not in tables
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "draw_shapes", lambda _count, part: draw(60, 50 + part))
     tables[0].write_text("x,y\n1,two\n")
     with pytest.raises(ValueError, match="damaged"):
         visualize.landscape(str(run), points=3, images=9, out=str(tmp_path))
@@ -1190,14 +1233,32 @@ def quantized():
     return torch.ao.quantization.quantize_dynamic(odd_network_of(), {nn.Linear}, torch.qint8)
 
 
+def quantized_with_its_outputs():
+    from torch.ao import quantization
+
+    layers = quantization.QuantWrapper(odd_network_of()).eval()
+    layers.qconfig = quantization.default_qconfig
+    prepared = quantization.prepare(layers)
+    prepared(torch.randn(4, 3, 32, 32))
+    return quantization.convert(prepared)
+
+
+def volumes():
+    """Its filters have three dimensions, and so five."""
+    return nn.Sequential(nn.Unflatten(1, (3, 1)), nn.Conv3d(3, 4, (1, 3, 3)), nn.ReLU(),
+                         nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
 odd_networks = {
     "means": lambda: Lambda(lambda x: torch.relu(x.mean((2, 3)))), "ones": Ones,
     "scripted": lambda: torch.jit.script(odd_network_of()), "quantized": quantized,
+    "static": quantized_with_its_outputs, "volumes": volumes,
     "half": lambda: odd_network_of(1).half(), "nothing": nn.Sequential,
     "one_output": lambda: odd_network_of(outputs=1),
     "lazy": lambda: nn.Sequential(nn.LazyConv2d(4, 3))}
 # What draws all the same.
 DRAWN = {"scripted": {"predictions", "landscape"}, "quantized": {"predictions", "features"},
+         "static": {"predictions", "confusion"}, "volumes": {"predictions", "landscape"},
          "half": {"predictions", "patches", "projector", "where", "gallery", "invariance"}}
 
 
@@ -1269,6 +1330,13 @@ def test_the_projectors_features_are_what_the_last_linear_layer_sees():
     train.add_projector(board, built, preprocessing, images, [""] * 6)
     seen = built.conv(preprocessing(images, torch.device("cpu"))).clamp(min=0).mean((2, 3))
     torch.testing.assert_close(found["features"], seen)
+    # Very long vectors: the distances and angles alone, in as many numbers as there are images.
+    wide = nn.Sequential(nn.Conv2d(3, 70, 1), nn.Flatten(), nn.Linear(70 * 64, 5)).eval()
+    train.add_projector(board, wide, preprocessing, images, [""] * 6)
+    seen = wide[:2](preprocessing(images, torch.device("cpu"))).detach()
+    assert found["features"].shape == (6, 6)
+    torch.testing.assert_close(found["features"] @ found["features"].T, seen @ seen.T,
+                               rtol=1e-3, atol=1e-2)
 
 
 def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
@@ -1310,7 +1378,8 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
     (["patches", "RUN", "--layer=conv2", "units=4"], "units=4: did you mean --units=4"),
     (["filters", "torchvision:resnet18", "--image_size=0"], "image_size=0: must be at least 1"),
     (["filters", "RUN", "--device=GPU"], "device=GPU: must be of auto, .*did you mean cuda"),
-    (["landscape", "RUN", "--out=one.png"], "several figures"),
+    (["landscape", "RUN", "--out=one.png"], "several files"),
+    (["projector", "RUN", "--out=one.png"], "several files"),
     (["patches", "RUN", "--layer=conv2", "--top=0"], "top=0"),
     (["predictions", "RUN", "--only=most"], "most.*all, wrong, right"),
     (["curves", "RUN"], "no run with a finished epoch"),
