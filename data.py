@@ -292,7 +292,7 @@ def name_of(data):
 
 def fingerprint_of(data):
     """What changes with the files behind `data`: see `Dataset`."""
-    return data if data in BUILT_IN else _fingerprint(_list_folder(Path(data))[0])
+    return data if data in BUILT_IN else _fingerprint(_list_folder(Path(data).expanduser())[0])
 
 
 def _source(parts, data, root, image_size, skip_bad, writes):
@@ -1733,7 +1733,8 @@ def command_line(commands, default=None, argv=None, meanings=None, moved=None):
     words = sys.argv[1:] if argv is None else list(argv)
     make_output_last()
     try:
-        if {"--help", "-h"} & {*words} or words[:1] == ["help"] or not (words or default):
+        asks = words[:1] == ["help"] or (words[1:] == ["help"] and not Path("help").exists())
+        if asks or {"--help", "-h"} & {*words} or not (words or default):
             print(help_text(commands, words, default, meanings or {}))
             sys.exit(0)
         show(parse(commands, words, default, moved)())

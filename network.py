@@ -714,11 +714,6 @@ def _shared(_function, x, dim=1, *_others, **_named):
     return 0.5 + 1e-3 * (x - x.detach())
 
 
-def _refused(function, *_others, **_named):
-    """What chooses one of its inputs, with which a gradient would say nothing of the others."""
-    raise NotImplementedError(f"behind {function.__name__} no receptive field can be found")
-
-
 def _batch_norm(_function, x, *others, **named):
     """With running statistics a scale, without them each value looks at all of the batch."""
     own = named.get("training", others[4] if len(others) > 4 else False)
@@ -727,8 +722,8 @@ def _batch_norm(_function, x, *others, **named):
 
 # What takes the place of a function, given it and its arguments, in `Connections`.
 CONNECTIONS = {
-    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "sign", "round", "floor", "ceil", "neg"],
-                    _scaled),
+    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "sign", "round", "floor", "ceil",
+                     "trunc", "neg"], _scaled),
     **dict.fromkeys(["sub", "rsub", "div", "rdiv"], _added),  # the names of the operators, too
     **dict.fromkeys(["sigmoid", "hardsigmoid"],  # gates, which multiply: near ½ for all values
                     lambda _, x, *others, **named: 0.5 + 1e-3 * (x - x.detach())),
@@ -743,7 +738,7 @@ CONNECTIONS = {
     "adaptive_max_pool2d_with_indices": lambda function, x, size, *others, **named: (
         F.adaptive_avg_pool2d(x, size), function(x.detach(), size)[1]),
     **dict.fromkeys(["amax", "amin"], lambda _, x, *others, **named: x.mean(*others, **named)),
-    **dict.fromkeys(["max", "maximum", "min", "minimum"], _largest),
+    **dict.fromkeys(["max", "maximum", "fmax", "min", "minimum", "fmin"], _largest),
     "batch_norm": _batch_norm, "group_norm": _grouped,
     "instance_norm": lambda _, x, *others, **named: _grouped(None, x, x.shape[1]),
     "layer_norm": lambda _, x, shape, *others, **named: _scaled(
@@ -752,21 +747,26 @@ CONNECTIONS = {
     # Queries T×N×C and values; the weights of attention are positive.
     "multi_head_attention_forward": lambda _, query, key, value, *others, **named: (
         query + value.mean(0, True), None),
-    **dict.fromkeys(["fractional_max_pool2d", "fractional_max_pool2d_with_indices", "max_pool3d",
-                     "max_pool3d_with_indices", "median", "nanmedian", "topk", "kthvalue", "sort",
-                     "cummax", "cummin"], _refused),
 }
+# What chooses some of its inputs, with which a gradient would say nothing of the others.
+CHOOSING = {"fractional_max_pool2d", "fractional_max_pool2d_with_indices", "max_pool1d",
+            "max_pool1d_with_indices", "max_pool3d", "max_pool3d_with_indices",
+            "adaptive_max_pool1d", "adaptive_max_pool3d", "median", "nanmedian", "quantile",
+            "nanquantile", "mode", "topk", "kthvalue", "sort", "msort", "cummax", "cummin",
+            "aminmax", "take_along_dim"}
 
 
 class Connections(TorchFunctionMode):
     """While open, a gradient is above 0 where there is any connection, and elsewhere exactly 0.
 
     All weights are one positive constant, maxima are means, activations the identity, and a
-    normalisation adds the mean of what it looks at (see `CONNECTIONS`).
+    normalisation adds the mean of what it looks at (see `CONNECTIONS`). What has no such stand-in,
+    because it chooses, is noted in `choosing`.
     """
 
     def __init__(self, network):
         super().__init__()
+        self.choosing = []
         # Frozen weights are buffers; a mask of attention is one too, but not finite.
         self.weights = {id(value) for value in (*network.parameters(), *network.buffers())
                         if value.is_floating_point() and value.isfinite().all()}
@@ -778,6 +778,8 @@ class Connections(TorchFunctionMode):
         if name in CONNECTIONS and isinstance(given[0], Tensor) and given[0].is_floating_point():
             return CONNECTIONS[name](function, *given, **{
                 key: value for key, value in kwargs.items() if key != "input"})
+        if name in CHOOSING and getattr(given[0], "requires_grad", False):
+            self.choosing.append(name)
         # Weights that are no layer's, such as an embedding or the scale of a channel.
         args = [torch.ones_like(value, dtype=exact_type(value.device))
                 if id(value) in self.weights else value for value in args]
@@ -805,9 +807,12 @@ def receptive_fields(network, layer, image_size):
     # All three colour channels are one leaf, so that a field has no channels.
     noise = 1 + torch.rand(1, 1, image_size, image_size, generator=generator("fields"))
     noise = noise.to(device, dtype).requires_grad_()
-    with (evaluation(network), torch.enable_grad(), Connections(network),
+    with (evaluation(network), torch.enable_grad(), Connections(network) as mode,
           capture(network, [layer], stop=True) as outputs):
         forward(network, noise.expand(-1, 3, -1, -1), dtype)
+    if mode.choosing:
+        raise ValueError(f"layer={layer}: behind {mode.choosing[0]}, which chooses some of its "
+                         f"inputs, no receptive field can be found")
     maps = captured_maps(network, outputs, layer, 1)[0]  # C×H×W, or C for a linear layer
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
@@ -1160,7 +1165,7 @@ def describe(checkpoint):
 
 def find_checkpoint(path):
     """The checkpoint that `path` means: a file, or best.pth or else last.pth of a run folder."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir():
         return path
     for name in ("best.pth", "last.pth"):

@@ -1580,7 +1580,7 @@ def open_network(source, device="auto", weights=None, **wishes):
             Config.from_json(description.settings)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-    with contextlib.suppress(RuntimeError):  # filters of a third dimension have no such format
+    if all(weight.ndim < 5 for weight in network.parameters()):  # not as for videos
         network.to(memory_format=torch.channels_last)
     return network, description
 
@@ -1591,7 +1591,7 @@ def open_dataset(description, data=None, root=None):
     `root` takes the place of the data set's folder; without it nothing is written or downloaded,
     for where the checkpoint says is for its author to say. Classes are told by their names:
     labels number the network's classes, of which the data set may have some. ValueError for any
-    other, and for files that have changed since, of which another part would be held out.
+    other, and without `data` for files that have changed since.
     """
     config = run_settings(description, data, root)
     dataset = load_images(config, writes=root is not None)
@@ -1620,8 +1620,8 @@ def run_settings(description, data=None, root=None):
         config = dataclasses.replace(config, data=as_setting(data), val=0, limit=None)
     elif description.fingerprint not in (None, fingerprint_of(config.data)):
         raise ValueError(f"data={config.data}: files were added, removed or changed since the "
-                         f"network was trained on them; `data={config.data}` takes them as they "
-                         f"are now")
+                         f"network was trained on them; python train.py evaluate RUN "
+                         f"--data={config.data} measures it on them as they are now")
     return dataclasses.replace(config, root=as_setting(root or config.root),
                                image_size=description.preprocessing.image_size)
 
@@ -1776,10 +1776,10 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
             maps = networks.captured_maps(network, outputs, layer, len(chunk)).float()
             points.append((maps.mean((2, 3)) if maps.ndim == 4 else maps).cpu())  # B×C
     features = torch.cat(points)
-    if features.shape[1] > 2**12:  # as text, these would fill the disk
+    if features.shape[1] > max(2**12, len(features)):  # as text, these would fill the disk
         # In the coordinates of their own principal axes, of which there are no more than points:
         # of V = U·S·Wᵀ these are U·S, with the same distances and angles, and V·Vᵀ = U·S²·Uᵀ.
-        squares, axes = torch.linalg.eigh((features @ features.T).double())
+        squares, axes = torch.linalg.eigh(features.double() @ features.double().T)
         features = axes.flip(1) * squares.flip(0).clamp(min=0).sqrt()
     sprites = data.resize(images.float() / 255, min(images.shape[3], 32)).clamp(0, 1)
     for tag, vectors in (("features", features.float()), ("pixels", sprites.flatten(1))):
@@ -1929,11 +1929,11 @@ def read_pictures(paths, size):
     """({name: 3×S×S uint8} of the pictures `paths` and in the folders among them, what is wrong
     with those that cannot be read)."""
     files = []
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         if not path.is_dir():
             files.append(path)
             continue
-        found = [file for file in sorted(path.rglob("[!.]*")) if file.is_file()
+        found = [file for file in sorted(path.rglob("[!.]*")) if not file.is_dir()
                  and not file.with_name("tensors.tsv").exists()]  # no sprites of the Projector
         files += [file for file in found if file.suffix.lower() in data.IMAGE_SUFFIXES]
         kinds = {file.suffix.lower() or "unknown" for file in found} - {*data.IMAGE_SUFFIXES}
@@ -1967,7 +1967,7 @@ def export(run: str, out: str):
     Its filters are in half precision, and what only going on needs is left out. How it was made
     goes along: the command, accuracy, seconds, hardware and versions.
     """
-    run, out = Path(run), Path(out).expanduser()
+    run, out = Path(run).expanduser(), Path(out).expanduser()
     check_output(out, ".pth")
     before = {}
     with contextlib.suppress(OSError, ValueError):  # none of ours, or not there
@@ -1984,8 +1984,10 @@ def export(run: str, out: str):
                          f"precision")
     config = dataclasses.replace(config, name=None, out=Config.out, root=Config.root)
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
-    if out.exists() and ("made" not in before or before["settings"] != checkpoint["settings"]):
-        raise FileExistsError(f"out={out}: is there already, and was not exported from such a run; "
+    known = {**Config.from_json(before["settings"]).all_settings()} if "made" in before else {}
+    if out.exists() and any(known.get(name, "") != value for name, value in
+                            config.all_settings().items() if name not in MAY_CHANGE):
+        raise FileExistsError(f"out={out}: is there already, and was not exported from this run; "
                               f"move it away or choose another place")
     networks.save(out, {**checkpoint, "made": made})
     return out

@@ -62,7 +62,7 @@ from data import (
 Format = typing.Literal["png", "svg", "pdf"]
 SUFFIXES = (*typing.get_args(Format), "jpg", "jpeg", "eps")  # of files that --out may name
 DPI = 150  # of figures as PNG
-SIGN = "CIFAR-10 lab, with matplotlib"  # in every figure's file
+SIGN = "CIFAR-10 lab, drawn with Matplotlib"  # in every figure's file
 # Okabe & Ito's colours, told apart by colour-blind readers; in grey print the markers do it.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -272,7 +272,7 @@ def file_of(out):
     """The file that the flag `out` names; None for a folder, which has no suffix (a letter and up
     to four more letters or digits behind a point), or is there, or ends in a slash.
 
-    ValueError for a suffix that no figure has, FileExistsError for a file that holds no figure.
+    ValueError for a suffix that no figure has, FileExistsError for a file that is none of ours.
     """
     path = Path(os.path.expanduser(out or ""))
     if str(out).endswith("/") or path.is_dir() or not re.fullmatch(
@@ -288,8 +288,12 @@ def file_of(out):
 def check_figure(path, flag=""):
     """FileExistsError if `path`, which may be what `flag` says, is there and holds no figure of
     this package."""
-    if is_others(path, SIGN):
-        raise FileExistsError(f"{flag}{path}: is there already, and is no figure made here")
+    # Figures of earlier versions have Matplotlib's name alone, as all that are drawn with it: that
+    # will do where this package chose the place.
+    ours = not flag or Path(path).parent.name == "figures"
+    if is_others(path, "Matplotlib" if ours else SIGN):
+        raise FileExistsError(f"{flag}{path}: is there already, and is no figure made here; move "
+                              f"it away or choose another place")
 
 
 def snapshots(run, most=8):
@@ -1196,7 +1200,7 @@ def listed(value):
 
 def need(out=None, **least):
     """ValueError naming the first of the flags `least` that is not above 0; or `out`, if given, as
-    a file: a command that draws several figures needs a folder."""
+    a file: a command that writes several files needs a folder."""
     for name, value in least.items():
         if value <= 0:
             raise ValueError(f"{name}={value}: must be above 0")

@@ -11,6 +11,7 @@ experiments.j2 and results.j2; how it looks in report.html.j2, report.md.j2 and 
 import collections
 import dataclasses
 import itertools
+import os
 import re
 import shlex
 import statistics
@@ -44,8 +45,10 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     to the run's folder, to RUNS/WHAT, or to OUT. `--data` and `--root` say where a run's images
     are if they have moved.
     """
-    visualize.need(out)
-    folder = Path(out or (what if Path(what).is_dir() else Path(runs, what))).expanduser()
+    if out and Path(out).suffix.lower() in (".html", ".md", ".pdf"):
+        raise ValueError(f"out={out}: must be a folder; {' and '.join(PAGES)} are written there")
+    what, runs, out = (path and os.path.expanduser(path) for path in (what, runs, out))
+    folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
     for name in PAGES:
         reproduce.check_unchanged(folder / name, PAGE_SIGN)  # before any work is done
     if Path(what).is_dir():
@@ -157,7 +160,7 @@ def finished(run):
         return None
     config, folder = train.read_config(run / "config.json"), run.resolve()  # it may have moved
     return reproduce.finished_result(
-        dataclasses.replace(config, out=str(folder.parent), name=folder.name), anew=False)
+        dataclasses.replace(config, out=str(folder.parent), name=folder.name))
 
 
 def report_of_run(run, folder, given):
@@ -449,8 +452,9 @@ def figures_of(experiment, runs, folder):
 
 def results(path: str | None = None, out: str = "docs/results.md"):
     """Write the measured results in the CSV file PATH beside the reported ones, as Markdown."""
+    out = Path(out).expanduser()
     reproduce.replace(out, results_markdown(path or reproduce.RESULTS), RESULTS_SIGN)
-    return Path(out)
+    return out
 
 
 def results_markdown(path):

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import os
 import re
 import shlex
 import statistics
@@ -189,6 +190,7 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
         return costs()
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: must be at least 1")
+    out = os.path.expanduser(out)
     given = {"data": data, "root": root, "limit": limit, "epochs": epochs, "precision": precision}
     given = {name: value for name, value in given.items() if value is not None}
     # A trial of a few images shows that a line works, and needs no GPU.
@@ -244,9 +246,8 @@ def perform(run, given, out, seed=0):
     return finished_result(config) or train.train(config, resume=True)
 
 
-def finished_result(config, anew=True):
-    """The result of the run of `config` if it is there and complete, else None; also where training
-    it `anew` would be on other images."""
+def finished_result(config):
+    """The result of the run of `config` if it is there and complete, else None."""
     path = config.folder / "result.json"
     if not path.exists():
         return None
@@ -254,8 +255,6 @@ def finished_result(config, anew=True):
     train.check_same_run(config)
     result = read_json(path, checked)
     over = train.is_over(config, result["epochs"], result["epoch"])
-    if anew and "fingerprint" in result:  # earlier versions kept none
-        over &= result["fingerprint"] == data_module.fingerprint_of(config.data)
     # With other views of the test images it is measured again.
     return result if over and Config.from_json(result["settings"]).tta == config.tta else None
 

@@ -1,11 +1,12 @@
 """A grid of runs: python -m lab sweep --model=lenet --lr=0.1,0.01 --augment=flip+crop,none"""
 
+import contextlib
 import itertools
 import time
 
 import train
 import visualize
-from data import Busy, Table, show, value_in
+from data import Busy, Table, fingerprint_of, show, text_of, value_in
 from lab.reproduce import RESULT, check_unchanged, finished_result, replace
 
 
@@ -59,7 +60,11 @@ def row_of(result, told):
     in."""
     if isinstance(result, Exception):
         return [*[""] * len(told), f"failed: {' '.join(str(result).split())}"]
-    return [*(train.format_cell(result[name]) for name in told), "finished"]
+    state, images = "finished", train.as_setting(result["settings"]["data"])
+    with contextlib.suppress(OSError, ValueError):  # the images may be gone, which changes nothing
+        if result.get("fingerprint", "") not in ("", fingerprint_of(images)):
+            state += ", on images that have changed since"
+    return [*(train.format_cell(result[name]) for name in told), state]
 
 
 def split(text):
@@ -80,12 +85,12 @@ def grid_of(flags):
     for choice in choices:
         label = "_".join(f"{axis}={value}" for axis, value in choice.items()).replace("/", "_")
         own = {**choice, "name": f"{name}/{label}"}
-        flags = train.with_environment({**fixed, **own})
-        for axis in own:
-            if flags[axis] != own[axis]:
+        settings = train.parse_flags({**fixed, **own})
+        for axis, value in train.typed(own).items():
+            if settings[axis] != value:
                 raise ValueError(f"{axis}={own[axis]}: TRAIN_FLAGS in the environment makes it "
-                                 f"{flags[axis]} for all runs")
-        configs.append(train.Config.create(**train.typed(flags)))
+                                 f"{text_of(settings[axis])} for all runs")
+        configs.append(train.Config.create(**settings))
     return choices, configs
 
 

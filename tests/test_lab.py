@@ -236,20 +236,20 @@ def test_a_sweep_is_not_changed_by_the_environment(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_finished_run_on_images_that_changed_is_not_finished(tmp_path):
+def test_a_sweep_says_which_runs_were_on_images_that_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "pets"
     for part in ("train/a", "train/b", "test/a", "test/b"):
         (folder / part).mkdir(parents=True)
         for number in range(2):
             visualize.image_grid([torch.rand(3, 4, 4)]).savefig(folder / part / f"{number}.png")
-    config = train.Config.create(data=str(folder), image_size=32, val=0, epochs=1, batch_size=2,
-                                 root=str(tmp_path / "cache"), out=str(tmp_path))
-    train.train(config)
-    assert reproduce.finished_result(config)
+    again = partial(sweep.sweep, data="pets", image_size="32", val="0", epochs="1", batch_size="2")
+    assert [row[-1] for row in again(seed="0,1")[0].rows] == ["finished"] * 2
     (folder / "test" / "a" / "1.png").unlink()
-    assert reproduce.finished_result(config) is None and report.finished(config.folder)
-    with pytest.raises(ValueError, match="files were added, removed or changed"):
-        train.train(config, resume=True)
+    old, new = again(seed="1,2")[0].rows
+    assert (old[-1], new[-1]) == ("finished, on images that have changed since", "finished")
+    folder.rename(tmp_path / "moved")  # gone, they may be the same
+    assert [row[-1] for row in again(seed="0,1")[0].rows] == ["finished"] * 2
 
 
 def test_results_are_kept_in_place_of_older_ones_of_the_same_run(tmp_path):
@@ -538,7 +538,7 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
     (["reproduce", "4.1", "--epohcs=1"], "epohcs"),
     (["results", "--path=FOLDER/none.csv"], "none.csv"),
     (["sweep", "--lr=0.1"], "no flag has several values"),
-    (["report", "FOLDER", "--out=FOLDER/page.html"], r"out=\S+page\.html"),
+    (["report", "FOLDER", "--out=FOLDER/page.html"], r"out=\S+page\.html: must be a folder"),
 ])
 def test_bad_input_is_one_line_and_exit_2(words, message, tmp_path, refused):
     (tmp_path / "typed").mkdir()

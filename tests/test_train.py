@@ -316,8 +316,10 @@ def test_predict_goes_on_past_what_is_no_picture(tmp_path, capsys):
     (pictures / "tensors.tsv").touch()  # the sprites of TensorBoard's Projector lie beside one
     for name in ("dog.heic", "noext"):
         (pictures / "a" / name).touch()
+    (pictures / "a" / "link.png").symlink_to(tmp_path / "nowhere")
     table, error = train.predict_command(str(config.folder), str(pictures))
     assert len(table.rows) == 8 and "broken.png: cannot be read" in str(error)
+    assert "link.png: no such image file" in str(error)
     assert "._0.png" not in str(error)
     assert f"{pictures}: left out files of type .heic, unknown\n" in capsys.readouterr().err
     with pytest.raises(SystemExit) as leave:
@@ -628,7 +630,7 @@ def test_images_that_changed_since_the_run_began_are_refused(tmp_path):
     _, about = train.open_network(more.folder)
     with pytest.raises(ValueError, match=r"files were added, .*since the network was trained"):
         train.open_dataset(about, root=values["root"])  # split as it was then: it cannot be
-    with pytest.raises(ValueError, match=r"`data=\S+` takes them as they are now"):
+    with pytest.raises(ValueError, match=r"--data=\S+ measures it on them as they are now"):
         train.open_test(about, root=values["root"])
     assert len(train.open_test(about, pets, values["root"]).labels) == 8
     assert len(train.open_dataset(about, pets, Path(values["root"])).train.labels) == 7
@@ -1259,10 +1261,12 @@ def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_pat
     logits = [train.predict(loaded, images, description.preprocessing)
               for loaded, description in map(train.open_network, (path, config.folder))]
     assert torch.allclose(*logits, atol=1e-2)
-    train.export(str(config.folder), str(path))  # the same run
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    made = network.read(train.export(str(config.folder), str(path)))["made"]  # the same run
+    assert made["epochs"] == 3
     other = tiny(tmp_path, "other", seed=1)
     train.train(other)
-    with pytest.raises(FileExistsError, match="was not exported from such a run"):
+    with pytest.raises(FileExistsError, match="was not exported from this run"):
         train.export(str(other.folder), str(path))
     assert network.read(path)["made"] == made
 

@@ -161,10 +161,14 @@ def test_receptive_fields_behind_a_pool_that_gives_its_places_too(pool):
 
 
 @pytest.mark.parametrize("choose", [
-    nn.FractionalMaxPool2d(2, 4), lambda x: x.median(1, True)[0], lambda x: x.topk(2, 1)[0]])
+    nn.FractionalMaxPool2d(2, 4), lambda x: x.median(1, True)[0], lambda x: x.topk(2, 1)[0],
+    lambda x: x.quantile(0.5, 1, True)])
 def test_where_one_value_is_chosen_no_receptive_field_is_told(choose):
-    with pytest.raises(ValueError, match="no receptive field can be found"):
+    with pytest.raises(ValueError, match=r"layer=1: behind .* no receptive field can be found"):
         network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(choose)), "1", 12)
+    above = Lambda(lambda x: x * (x > x.detach().median()))  # it only says which are kept
+    assert network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), above), "1", 12)[
+        0, 2, 3].tolist() == [2, 3, 5, 6]
 
 
 def test_a_layer_that_hides_all_it_looks_at_is_said_to_do_so():
@@ -455,9 +459,15 @@ def test_only_figures_made_here_are_replaced(run, tmp_path):
             with pytest.raises(FileExistsError, match=path.name):
                 command(str(run), out=str(path))
     assert holiday.read_bytes() == before and pipe.is_fifo()
+    old = visualize.figure_path(run, "filters-conv1-rgb")  # as an earlier version left it
+    old.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4)).save(old, pnginfo=own)
+    assert visualize.filters(str(run)).path == old and visualize.SIGN.encode() in old.read_bytes()
     drawn = visualize.filters(str(run), out=str(tmp_path / "drawn.png")).path
     with pytest.raises(ValueError, match=r"out=.*the picture that is looked at"):
         visualize.where(str(run), image=str(drawn), out=str(drawn))
+    Image.new("RGB", (4, 4)).save(holiday)
+    before = holiday.read_bytes()
     for name in ("filters-conv1-rgb.png", "confusion.png"):  # their names in a folder
         (tmp_path / name).write_bytes(before)
     for command in (visualize.filters, visualize.confusion):
