@@ -601,14 +601,15 @@ def captured_maps(network, outputs, layer, count):
         raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {count} images, "
                          f"which must come first (in a transformer, batch_first=True)")
     first = channels_come_first(find_layer(network, layer) if layer else network)
+    if first is None and maps.ndim == 4:
+        first = not maps.shape[1] == maps.shape[2] != maps.shape[3]
     if maps.ndim == 3 and first:
         side = math.isqrt(maps.shape[2])
         return maps.unflatten(2, (side, -1) if side**2 == maps.shape[2] else (1, -1))
     if maps.ndim == 3:
         side = math.isqrt(maps.shape[1])  # 14 for ViT-B/16 at 224: a class token and 14·14 others
         maps = maps[:, -side * side:].unflatten(1, (side, side))
-    elif maps.ndim == 2 or (not maps.shape[1] == maps.shape[2] != maps.shape[3] if first is None
-                            else first):
+    elif maps.ndim == 2 or first:
         return maps  # N×C, or N×C×H×W
     return maps.permute(0, 3, 1, 2)  # its channels came last
 
@@ -749,11 +750,9 @@ CONNECTIONS = {
         query + value.mean(0, True), None),
 }
 # What chooses some of its inputs, with which a gradient would say nothing of the others.
-CHOOSING = {"fractional_max_pool2d", "fractional_max_pool2d_with_indices", "max_pool1d",
-            "max_pool1d_with_indices", "max_pool3d", "max_pool3d_with_indices",
-            "adaptive_max_pool1d", "adaptive_max_pool3d", "median", "nanmedian", "quantile",
-            "nanquantile", "mode", "topk", "kthvalue", "sort", "msort", "cummax", "cummin",
-            "aminmax", "take_along_dim"}
+CHOOSING = {"fractional_max_pool2d", "max_pool1d", "max_pool3d", "adaptive_max_pool1d",
+            "adaptive_max_pool3d", "median", "nanmedian", "quantile", "nanquantile", "mode", "topk",
+            "kthvalue", "sort", "msort", "cummax", "cummin", "aminmax", "take_along_dim"}
 
 
 class Connections(TorchFunctionMode):
@@ -778,7 +777,8 @@ class Connections(TorchFunctionMode):
         if name in CONNECTIONS and isinstance(given[0], Tensor) and given[0].is_floating_point():
             return CONNECTIONS[name](function, *given, **{
                 key: value for key, value in kwargs.items() if key != "input"})
-        if name in CHOOSING and getattr(given[0], "requires_grad", False):
+        chooses = name.removesuffix("_with_indices") in CHOOSING
+        if chooses and getattr(given[0], "requires_grad", False):
             self.choosing.append(name)
         # Weights that are no layer's, such as an embedding or the scale of a channel.
         args = [torch.ones_like(value, dtype=exact_type(value.device))

@@ -1984,7 +1984,7 @@ def export(run: str, out: str):
                          f"precision")
     config = dataclasses.replace(config, name=None, out=Config.out, root=Config.root)
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
-    known = {**Config.from_json(before["settings"]).all_settings()} if "made" in before else {}
+    known = Config.from_json(before["settings"]).all_settings() if "made" in before else {}
     if out.exists() and any(known.get(name, "") != value for name, value in
                             config.all_settings().items() if name not in MAY_CHANGE):
         raise FileExistsError(f"out={out}: is there already, and was not exported from this run; "

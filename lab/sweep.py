@@ -60,9 +60,9 @@ def row_of(result, told):
     in."""
     if isinstance(result, Exception):
         return [*[""] * len(told), f"failed: {' '.join(str(result).split())}"]
-    state, images = "finished", train.as_setting(result["settings"]["data"])
+    state, known = "finished", result.get("fingerprint")  # earlier versions kept none
     with contextlib.suppress(OSError, ValueError):  # the images may be gone, which changes nothing
-        if result.get("fingerprint", "") not in ("", fingerprint_of(images)):
+        if known not in (None, fingerprint_of(result["settings"]["data"])):
             state += ", on images that have changed since"
     return [*(train.format_cell(result[name]) for name in told), state]
 
