@@ -140,7 +140,7 @@ class Dataset:
 
 
 def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=None,
-         skip_bad=False, writes=True):
+         skip_bad=False, writes=True, known=None):
     """Load a data set and return it as a `Dataset`.
 
     `data` is `cifar10`, `cifar100`, `shapes` or a folder `train/<class>/*`, `test/<class>/*`.
@@ -148,10 +148,11 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
     tenth).
     `limit` keeps so many training, validation and test images, and no others are read. Without
     `writes` nothing is downloaded and no cache is made in `root`: for settings that somebody
-    else's file brought. Raises ValueError for a setting that makes no sense and OSError for files
-    that are missing or cannot be read.
+    else's file brought. Raises ValueError for a setting that makes no sense, and for files whose
+    fingerprint is not that `known` from a network's training; OSError for files that are missing or
+    cannot be read.
     """
-    source = _source(("train", "test"), data, root, image_size, skip_bad, writes)
+    source = _source(("train", "test"), data, root, image_size, skip_bad, writes, known)
     labels = source.labels["train"]
     # The labels alone tell which images are held out and which a limit keeps.
     rest, held = held_out(labels, len(labels) // 10 if val is None else val, seed)
@@ -171,14 +172,14 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
 
 
 def load_split(part, data="cifar10", root="data", image_size=None, seed=0, limit=None,
-               skip_bad=False, writes=True):
+               skip_bad=False, writes=True, known=None):
     """Load one part, "train" or "test", of a data set: (class names, `Split`). See `load`.
 
     A file of arrays, `….npy`, is a test set of CIFAR-10's classes; see `read_arrays`.
     """
     if str(data).endswith(".npy"):
         return CIFAR10, read_arrays(data)
-    source = _source((part,), data, root, image_size, skip_bad, writes)
+    source = _source((part,), data, root, image_size, skip_bad, writes, known)
     return source.classes, _limited(source, part, limit, seed)
 
 
@@ -295,13 +296,13 @@ def fingerprint_of(data):
     return data if data in BUILT_IN else _fingerprint(_list_folder(Path(data).expanduser())[0])
 
 
-def _source(parts, data, root, image_size, skip_bad, writes):
+def _source(parts, data, root, image_size, skip_bad, writes, known):
     """The `_Source` that `data` names."""
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
     data, root = os.path.expanduser(data), os.path.expanduser(root)
     if data not in BUILT_IN:
-        return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes)
+        return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes, known)
     if data == "shapes":
         sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed
         classes, splits = SHAPES, {part: draw_shapes(*sizes[part]) for part in parts}
@@ -446,7 +447,7 @@ def read_image(path, size=None, only_larger=False):
     return pixels.view(height, width, 3).permute(2, 0, 1)
 
 
-def _folder(folder, root, image_size, skip_bad, parts, writes):
+def _folder(folder, root, image_size, skip_bad, parts, writes, known):
     """The `_Source` of `folder`, by way of a cache file for each part in `root`.
 
     Only the rows that are asked for are read, but with `skip_bad`, where only reading tells which
@@ -456,6 +457,11 @@ def _folder(folder, root, image_size, skip_bad, parts, writes):
     told = [f"{what} ({count})" for what, count in sorted(left_out.items()) if count]
     if told:
         print(f"{folder}: left out {', '.join(told)}", file=sys.stderr)
+    fingerprint = _fingerprint(files)
+    if known not in (None, fingerprint):
+        raise ValueError(f"data={folder}: files were added, removed or changed since the network "
+                         f"was trained on them; python train.py evaluate RUN --data={folder} "
+                         f"measures it on them as they are now")
     labels = {part: torch.tensor([label for _, label, _, _ in files[part]]) for part in parts}
 
     # A cache is named for what was asked for, so that another question has another file, and holds
@@ -475,7 +481,7 @@ def _folder(folder, root, image_size, skip_bad, parts, writes):
     for part in parts if skip_bad else ():
         whole[part], readable = decoded(part, range(len(files[part])))
         labels[part] = labels[part][readable]
-    return _Source(tuple(classes), labels, read, _fingerprint(files))
+    return _Source(tuple(classes), labels, read, fingerprint)
 
 
 def _fingerprint(files):

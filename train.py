@@ -47,7 +47,6 @@ from data import (
     Made,
     Table,
     closest,
-    fingerprint_of,
     load_split,
     text_of,
     write_atomically,
@@ -718,10 +717,10 @@ class State:
         self.sums.zero_()
 
 
-def load_images(config, writes=True):
-    """The data set that `config` names; `writes` see `data.load`."""
+def load_images(config, writes=True, known=None):
+    """The data set that `config` names; `writes` and `known` see `data.load`."""
     return data.load(config.data, config.root, config.size, config.val, config.seed, config.limit,
-                     config.skip_bad, writes)
+                     config.skip_bad, writes, known)
 
 
 def prepare(config, dataset, device, workers, resume, changed_data):
@@ -1438,6 +1437,13 @@ def check_apart(config, resume):
                              f"{config.folder}, must lie apart (`{name}`, `out`, `name`)")
 
 
+def differing(now, before):
+    """The names of settings that have another value in `now` than in `before`, both of all of them
+    by name, and make another run."""
+    return [name for name in sorted({*now, *before})
+            if now.get(name) != before.get(name) and name not in MAY_CHANGE]
+
+
 def check_same_run(config, before=None, moved=False):
     """ValueError when the run in `config.folder` began with settings of another meaning, unless it
     is not there: with those `before`, or else those in its config.json. With `moved` its images may
@@ -1450,11 +1456,10 @@ def check_same_run(config, before=None, moved=False):
     here, there = (data.folder_of(values["data"]) for values in (now, before))
     if here and (here == there or (moved and here.is_dir())):
         before["data"] = now["data"]
-    for name in sorted({*now, *before}):
-        if now.get(name) != before.get(name) and name not in MAY_CHANGE:
-            raise ValueError(f"{name}={now.get(name)}: the run in {config.folder} has "
-                             f"{before.get(name)}; a run goes on with the settings it began with "
-                             f"(`name=NAME` starts another)")
+    for name in differing(now, before):
+        raise ValueError(f"{name}={now.get(name)}: the run in {config.folder} has "
+                         f"{before.get(name)}; a run goes on with the settings it began with "
+                         f"(`name=NAME` starts another)")
     if now["epochs"] < before["epochs"]:
         raise ValueError(f"epochs={now['epochs']}: the run in {config.folder} is one of "
                          f"{before['epochs']} epochs, which may grow but not shrink")
@@ -1594,7 +1599,8 @@ def open_dataset(description, data=None, root=None):
     other, and without `data` for files that have changed since.
     """
     config = run_settings(description, data, root)
-    dataset = load_images(config, writes=root is not None)
+    known = description.fingerprint if data is None else None
+    dataset = load_images(config, writes=root is not None, known=known)
     parts = {part: as_named(getattr(dataset, part), dataset.classes, description, config.data)
              for part in ("train", "val", "test")}
     return dataclasses.replace(dataset, classes=description.classes or dataset.classes, **parts)
@@ -1604,24 +1610,20 @@ def open_test(description, data=None, root=None):
     """The test images of `open_dataset`, without its training images."""
     config = run_settings(description, data, root)
     classes, test = load_split("test", config.data, config.root, config.size, config.seed,
-                               config.limit, config.skip_bad, writes=root is not None)
+                               config.limit, config.skip_bad, writes=root is not None,
+                               known=description.fingerprint if data is None else None)
     return as_named(test, classes, description, config.data)
 
 
 def run_settings(description, data=None, root=None):
     """The `Config` of the run that a network comes from, with `data` and `root` in place of its
-    own; what was held out or left out of its own data is not of other data. ValueError where files
-    of its own have changed since."""
+    own; what was held out or left out of its own data is not of other data."""
     if not description.settings and data is None:
         raise ValueError("a network from elsewhere comes without images; give `data=NAME`; or give "
                          "`image=FILE`")
     config = Config.from_json(description.settings) if description.settings else Config()
     if data is not None:
         config = dataclasses.replace(config, data=as_setting(data), val=0, limit=None)
-    elif description.fingerprint not in (None, fingerprint_of(config.data)):
-        raise ValueError(f"data={config.data}: files were added, removed or changed since the "
-                         f"network was trained on them; python train.py evaluate RUN "
-                         f"--data={config.data} measures it on them as they are now")
     return dataclasses.replace(config, root=as_setting(root or config.root),
                                image_size=description.preprocessing.image_size)
 
@@ -1984,9 +1986,8 @@ def export(run: str, out: str):
                          f"precision")
     config = dataclasses.replace(config, name=None, out=Config.out, root=Config.root)
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
-    known = Config.from_json(before["settings"]).all_settings() if "made" in before else {}
-    if out.exists() and any(known.get(name, "") != value for name, value in
-                            config.all_settings().items() if name not in MAY_CHANGE):
+    if out.exists() and ("made" not in before or differing(
+            config.all_settings(), Config.from_json(before["settings"]).all_settings())):
         raise FileExistsError(f"out={out}: is there already, and was not exported from this run; "
                               f"move it away or choose another place")
     networks.save(out, {**checkpoint, "made": made})

@@ -1,6 +1,7 @@
 """A grid of runs: python -m lab sweep --model=lenet --lr=0.1,0.01 --augment=flip+crop,none"""
 
 import contextlib
+import functools
 import itertools
 import time
 
@@ -39,7 +40,8 @@ def sweep(**flags):
                     done[number] = error
         if len(done) < len(configs):
             time.sleep(5)
-    rows = [[*choice.values(), *row_of(done[number], told)]
+    now = functools.cache(fingerprint_of)  # the runs of a sweep mostly have the same images
+    rows = [[*choice.values(), *row_of(done[number], told, now)]
             for number, choice in enumerate(choices)]
     table = Table([*choices[0], *told, "state"], rows, str(folder), len(choices[0]))
     for (path, sign), content in zip(signs.items(), (
@@ -55,14 +57,14 @@ def sweep(**flags):
     return made
 
 
-def row_of(result, told):
+def row_of(result, told, now):
     """The cells of a run in the table: what is `told` of its result, or of the error that it ended
-    in."""
+    in. `now` is `fingerprint_of`."""
     if isinstance(result, Exception):
         return [*[""] * len(told), f"failed: {' '.join(str(result).split())}"]
     state, known = "finished", result.get("fingerprint")  # earlier versions kept none
     with contextlib.suppress(OSError, ValueError):  # the images may be gone, which changes nothing
-        if known not in (None, fingerprint_of(result["settings"]["data"])):
+        if known not in (None, now(result["settings"]["data"])):
             state += ", on images that have changed since"
     return [*(train.format_cell(result[name]) for name in told), state]
 

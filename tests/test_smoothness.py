@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import data
+import train
 import visualize
 from lab import smoothness
 
@@ -35,9 +37,6 @@ def test_measuring_smoothness_leaves_running_statistics_alone():
 
 
 def test_filters_of_the_images_are_fitted_as_in_training(few_shapes):
-    import data
-    import train
-
     seen, dataset = {}, data.load("shapes", limit=64)
     fit = train.fit_first_layer
     with pytest.MonkeyPatch.context() as patch:
