@@ -804,19 +804,27 @@ def batch_loss(network, images, labels):
 
 
 def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10):
-    """Each picture beside the probabilities of its `bars` likeliest classes, with the logits."""
+    """Each picture beside the probabilities of its `bars` likeliest classes, with the logits.
+
+    `labels` are the true classes' numbers or, where these are not known, the pictures' names.
+    """
+    labels = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    columns = min(columns, len(images))
     rows, bars = math.ceil(len(images) / columns), min(bars, len(classes))
     figure = new_figure(4.2 * columns, rows * (0.6 + 0.17 * bars) + 0.1, title)
     grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1, 1.1] * columns)
-    for index, (image, label, scores) in enumerate(zip(images, labels.tolist(), logits)):
+    for index, (image, label, scores) in enumerate(zip(images, labels, logits)):
         row, column = divmod(index, columns)
         predicted = scores.argmax().item()
         picture = figure.add_subplot(grid[row, 2 * column])
         show(picture, image)
-        right = predicted == label
-        verdict = "right" if right else f"taken for {classes[predicted]}"
-        picture.set_title(f"{classes[label]}\n{verdict}", fontsize=9, loc="left",
-                          color="black" if right else COLORS[1])
+        if isinstance(label, str):
+            text, label = f"{label}\n{classes[predicted]}", predicted
+        else:
+            verdict = "right" if predicted == label else f"taken for {classes[predicted]}"
+            text = f"{classes[label]}\n{verdict}"
+        picture.set_title(text, fontsize=9, loc="left",
+                          color="black" if predicted == label else COLORS[1])
         draw_probabilities(figure.add_subplot(grid[row, 2 * column + 1]), scores, label, classes,
                            bars)
     return figure
@@ -1252,8 +1260,9 @@ def curves(*runs: str, x: typing.Literal["epoch", "step", "seconds"] = "epoch",
 
 def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "right"] = "all",
                 count: int = 8, order: typing.Literal["random", "loss", "confidence"] = "random",
-                seed: int = 0, **flags: typing.Unpack[Flags]):
-    """Draw COUNT test images with true and predicted class, probabilities and logits.
+                seed: int = 0, *, image: str | None = None, **flags: typing.Unpack[Flags]):
+    """Draw COUNT test images with true and predicted class, probabilities and logits; or the
+    pictures in `--image`, a file or a folder, whose classes are not known.
 
     The hardest come first with `--order=loss`, the surest with `confidence`: with `--only=wrong`
     some of these are labelled wrongly (in CIFAR-10 about 0.5 %, Northcutt et al. 2021,
@@ -1261,6 +1270,11 @@ def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "r
     """
     need(count=count)
     check_words(predictions, only=only, order=order)
+    if image is not None:
+        if (only, order) != ("all", "random"):
+            raise ValueError(f"only={only}, order={order}: are for test images, whose classes are "
+                             f"known; leave them out beside `image`")
+        return predictions_of(image, count, ckpt, **flags)
     network, about, test = open_test(ckpt, **flags)
     chosen = torch.randperm(len(test.labels), generator=generator(seed, "predictions"))
     if only == "all" and order == "random":  # else all have to be looked at
@@ -1282,6 +1296,20 @@ def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "r
         f"blue: the true class, orange: what it was taken for")
     name = f"predictions-{only}" + ("" if order == "random" else f"-{order}")
     return save_figure(figure, ckpt, name, **flags)
+
+
+def predictions_of(path, count, ckpt, **flags):
+    """`predictions` of the first `count` pictures that `path` means."""
+    network, about = open_network(ckpt, **flags)
+    pictures, errors = train.read_pictures([path], about.preprocessing.image_size)
+    if errors:
+        raise OSError("; ".join(errors))
+    images = torch.stack([*pictures.values()][:count])
+    logits = train.finite_logits(network, images, about.preprocessing)
+    figure = draw_predictions(
+        about.preprocessing.pictures(images), [Path(name).name[-32:] for name in pictures], logits,
+        about.class_names(logits.shape[1]), f"{about.title}: probabilities and logits")
+    return save_figure(figure, ckpt, "predictions-image", **flags)
 
 
 def reliability(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
@@ -1593,7 +1621,7 @@ MEANINGS = {
     "format": "of the figures, where --out is no file (none: png):",
     "seed": "of what is drawn at random",
     "count": "how many images (samples: of each class)",
-    "image": "picture file; none: a test image",
+    "image": "picture file (predictions: or a folder of them); none: a test image",
     "index": "number of the test image",
     "only": "which predictions:",
     "order": "of the predictions, the highest first:",

@@ -591,6 +591,22 @@ def test_predictions_in_the_order_of_loss_and_of_confidence(run, tmp_path, monke
     assert torch.equal(shown[1][0], wrong[wrong.softmax(1).amax(1).topk(3).indices])
 
 
+def test_predictions_of_pictures_of_ones_own(run, tmp_path, refused):
+    (tmp_path / "own").mkdir()
+    for name, image in zip(("one.png", "two.jpg", "three.bmp"), data.draw_shapes(3, seed=3).images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "own" / name)
+    net, about = train.open_network(run, "cpu")
+    picture = data.read_image(tmp_path / "own" / "one.png")[None]
+    answer = about.classes[train.predict(net, picture, about.preprocessing).argmax()]
+    figure = visualize.predictions(str(run), image=tmp_path / "own", out=str(tmp_path))
+    headings = [text for text in texts_of(figure) if "\n" in text]
+    assert headings[0] == f"one.png\n{answer}" and len(headings) == 3
+    assert len(visualize.predictions(str(run), image=tmp_path / "own" / "two.jpg", count=1,
+                                     out=str(tmp_path)).axes) == 2
+    assert "are for test images" in refused(visualize.COMMANDS, [
+        "predictions", str(run), f"--image={tmp_path / 'own'}", "--only=wrong"])
+
+
 # ---------------------------------------------------------------------------- a class's reasons
 
 
