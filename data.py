@@ -167,6 +167,7 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
         raise ValueError(f"{data}: training and test images differ in size; give `image_size=N`")
     # Without the held-out images: what a network is measured on may tell it nothing.
     mean, std = pixel_statistics(train.images)
+    std = tuple(max(value, 1e-3) for value in std)  # 0 where all is one colour: it is divided by
     return Dataset(data, source.classes, train, val if len(held) else None, test, mean, std,
                    source.fingerprint)
 
@@ -240,7 +241,7 @@ def pixel_statistics(images):
     for share in counts.double() / counts.sum(1, keepdim=True):
         mean.append((share * levels).sum().item())
         variance = (share * (levels - mean[-1]) ** 2).sum().item()
-        std.append(max(variance**0.5, 1e-3))  # one colour everywhere: it is divided by
+        std.append(variance**0.5)
     return tuple(mean), tuple(std)
 
 
@@ -1863,7 +1864,8 @@ def stats(data: str = "cifar10", root: str = "data", image_size: int | None = No
     dataset = load(data, root, image_size=image_size, val=0, skip_bad=skip_bad)
     images, sizes = dataset.train.images, torch.bincount(
         dataset.train.labels, minlength=len(dataset.classes)).tolist()
-    channels = {"pixel mean": dataset.mean, "pixel std": dataset.std,
+    mean, std = pixel_statistics(images)
+    channels = {"pixel mean": mean, "pixel std": std,
                 "mean of the per-image stds (not the pixel std)": mean_of_image_stds(images)}
     return Table(("what", "value"), [
         ("training images", f"{len(images)}"),

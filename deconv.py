@@ -685,7 +685,7 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (),
     if not files:
         raise ValueError(f"{ckpt}: not the folder of a run with two snapshots or more (train with "
                          f"--snapshots=1,2,5,10)")
-    *_, test = visualize.open_test(files[0], **flags)
+    *_, test = visualize.open_test(files[-1], **flags)
     for file in files:
         network, about = visualize.open_network(file, **flags)
         chosen = visualize.choose_units(network, layer, about.preprocessing.image_size, units, 6)

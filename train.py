@@ -47,6 +47,7 @@ from data import (
     Made,
     Table,
     closest,
+    fingerprint_of,
     load_split,
     text_of,
     write_atomically,
@@ -433,13 +434,13 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
     `changed_data` goes on though files of its data set are others now.
     Raises FileExistsError for a run that exists when neither is asked for.
     """
-    if isinstance(config, str):
-        config = Config.create(**parse_flags({"model": config, **settings}))
-    elif settings:
-        config = Config.create(**{**dataclasses.asdict(config), **settings})
     if not isinstance(resume, bool):
         raise ValueError(f"resume={resume!r}: must be True or False; `out` and `name` say which "
                          f"run is meant")
+    if isinstance(config, str):
+        config = config_of(parse_flags({"model": config, **settings}), resume)
+    elif settings:
+        config = Config.create(**{**dataclasses.asdict(config), **settings})
     device = choose_device(config.device)
     make_repeatable(config, device)
     check_folder(config, resume, overwrite)  # here before anything is written, below for good
@@ -467,6 +468,21 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
             return result
         finally:
             folder.close()
+
+
+def config_of(given, resume=False):
+    """The `Config` that settings `given` mean; with `resume`, of a run that is there: its own, and
+    those given."""
+    folder = Path(given.get("out", Config.out),
+                  given.get("name") or given.get("model", Config.model))
+    if not (resume and (folder / "config.json").exists()):
+        return Config.create(**given)
+    saved = read_config(folder / "config.json")
+    # Checked as a new run's would be, before the settings of the old one come in.
+    config = Config.create(**{"model": saved.model, **given})
+    return dataclasses.replace(saved, **{
+        **{name: getattr(config, name) for name in given if name not in config.options},
+        "out": config.out, "name": config.name, "options": {**saved.options, **config.options}})
 
 
 def is_over(config, epochs, best):
@@ -832,12 +848,13 @@ def restore(state, checkpoint, steps, epoch_anew=False):
     """Put `state` where `checkpoint` was saved; ValueError when it is not one of this run.
 
     `steps` is the number of steps of an epoch. With `epoch_anew` back to the start of the epoch: of
-    other images than before, no steps of it count.
+    other images than before, no steps of it count, and no accuracy on them.
     """
     optimizer, training = state.optimizer, dict(checkpoint["training"])
     if epoch_anew:
         checkpoint = {**checkpoint, "step": checkpoint["epoch"] * steps}
-        training |= {"totals": (0.0,) * 4, "logged": (0.0,) * 4, "epoch_seconds": 0.0}
+        training |= {"totals": (0.0,) * 4, "logged": (0.0,) * 4, "epoch_seconds": 0.0,
+                     "best_accuracy": -1.0, "best_epoch": checkpoint["epoch"]}
     # An optimizer makes its momenta in its first step, and nothing else tells which it will have:
     # so it takes one, of length 0, and what the checkpoint holds must be made like that.
     for group in optimizer.param_groups:
@@ -1617,13 +1634,16 @@ def open_test(description, data=None, root=None):
 
 def run_settings(description, data=None, root=None):
     """The `Config` of the run that a network comes from, with `data` and `root` in place of its
-    own; what was held out or left out of its own data is not of other data."""
+    own; what was held out or left out of its own data is not of other data, but of the same files
+    in another folder."""
     if not description.settings and data is None:
         raise ValueError("a network from elsewhere comes without images; give `data=NAME`; or give "
                          "`image=FILE`")
     config = Config.from_json(description.settings) if description.settings else Config()
     if data is not None:
-        config = dataclasses.replace(config, data=as_setting(data), val=0, limit=None)
+        moved = Path(as_setting(data)).is_dir() and fingerprint_of(data) == description.fingerprint
+        config = dataclasses.replace(config, data=as_setting(data), **(
+            {} if moved else {"val": 0, "limit": None}))
     return dataclasses.replace(config, root=as_setting(root or config.root),
                                image_size=description.preprocessing.image_size)
 
@@ -1835,19 +1855,7 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
         # Folder and name of one and the same path: of a link, and of ".", where it really is.
         path = path if path.name == path.resolve().name else path.resolve()
         given |= {"out": str(path.parent), "name": path.name}
-    saved, folder = None, Path(given.get("out", Config.out),
-                               given.get("name") or given.get("model", Config.model))
-    if resume and (folder / "config.json").exists():
-        saved = read_config(folder / "config.json")
-        given = {"model": saved.model, **given}
-    # Checked as a new run's would be, before the settings of the old one come in.
-    config = Config.create(**given)
-    if saved:  # its own settings, and those given
-        config = dataclasses.replace(saved, **{
-            **{name: value for name, value in given.items() if name not in config.options},
-            "out": config.out, "name": config.name,
-            "options": {**saved.options, **config.options}})
-    train(config, bool(resume), overwrite, changed_data)
+    train(config_of(given, resume), bool(resume), overwrite, changed_data)
 
 
 def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
@@ -1986,8 +1994,10 @@ def export(run: str, out: str):
                          f"precision")
     config = dataclasses.replace(config, name=None, out=Config.out, root=Config.root)
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
-    if out.exists() and ("made" not in before or differing(
-            config.all_settings(), Config.from_json(before["settings"]).all_settings())):
+    made_before = before.get("made")
+    if out.exists() and not (isinstance(made_before, dict) and not differing(
+            config.all_settings(), Config.from_json(before["settings"]).all_settings())
+            and made_before.get("epochs", 0) <= made["epochs"]):  # more epochs may take its place
         raise FileExistsError(f"out={out}: is there already, and was not exported from this run; "
                               f"move it away or choose another place")
     networks.save(out, {**checkpoint, "made": made})

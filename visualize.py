@@ -51,6 +51,7 @@ from data import (
     load,
     mean_of_image_stds,
     name_of,
+    pixel_statistics,
     progress,
     read_image,
     read_json,
@@ -289,8 +290,10 @@ def check_figure(path, flag=""):
     """FileExistsError if `path`, which may be what `flag` says, is there and holds no figure of
     this package."""
     # Figures of earlier versions have Matplotlib's name alone, as all that are drawn with it: that
-    # will do where this package chose the place.
-    ours = not flag or Path(path).parent.name == "figures"
+    # will do where this package chose the place, and in the folder of a run.
+    path = Path(path)
+    ours = not flag or path.name.startswith("report-") or any(
+        map(train.is_run, path.absolute().parents))
     if is_others(path, "Matplotlib" if ours else SIGN):
         raise FileExistsError(f"{flag}{path}: is there already, and is no figure made here; move "
                               f"it away or choose another place")
@@ -322,7 +325,7 @@ def figure_path(ckpt, name, out=None, format="png"):
 def save_figure(figure, ckpt, name, out=None, format="png", **_others):
     """Write `figure` to its `figure_path`, which becomes `figure.path`, and return it."""
     path = figure_path(ckpt, name, out, format or "png")
-    check_figure(path)
+    check_figure(path, "out=" if out else "")
     # In memory first: a figure that fails, or a full disk, leaves the file before it as it was.
     kind, content = path.suffix[1:].lower(), io.BytesIO()
     # By a name in the file `check_figure` knows what was made here.
@@ -526,7 +529,7 @@ def precision_recall(scores, positive):
 
 def group_runs(runs):
     """{label: [metrics of each run]}: runs whose settings differ only in seed and name are one."""
-    groups, labelled = {}, {}
+    groups, known, labelled = {}, {}, {}
     # The full path, because "." has no name of its own.
     for run in map(Path, map(os.path.abspath, runs)):
         settings = {"run": str(run)}
@@ -534,7 +537,11 @@ def group_runs(runs):
             settings = read_json(run / "config.json", dict)
         same = {name: value for name, value in settings.items()
                 if name not in ("seed", "name", "out", "device", "root")}
-        members, _ = groups.setdefault(repr(sorted(same.items())), ([], same))
+        # One seed twice, as of another's run or of a copy, is no further seed.
+        key = repr(sorted(same.items()))
+        seeds = (key, settings.get("seed"))
+        known[seeds] = known.get(seeds, 0) + 1
+        members, _ = groups.setdefault((key, known[seeds]), ([], same))
         members.append(run)
     for members, settings in groups.values():
         more = len(members) - 1
@@ -626,7 +633,9 @@ def loss_on(network, parts, preprocessing, what=""):
     for name, split in parts.items():
         logits = train.predict(network, split.images, preprocessing)
         result = train.score(logits, split.labels, logits.shape[1])
-        values |= {f"{name}{what}/{kind}": result[kind] for kind in UNITS}
+        measured = math.isfinite(result["loss"])  # of what is no number none is right or wrong
+        values |= {f"{name}{what}/{kind}": result[kind] if measured else math.nan
+                   for kind in UNITS}
     return values
 
 
@@ -1231,7 +1240,7 @@ def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: in
     blank = images.new_full(images.shape[1:], 255)  # where a class has fewer
     shown = [resize(picture[None] / 255, image_size)[0] for row in rows
              for picture in [*images[row], *[blank] * count][:count]]
-    statistics = {"pixel mean": dataset.mean, "pixel std": dataset.std,
+    statistics = {**dict(zip(("pixel mean", "pixel std"), pixel_statistics(images))),
                   "mean of the per-image stds": mean_of_image_stds(images)}
     name = name_of(data)
     title = "\n".join([

@@ -28,7 +28,16 @@ import deconv
 import network
 import train
 import visualize
-from data import Table, check_ours, parse, parse_value, read_json, show, write_atomically
+from data import (
+    Table,
+    check_ours,
+    fingerprint_of,
+    parse,
+    parse_value,
+    read_json,
+    show,
+    write_atomically,
+)
 from lab import smoothness
 from train import Config
 
@@ -243,7 +252,11 @@ def perform(run, given, out, seed=0):
     if "limit" in given or given.get("data") == "shapes":  # too few to hold out 10 000: a tenth
         values["val"] = 0 if config.val == 0 else None
     config = dataclasses.replace(config, **values)
-    return finished_result(config) or train.train(config, resume=True)
+    result = finished_result(config)
+    if result and changed_since(result):
+        raise ValueError(f"{config.folder}: was measured on images that have changed since; "
+                         f"`out=FOLDER` measures it anew")
+    return result or train.train(config, resume=True)
 
 
 def finished_result(config):
@@ -257,6 +270,13 @@ def finished_result(config):
     over = train.is_over(config, result["epochs"], result["epoch"])
     # With other views of the test images it is measured again.
     return result if over and Config.from_json(result["settings"]).tta == config.tta else None
+
+
+def changed_since(result, now=fingerprint_of):
+    """Whether the images of a run's result have changed since; `now` tells what they are now."""
+    with contextlib.suppress(OSError, ValueError):  # they may be gone, which changes nothing
+        return result.get("fingerprint") not in (None, now(result["settings"]["data"]))
+    return False
 
 
 def checked(result):
@@ -348,6 +368,11 @@ class Row:
     def elsewhere(self):
         """Whether it was measured on other images than the report's."""
         return self.data is not None and self.data != images_of(self.planned)
+
+    @property
+    def weight(self):
+        """What measures a run better is greater: on the report's images, to its end, more seeds."""
+        return not self.elsewhere, (self.epochs or 0) >= self.planned.epochs, self.seeds or 0
 
     @property
     def difference(self):
@@ -464,9 +489,16 @@ def read_results(path):
 
 
 def keep_results(path, rows):
-    """Put `rows` into the CSV file of measured results, in place of older rows of the same runs."""
+    """Put `rows` into the CSV file of measured results, in place of older rows of the same runs
+    that weigh no more."""
     kept = read_results(path) if path.exists() else {}
-    kept |= {(row.id, row.run, row.accuracy): row for row in rows}
+    for row in rows:
+        before = kept.setdefault((row.id, row.run, row.accuracy), row)
+        if before.weight > row.weight:
+            print(f"{path}: the row of {row.id}/{row.run} stays as it is: it is of the report's "
+                  f"images, of more epochs or of more seeds")
+        else:
+            kept[row.id, row.run, row.accuracy] = row
     # In the order of experiments.toml, so that a new row changes one place of the file.
     order = {name: number for number, name in enumerate(book().experiments)}
     write_atomically(path, Table([*COLUMNS], [

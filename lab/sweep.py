@@ -1,6 +1,5 @@
 """A grid of runs: python -m lab sweep --model=lenet --lr=0.1,0.01 --augment=flip+crop,none"""
 
-import contextlib
 import functools
 import itertools
 import time
@@ -8,7 +7,7 @@ import time
 import train
 import visualize
 from data import Busy, Table, fingerprint_of, show, text_of, value_in
-from lab.reproduce import RESULT, check_unchanged, finished_result, replace
+from lab.reproduce import RESULT, changed_since, check_unchanged, finished_result, replace
 
 
 def sweep(**flags):
@@ -28,7 +27,7 @@ def sweep(**flags):
              for kind, between in (("csv", ","), ("md", " | "))}
     for path, sign in signs.items():
         check_unchanged(path, sign)  # before anything is trained
-    visualize.check_figure(folder / "curves.png")
+    visualize.file_of(folder / "curves.png")  # complains of one that is none of ours
     while len(done) < len(configs):  # again and again: another process may hold a run, and die
         for number, config in enumerate(configs):
             if number not in done:
@@ -62,10 +61,7 @@ def row_of(result, told, now):
     in. `now` is `fingerprint_of`."""
     if isinstance(result, Exception):
         return [*[""] * len(told), f"failed: {' '.join(str(result).split())}"]
-    state, known = "finished", result.get("fingerprint")  # earlier versions kept none
-    with contextlib.suppress(OSError, ValueError):  # the images may be gone, which changes nothing
-        if known not in (None, now(result["settings"]["data"])):
-            state += ", on images that have changed since"
+    state = "finished" + ", on images that have changed since" * changed_since(result, now)
     return [*(train.format_cell(result[name]) for name in told), state]
 
 

@@ -40,6 +40,7 @@ def test_pixel_statistics_by_hand():
     mean, std = data.pixel_statistics(images)
     assert mean == pytest.approx([0.5] * 3)
     assert std == pytest.approx([((0.25 + 0.09) / 2) ** 0.5] * 3)
+    assert data.pixel_statistics(images * 0)[1] == (0, 0, 0)
 
 
 def test_mean_of_image_stds_is_not_the_pixel_std():

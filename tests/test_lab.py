@@ -248,6 +248,11 @@ def test_a_sweep_says_which_runs_were_on_images_that_changed(tmp_path, monkeypat
     (folder / "test" / "a" / "1.png").unlink()
     old, new = again(seed="1,2")[0].rows
     assert (old[-1], new[-1]) == ("finished, on images that have changed since", "finished")
+    once = partial(reproduce.reproduce, "1.1", "pets", limit=4, epochs=1, out="again")
+    assert once().rows[0][4] != "failed"
+    (folder / "test" / "b" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"again/1.1-lenet: was measured on images that have ch"):
+        once()
     folder.rename(tmp_path / "moved")  # gone, they may be the same
     assert [row[-1] for row in again(seed="0,1")[0].rows] == ["finished"] * 2
 
@@ -263,6 +268,10 @@ def test_results_are_kept_in_place_of_older_ones_of_the_same_run(tmp_path):
     reproduce.keep_results(path, [dataclasses.replace(rows[0], measured=99.0, std=0.5, seeds=2)])
     assert path.read_text().splitlines()[1].startswith("1.1,lenet,test,57.2,99.0,0.5,2,2,,")
     assert "| 57.20 | 99.00 ± 0.50 | +41.80 | 2 |" in report.results_markdown(path)
+    before = path.read_bytes()
+    for less in ({"seeds": 1}, {"epochs": 1, "seeds": 5}, {"data": "shapes", "seeds": 5}):
+        reproduce.keep_results(path, [dataclasses.replace(rows[0], **{"seeds": 2, **less})])
+        assert path.read_bytes() == before
     for foreign in ("a,b\n1,2\n", "", ",".join(reproduce.COLUMNS) + "\n1.1,x\n", '"' + 9 * "a"):
         path.write_text(foreign)
         for change in (lambda: reproduce.keep_results(path, rows),

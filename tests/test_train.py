@@ -643,6 +643,34 @@ def test_images_that_changed_since_the_run_began_are_refused(tmp_path):
     train.train(tiny(tmp_path / "runs", **values, epochs=5), resume=True)
 
 
+def test_after_images_have_changed_the_best_epoch_is_one_on_the_new(tmp_path):
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"))
+    values = {"data": pets, "val": 2, "limit": None, "batch_size": 4, "image_size": 32,
+              "root": str(tmp_path / "cache")}
+    train.train(config := tiny(tmp_path / "runs", **values))
+    best = network.read(config.folder / "last.pth")
+    best["training"]["best_accuracy"] = 1.0  # which no epoch can beat
+    network.save(config.folder / "last.pth", best)
+    Path(pets, "train", "cat", "0.png").unlink()
+    result = train.train(tiny(tmp_path / "runs", **values, epochs=3), resume=True,
+                         changed_data=True)
+    assert result["epoch"] == 3
+    train.evaluate(str(config.folder), root=values["root"])  # of the images as they are
+
+
+def test_a_limited_run_is_measured_alike_where_its_images_were_moved(tmp_path):
+    pets, cache = image_folder(tmp_path / "pets", ("cat", "dog")), str(tmp_path / "cache")
+    train.train(config := tiny(tmp_path / "runs", data=pets, val=2, limit=4, batch_size=4,
+                               image_size=32, root=cache))
+    _, about = train.open_network(config.folder)
+    before = train.open_dataset(about, root=cache)
+    moved = Path(pets).rename(tmp_path / "moved")
+    after = train.open_dataset(about, str(moved), cache)
+    for part in ("train", "val", "test"):
+        assert torch.equal(getattr(before, part).images[:], getattr(after, part).images[:])
+    assert len(train.open_test(about, moved, cache).labels) == 4
+
+
 def test_an_earlier_split_of_unequal_classes_is_not_gone_on_with(tmp_path):
     pets = image_folder(tmp_path / "pets", ("cat", "dog"), images=12)
     for number in range(8):
@@ -1134,6 +1162,11 @@ def test_resume_keeps_the_saved_settings(tmp_path, capsys):
     assert train.read_config(tmp_path / "run" / "config.json") == tiny(tmp_path, epochs=3)
     train.train_command(resume=True, out=str(tmp_path), name="run", model="lenet", dropout="0.2")
     assert "all 3 epochs are done, at step 18" in capsys.readouterr().out
+    kept = {"data": "shapes", "limit": 60, "batch_size": 20, "out": str(tmp_path), "name": "kept"}
+    train.train("lenet", keep=0, epochs=2, **kept)
+    before = {*(tmp_path / "kept").glob("step-*.pth")}
+    train.train("lenet", resume=True, epochs=3, **kept)
+    assert before and before < {*(tmp_path / "kept").glob("step-*.pth")}
 
 
 def run_script(*words, timeout=120, **more):
@@ -1266,8 +1299,10 @@ def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_pat
     assert made["epochs"] == 3
     other = tiny(tmp_path, "other", seed=1)
     train.train(other)
-    with pytest.raises(FileExistsError, match="was not exported from this run"):
-        train.export(str(other.folder), str(path))
+    train.train(tiny(tmp_path, "trial"))  # the same, for fewer epochs
+    for run in (other.folder, tmp_path / "trial"):
+        with pytest.raises(FileExistsError, match="was not exported from this run"):
+            train.export(str(run), str(path))
     assert network.read(path)["made"] == made
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -474,6 +475,12 @@ def test_only_figures_made_here_are_replaced(run, tmp_path):
         with pytest.raises(FileExistsError, match="no figure made here"):
             command(str(run), out=str(tmp_path))
     assert {path.read_bytes() for path in tmp_path.glob("[cf]*.png")} == {before}
+    thesis = tmp_path / "thesis" / "figures" / "confusion.png"  # drawn by others, as they call it
+    thesis.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(thesis, pnginfo=own)
+    for out in (thesis, thesis.parent):
+        with pytest.raises(FileExistsError, match="no figure made here"):
+            visualize.confusion(str(run), out=str(out))
     (tmp_path / "figures").write_text("a file")
     with pytest.raises(OSError, match=r"figures.*cannot be written"):
         visualize.filters(str(run), out=str(tmp_path / "figures"))
@@ -809,6 +816,10 @@ def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
     groups = visualize.group_runs([tmp_path / name for name in "abc"])
     assert {label: len(members) for label, members in groups.items()} == {
         "a and 1 more seed": 2, "c": 1}
+    (tmp_path / "copies").mkdir()
+    shutil.copytree(tmp_path / "a", tmp_path / "copies" / "a")  # no further seed
+    copied = visualize.group_runs([tmp_path / "a", tmp_path / "copies" / "a"])
+    assert {label: len(members) for label, members in copied.items()} == {"a": 1, "a′": 1}
     for name in groups["c"][0]:  # one that `patience` stopped after its first epoch
         del groups["a and 1 more seed"][0][name][1:]
     groups["a and 1 more seed"][0]["train/loss"][0] = 3.0
@@ -843,6 +854,14 @@ def test_a_direction_has_the_norm_of_each_filter_and_leaves_biases_alone():
         else:
             assert torch.allclose(direction[name].flatten(1).norm(dim=1),
                                   weight.flatten(1).norm(dim=1), rtol=1e-4)
+
+
+def test_nothing_is_right_or_wrong_where_the_loss_is_no_number(opened):
+    net, about = opened
+    parts = {"test": data.draw_shapes(8, seed=1)}
+    with visualize.moved(net, [{"conv1.0.weight": torch.full((6, 3, 5, 5), math.nan)}], [1.0]):
+        values = visualize.loss_on(net, parts, about.preprocessing)
+    assert [*map(math.isnan, values.values())] == [True, True]
 
 
 def test_the_landscapes_centre_is_the_networks_loss_and_weights_are_put_back(opened):
