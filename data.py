@@ -14,6 +14,7 @@ import collections
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import hashlib
 import html
@@ -59,8 +60,12 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 BUILT_IN = ("cifar10", "cifar100", "shapes")  # data sets; all else is a folder
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "bar", "flower", "crescent",
           "half")
+# In CIFAR-10-C beside the 15 that are counted (Hendrycks & Dietterich 2019, section 4).
+EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
            "truck")
+# Errors of a file system or a process, which say nothing of the file that was read.
+PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # A small file can claim an image of many gigabytes; 8192×8192 is more than any camera's.
 MAX_PIXELS = 1 << 26
 
@@ -411,6 +416,7 @@ def read_image(path, size=None, only_larger=False):
     """
     from PIL import Image, ImageOps
 
+    path = os.path.expanduser(path)
     try:
         check_regular(path)
         with warnings.catch_warnings():
@@ -443,6 +449,8 @@ def read_image(path, size=None, only_larger=False):
                 pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image file") from None
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise whatever they like on a damaged file
         raise OSError(f"{path}: cannot be read as an image ({error})") from error
     return pixels.view(height, width, 3).permute(2, 0, 1)
@@ -481,6 +489,9 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
     whole = {}
     for part in parts if skip_bad else ():
         whole[part], readable = decoded(part, range(len(files[part])))
+        if missing := len(labels[part]) - len(readable):
+            print(f"{folder}: left out files of {part} that cannot be read ({missing})",
+                  file=sys.stderr)
         labels[part] = labels[part][readable]
     return _Source(tuple(classes), labels, read, fingerprint)
 
@@ -627,7 +638,7 @@ def _decode(items, image_size, skip_bad, title, only_larger):
         try:
             return read_image(item[0], image_size, only_larger)
         except OSError as error:
-            if skip_bad:
+            if skip_bad and getattr(error.__cause__, "errno", None) not in PASSING:
                 return error
             raise BadImage(f"{error}; `skip_bad` leaves such files out") from error
 
@@ -1123,8 +1134,9 @@ class Batches:
         """B×S×S×1: 0 in a square around each of the 2×B `corner` points, 1 elsewhere."""
         line = torch.arange(self.size, device=self.device)
         half = self.size * CUTOUT / 2
-        # 2×B×S: the lines, of rows and of columns, whose centres are near enough.
-        near = (line - corner[..., None] + 0.5).abs() <= half
+        # 2×B×S: the lines, of rows and of columns, whose centres are near enough; of two that are
+        # just as far off on either side, one.
+        near = (line - corner[..., None] + 0.501).abs() <= half
         return ~(near[0][:, :, None] & near[1][:, None, :])[..., None]
 
 
@@ -1330,6 +1342,7 @@ def trim_events(paths, step):
 
     for path in paths:
         kept = []
+        open(path, "rb").close()  # raises where it may not be read, which makes it no torn one
         with contextlib.suppress(Exception):  # the loader raises at a torn record
             for event in LegacyEventFileLoader(str(path)).Load():
                 if event.HasField("summary") and event.step <= step:

@@ -492,13 +492,14 @@ def forward(network, images, dtype=None, compiled=True, weights=None):
     values = itertools.chain(network.parameters(), network.buffers())
     dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
                           images.dtype)
-    channels, features = (
-        next((getattr(module, name) for module in network.modules() if isinstance(module, kind)),
-             None) for kind, name in ((nn.Conv2d, "in_channels"), (nn.Linear, "in_features")))
+    convolution, linear = (next((module for module in network.modules() if isinstance(
+        module, kind)), None) for kind in (nn.Conv2d, nn.Linear))
+    channels = convolution and convolution.in_channels
     # Where no convolution begins, a linear layer may, as in many a first network for MNIST, with
     # S·S grey values.
+    begins = linear is not None and linear.weight is next(network.parameters())
     if images.shape[1] == 3 and (channels == 1 or (
-            channels != 3 and features == images[0, 0].numel())):
+            channels != 3 and begins and linear.in_features == images[0, 0].numel())):
         images = images.mean(1, keepdim=True)
     shape = "×".join(map(str, images.shape))
     with told(f"the network cannot take one batch of images, {shape} of {str(dtype)[6:]}"):
@@ -683,7 +684,7 @@ def _pooled(function, x, kernel_size, stride=None, padding=0, dilation=1, ceil_m
     pads = [padding[1], padding[1] + stride[1], padding[0], padding[0] + stride[0]]
     mean = x.new_full((1, 1, *kernel), 1 / math.prod(kernel))
     maps = F.conv2d(F.pad(x, pads).flatten(0, -3)[:, None], mean, None, stride, 0, dilation)
-    maps = maps[:, 0, :size[-2], :size[-1]].reshape(size)
+    maps = maps[:, 0, :size[-2], :size[-1]].reshape(size).contiguous()
     return (maps, found[1]) if isinstance(found, tuple) else maps
 
 
@@ -1231,12 +1232,17 @@ def _load_elsewhere(source, weights, wishes, device):
             try:
                 state = torch.load(weights, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
-                raise ValueError("no state dict, or damaged (of a whole network that was saved, "
-                                 "save its state_dict())") from error
+                raise ValueError("damaged, or holds Python objects beside its tensors (save the "
+                                 "network's state_dict() alone)") from error
             if isinstance(state, dict) and REQUIRED.keys() <= state.keys():
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
         network.eval().to(device)
+    # Somebody else's code may work in place from the start, or take its images' memory to lie as
+    # usual (`x.view(len(x), -1)`): it gets a copy that does.
+    if not isinstance(network, torch.jit.ScriptModule):  # which takes no hooks
+        network.register_forward_pre_hook(lambda _network, given: given[0].clone(
+            memory_format=torch.contiguous_format))
     return network, Description(source, (), replace(wanted, **wishes))
 
 
@@ -1272,9 +1278,10 @@ def state_dict_in(content, network):
     for part in [content, *content.values()] if isinstance(content, dict) else []:
         if isinstance(part, dict) and len(part) == len(own) > 0:
             prefix = min(map(str, part)).removesuffix(min(own))  # of the first name of each
-            state = {str(name).removeprefix(prefix): value for name, value in part.items()}
-            if state.keys() == own:
-                return state
+            if {str(name).removeprefix(prefix) for name in part} == own:
+                # In place: a new dictionary would lack the versions of modules that it has.
+                nn.modules.utils.consume_prefix_in_state_dict_if_present(part, prefix)
+                return part
     return content
 
 

@@ -336,7 +336,7 @@ def learning_rate(step, total_steps, warmup_steps, peak, schedule):
     if schedule == "onecycle":
         warmup_steps = int(min(max(warmup_steps, total_steps / 4), total_steps - 1))
         schedule = "linear"
-    warmup_steps = round(warmup_steps)  # whole steps, so that one of them takes the peak
+    warmup_steps = min(round(warmup_steps), total_steps - 1)  # so that one step takes the peak
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)  # + 1: a step at rate 0 would be wasted
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -504,7 +504,8 @@ def train_epoch(state, batches, config, workers, folder, bar, stop):
     # Steps of this epoch that were taken before a stop.
     first = state.step - state.epoch * steps
     # Convolutions and the pooling at the end take any size: fewer pixels, less time.
-    size = config.early_size if state.epoch < config.early_share * config.epochs else None
+    early_epochs = round(config.early_share * config.epochs, 6)  # .55·100 is a little more than 55
+    size = config.early_size if state.epoch < early_epochs else None
     crop = state.epoch < config.epochs - config.uncropped_epochs
     for step, (images, labels) in enumerate(batches.epoch(state.epoch, first, size, crop),
                                             first + 1):
@@ -809,7 +810,9 @@ def new_state(config, description, device):
 def fit_first_layer(network, dataset, size=None):
     """Set the filters that a network takes from its training images before it is trained, from
     images of side `size`, as it will see them."""
-    images = dataset.train.images[::max(1, len(dataset.train.images) // 5_000)]
+    size = size or dataset.train.images.shape[3]
+    count = max(1, 5_000 * 32**2 // max(32, size)**2)  # as many pixels of larger ones
+    images = dataset.train.images[::max(1, len(dataset.train.images) // count)]
     for module in network.modules():
         if isinstance(module, networks.WhiteningConv):
             device = module.weight.device
@@ -1570,9 +1573,10 @@ def newest_checkpoint(folder, say):
             return checkpoint
         except (OSError, ValueError) as error:
             say(f"{error}; trying the checkpoint before it")
-    # Without one the run starts anew, and all that is there goes. Killed in its first epoch, a run
-    # has lost nothing by that; one that came further has weights, if not its last checkpoint.
-    if paths or (folder / "result.json").exists() or len(read_rows(folder)) > 1 or any(
+    # Without one the run starts anew, and all that is there goes. Killed before the first was
+    # written, while the second epoch went on, a run has lost nothing by that; one that came further
+    # has weights, if not its last checkpoint.
+    if paths or (folder / "result.json").exists() or len(read_rows(folder)) > 2 or any(
             networks.read(path)["epoch"] > 1 for path in written_by_a_run(folder)
             if path.suffix == ".pth"):
         raise OSError(f"{folder}: no checkpoint to go on from can be read; `overwrite` starts anew")
@@ -1602,7 +1606,7 @@ def open_network(source, device="auto", weights=None, **wishes):
             Config.from_json(description.settings)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-    if all(weight.ndim < 5 for weight in network.parameters()):  # not as for videos
+    if description.settings:  # one of this package's: others may take memory to lie as usual
         network.to(memory_format=torch.channels_last)
     return network, description
 
@@ -1891,7 +1895,10 @@ def corruption_table(network, description, folder, tta):
             for name, severities in data.corruptions(folder)}
     if not rows:
         raise FileNotFoundError(f"{folder}: labels.npy and no <corruption>.npy beside it")
-    rows["mean"] = [sum(column) / len(column) for column in zip(*rows.values())]
+    counted = [row for name, row in rows.items() if name not in data.EXTRA_CORRUPTIONS]
+    extras = " without extras" if 0 < len(counted) < len(rows) else ""
+    rows[f"mean{extras}"] = [sum(column) / len(column)
+                             for column in zip(*(counted or rows.values()))]
     return Table(("corruption", *(f"severity {number}" for number in range(1, 6)), "mean"), [
         (name, *(f"{value:.1%}" for value in [*values, sum(values) / len(values)]))
         for name, values in rows.items()])

@@ -58,6 +58,7 @@ from data import (
     resize,
     subset,
     write_atomically,
+    writing,
 )
 
 Format = typing.Literal["png", "svg", "pdf"]
@@ -93,6 +94,8 @@ def new_figure(width, height, title):
                 for text in self.findobj(Text):
                     text.set_parse_math(False)
                     if not text.get_text().isascii():
+                        # A file's name may have bytes that are no text.
+                        text.set_text(text.get_text().encode(errors="replace").decode())
                         text.set_fontfamily(fonts_for(frozenset(text.get_text()),
                                                       tuple(text.get_fontfamily())))
                 super().draw(renderer)
@@ -265,7 +268,7 @@ def span_of(values):
 
 def folder_of(ckpt):
     """The folder of a checkpoint, which may be that folder itself; `runs` for all else."""
-    path = Path(ckpt or "runs")
+    path = Path(ckpt or "runs").expanduser()
     return path if path.is_dir() else path.parent if path.exists() else Path("runs")
 
 
@@ -531,7 +534,7 @@ def group_runs(runs):
     """{label: [metrics of each run]}: runs whose settings differ only in seed and name are one."""
     groups, known, labelled = {}, {}, {}
     # The full path, because "." has no name of its own.
-    for run in map(Path, map(os.path.abspath, runs)):
+    for run in map(Path, map(os.path.abspath, map(os.path.expanduser, runs))):
         settings = {"run": str(run)}
         with contextlib.suppress(OSError, ValueError):
             settings = read_json(run / "config.json", dict)
@@ -1370,7 +1373,7 @@ def activations(ckpt: str | None = None, layers: tuple[str, ...] = (), images: i
     or the checkpoints it kept, and at its end. Without `--layers`: all activations, and the last
     layer."""
     network, about, test = open_test(ckpt, **flags)
-    files = snapshots(ckpt) if ckpt and Path(ckpt).is_dir() else []
+    files = snapshots(ckpt) if ckpt and Path(ckpt).expanduser().is_dir() else []
     need(flags.get("out") if files else None, images=images)
     test = subset(test, images, seed=0)
     layers = listed(layers) or rectifiers_of(network, about.preprocessing.image_size)
@@ -1608,7 +1611,8 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
     if others:  # TensorBoard would write over some files
         raise FileExistsError(f"out={folder}: holds {others[0].name}, which is none of the "
                               f"Projector's files; name a folder for these alone")
-    with contextlib.redirect_stdout(io.StringIO()), SummaryWriter(str(folder)) as board:
+    with (writing(folder), contextlib.redirect_stdout(io.StringIO()),
+          SummaryWriter(str(folder)) as board):
         # It announces what it writes anew, which only the command line may.
         train.add_projector(board, network, about.preprocessing, test.images, labels, layer,
                             ["class", "predicted", "verdict"])

@@ -240,7 +240,7 @@ def noted(failed, name):
     try:
         yield
     except (ValueError, OSError) as error:
-        failed[name] = error
+        failed[name] = str(error)  # the error itself would hold the run's network
 
 
 def perform(run, given, out, seed=0):

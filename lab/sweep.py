@@ -33,10 +33,11 @@ def sweep(**flags):
             if number not in done:
                 try:
                     done[number] = finished_result(config) or train.train(config, resume=True)
-                except Busy:  # another process trains it
+                except Busy as error:  # another process trains it
+                    train.say_once(f"{error}; waiting")
                     continue
-                except (ValueError, OSError) as error:
-                    done[number] = error
+                except (ValueError, OSError) as error:  # without what it holds: a whole network
+                    done[number] = ValueError(str(error))
         if len(done) < len(configs):
             time.sleep(5)
     now = functools.cache(fingerprint_of)  # the runs of a sweep mostly have the same images
@@ -72,6 +73,7 @@ def split(text):
 
 def grid_of(flags):
     """What each run of a grid is told apart by, {flag: text}, and the runs' settings."""
+    flags = {name: text_of(value) for name, value in flags.items()}  # Python's numbers and lists
     axes = {name: split(text) for name, text in flags.items() if "," in text}
     if not axes:
         raise ValueError("no flag has several values (for example `lr=0.1,0.01`)")

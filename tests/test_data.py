@@ -1,6 +1,7 @@
 """Data: what comes out of each source, and what becomes of it in a batch."""
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -41,6 +42,26 @@ def test_pixel_statistics_by_hand():
     assert mean == pytest.approx([0.5] * 3)
     assert std == pytest.approx([((0.25 + 0.09) / 2) ** 0.5] * 3)
     assert data.pixel_statistics(images * 0)[1] == (0, 0, 0)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_a_passing_error_leaves_no_image_out(error, tmp_path, monkeypatch):
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (4, 4)).save(tmp_path / part / "a" / f"{number}.png")
+    opening, failed = Image.open, []
+
+    def fails_once(path, **more):
+        if Path(path).name == "1.png" and not failed:
+            failed.append(path)
+            raise error
+        return opening(path, **more)
+
+    monkeypatch.setattr(Image, "open", fails_once)
+    with pytest.raises((OSError, MemoryError)):
+        data.load(str(tmp_path), tmp_path / "cache", val=0, skip_bad=True)
+    assert len(data.load(str(tmp_path), tmp_path / "cache", val=0, skip_bad=True).train.labels) == 3
 
 
 def test_mean_of_image_stds_is_not_the_pixel_std():
@@ -153,6 +174,8 @@ def test_cutout_blanks_a_square_of_a_quarter():
     images, _ = next(batches_of(split_of_noise(), ("cutout",), batch_size=20).epoch(0))
     blank = (images == 0).all(1).flatten(1).sum(1)
     assert blank.max() == 16 and (blank >= 4).all() and blank.float().mean() > 9
+    images, _ = next(batches_of(split_of_noise(size=12), ("cutout",), batch_size=20).epoch(0))
+    assert (images == 0).all(1).flatten(1).sum(1).max() == 9  # 3×3
 
 
 def test_a_step_depends_on_seed_epoch_and_step_alone():
@@ -375,7 +398,7 @@ def test_small_images_are_enlarged_where_sizes_differ(tmp_path):
     assert dataset.train.images[0].flatten(1).unique(dim=1).flatten().tolist() == [0, 0, 7]
 
 
-def test_folder_errors_name_what_is_wrong(tmp_path):
+def test_folder_errors_name_what_is_wrong(tmp_path, capsys):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="no such data set or folder"):
         data.load(str(tmp_path / "loop"))
@@ -386,7 +409,9 @@ def test_folder_errors_name_what_is_wrong(tmp_path):
     (folder / "train" / "cat" / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(OSError, match=r"bad\.jpg.*; `skip_bad`"):
         data.load(str(folder), tmp_path, val=0)
-    assert len(data.load(str(folder), tmp_path, val=0, skip_bad=True).train.labels) == 6
+    for _ in range(2):  # also when the images come from a cache
+        assert len(data.load(str(folder), tmp_path, val=0, skip_bad=True).train.labels) == 6
+        assert "files of train that cannot be read (1)" in capsys.readouterr().err
     (folder / "train" / "bird").mkdir()
     with pytest.raises(ValueError, match="bird"):
         data.load(str(folder), tmp_path, val=0)

@@ -662,6 +662,7 @@ def test_a_sweep_goes_on_where_a_run_fails_and_says_so(tmp_path, monkeypatch, ca
         assert re.match(r"0\.01,[\d.]+,[\d.]+,[\d.]+,finished$", finished)
     monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("nothing is to be trained"))
     lab(*line[:-2], "--lr=0.01,0.01", line[-1])
+    assert len(sweep.grid_of({"lr": [0.1, 0.01], "epochs": 1})[1]) == 2  # as Python has them
     again = partial(sweep.sweep, **dict(word[2:].split("=") for word in line[1:]))
     never_replaced(folder / "sweep.md", again)
     (folder / "sweep.md").unlink()

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from test_fuzz import signed
 from torch import nn
 
+import data
 import network
+import train
 
 # Parameters worked out by hand from the layers, or published.
 PARAMETERS = {
@@ -237,6 +240,16 @@ def test_images_are_brought_to_a_networks_type_and_channels(dtype):
     assert torch.equal(network.forward(grey, images), expected)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).to(dtype)
     assert network.forward(flat, images).dtype == dtype
+
+    class Own(nn.Module):  # a convolution of its own; 64 = 8·8, but it is not the first
+        def __init__(self):
+            super().__init__()
+            self.kernel, self.fc = nn.Parameter(torch.ones(4, 3, 5, 5)), nn.Linear(64, 2)
+
+        def forward(self, x):
+            return self.fc(F.conv2d(x, self.kernel).flatten(1))
+
+    assert network.forward(Own().to(dtype), images).shape == (2, 2)
     assert network.forward(nn.ReLU(), images).dtype == torch.float32
     assert network.device_of(nn.ReLU()) == torch.device("cpu")
     first = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.Unflatten(1, (4, 4, 4)),
@@ -418,12 +431,47 @@ def test_weights_as_other_programs_save_them(wrapped, tmp_path, monkeypatch):
     assert black.tolist() == pytest.approx([-0.4914 / 0.2023, -0.4822 / 0.1994, -0.4465 / 0.201])
 
 
+def test_code_of_others_has_images_to_itself_as_they_usually_lie(tmp_path, monkeypatch):
+    (tmp_path / "tutorial.py").write_text("""
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 8 * 8, 10)
+    def forward(self, x):
+        x = x.mul_(2).sub_(1) if self.in_place else x * 2 - 1
+        x = torch.max_pool2d(self.conv(x), 2)
+        return self.fc(x.view(x.size(0), -1))
+def make():
+    return torch.manual_seed(0) and Net(True)
+def careful():
+    return torch.manual_seed(0) and Net(False)
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    images, logits = data.draw_shapes(20, seed=1).images, []
+    for name in ("make", "careful"):
+        opened, about = train.open_network(f"tutorial:{name}", image_size=16)
+        logits.append(train.predict(opened, images, about.preprocessing, "full"))
+        fields = network.receptive_fields(opened, "fc", 16)
+        assert fields.tolist() == [[[[0, 0, 16, 16]]]] * 10
+    assert torch.equal(*logits)
+
+
+def test_weights_keep_the_versions_of_their_modules(tmp_path):
+    theirs = torchvision.models.mnasnet0_5(weights=None).state_dict()  # needs its version
+    torch.save(theirs, tmp_path / "own.pth")
+    opened, _ = network.load("torchvision:mnasnet0_5", tmp_path / "own.pth")
+    assert torch.equal(opened.state_dict()["layers.0.weight"], theirs["layers.0.weight"])
+
+
 def test_a_network_that_was_saved_whole_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "their_lenet.py").write_text(
         "import network, torch\ndef make():\n    return torch.compile(network.build('lenet'))")
     monkeypatch.syspath_prepend(str(tmp_path))
     torch.save(network.build("lenet"), tmp_path / "whole.pth")
-    with pytest.raises(ValueError, match=r"whole\.pth: ValueError: no state dict.*state_dict"):
+    with pytest.raises(ValueError, match=r"whole\.pth: ValueError: damaged, or .*state_dict"):
         network.load("their_lenet:make", tmp_path / "whole.pth")
     weights = network.build("lenet").state_dict()
     torch.save({"net": {f"_orig_mod.{name}": weights[name] for name in weights}},

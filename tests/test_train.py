@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy
@@ -81,8 +82,10 @@ def test_learning_rate_by_hand():
     for total, warmup in ((10, 0), (10, 3.7), (3, 0), (1, 0), (1, 1), (10, 10), (10, 99)):
         assert max(train.learning_rate(step, total, warmup, 1.0, "onecycle")
                    for step in range(total)) == 1
-    for schedule in ("linear", "cosine", "constant"):  # also where warm-up ends within a step
-        assert max(train.learning_rate(step, 10, 2.5, 1.0, schedule) for step in range(10)) == 1
+    # Also where the warm-up ends within a step, or would be longer than the run.
+    for schedule, warmup in itertools.product(("linear", "cosine", "constant"), (2.5, 10, 99)):
+        assert max(train.learning_rate(step, 10, warmup, 1.0, schedule)
+                   for step in range(10)) == 1
     after = [train.learning_rate(step, 400, 40, 1.0, "step") for step in (219, 220, 309, 310)]
     assert after == pytest.approx([1, 0.1, 0.1, 0.01])  # of the 360 steps after the warm-up
     assert [train.learning_rate(step, 100, 4, 1.0, "constant") for step in range(5)] == \
@@ -403,6 +406,9 @@ def test_the_arrays_of_cifar_10_1_and_cifar_10_c_are_measured(tmp_path):
     assert [row[0] for row in table.rows] == ["fog", "snow", "mean"]
     expected = [f"{part.double().mean().item():.1%}" for part in (*right.split(4), right)]
     assert [*table.rows[0][1:]] == [*table.rows[2][1:]] == expected
+    numpy.save(corrupted / "spatter.npy", images[::-1])  # which does not count
+    table = train.evaluate(str(path), data=str(corrupted))
+    assert table.rows[3] == ("mean without extras", *expected)
     with open(tmp_path / "archive_data.npy", "wb") as file:
         numpy.savez(file, images)
     with pytest.raises(ValueError, match=r"archive_data\.npy: is an archive of arrays"):
@@ -494,6 +500,17 @@ def test_a_port_that_is_taken_is_one_line(tmp_path):
             "MASTER_PORT": str(taken.getsockname()[1])})
     assert done.returncode == 2 and "cannot meet at 127.0.0.1" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_whitening_is_fitted_to_as_many_pixels_of_larger_images(monkeypatch):
+    seen = []
+    monkeypatch.setattr(network.WhiteningConv, "fit", lambda _, images: seen.append(images.shape))
+    for side, size in ((32, 32), (32, 96), (4, 4)):
+        images = torch.zeros(10_000, 3, 1, 1, dtype=torch.uint8).expand(-1, -1, side, side)
+        dataset = types.SimpleNamespace(train=data.Split(images, None), mean=(0.5,) * 3,
+                                        std=(0.5,) * 3)
+        train.fit_first_layer(network.build("speednet"), dataset, size)
+    assert seen == [(5000, 3, 32, 32), (556, 3, 96, 96), (5000, 3, 4, 4)]
 
 
 def test_whitening_filters_are_fitted_to_images_as_the_network_sees_them():
@@ -960,22 +977,35 @@ def test_weights_from_which_no_run_goes_on_are_not_removed(gone, tmp_path):
     train.train(config, overwrite=True)
 
 
-def test_a_run_killed_in_its_first_epoch_starts_again(tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     config = tiny(tmp_path, epochs=1)
     train.train(config)
     for name in ("last.pth", "result.json"):  # between best.pth and last.pth
         (config.folder / name).unlink()
     assert train.train(config, resume=True)["epochs"] == 1
+    train.train(config := tiny(tmp_path, "slow"))  # written while the second epoch went on
+    for path in (*config.folder.glob("*.pth"), config.folder / "result.json"):
+        path.unlink()
+    assert train.train(config, resume=True)["epochs"] == 2
 
 
 def test_what_a_run_measured_is_kept_where_its_weights_are_gone(tmp_path):
-    train.train(config := tiny(tmp_path))
+    train.train(config := tiny(tmp_path, epochs=3))
     for path in (*config.folder.glob("*.pth"), config.folder / "result.json"):
         path.unlink()
     before = contents(config.folder)
     with pytest.raises(OSError, match=r"no checkpoint to go on from.*`overwrite`"):
         train.train(config, resume=True)
     assert contents(config.folder) == before
+
+
+def test_what_may_not_be_read_is_not_removed(tmp_path, monkeypatch):
+    path = tmp_path / "events.out.tfevents.1795648157.000000000"
+    path.write_bytes(data.event_bytes(file_version="brain.Event:2"))
+    monkeypatch.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    with pytest.raises(PermissionError):
+        data.trim_events([path], 0)
+    assert path.exists()
 
 
 def test_what_others_log_in_the_folder_of_a_run_stays(tmp_path):

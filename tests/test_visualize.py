@@ -598,6 +598,23 @@ def test_predictions_in_the_order_of_loss_and_of_confidence(run, tmp_path, monke
     assert torch.equal(shown[1][0], wrong[wrong.softmax(1).amax(1).topk(3).indices])
 
 
+def test_a_picture_whose_name_is_no_text(run, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (32, 32)).save(path)
+    figure = visualize.features(str(run), image=str(path), out=str(tmp_path / "x.png"))[0]
+    assert any("caf?.png" in text for text in texts_of(figure))
+
+
+def test_a_home_folder_is_known_from_python_too(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").symlink_to(run)
+    assert visualize.filters("~/mine").path.parent == tmp_path / "mine" / "figures"
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/mine: no run with a finished epoch"):
+        visualize.curves("~/mine")
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    assert data.read_image("~/x.png").shape == (3, 32, 32)
+
+
 def test_predictions_of_pictures_of_ones_own(run, tmp_path, refused):
     (tmp_path / "own").mkdir()
     for name, image in zip(("one.png", "two.jpg", "three.bmp"), data.draw_shapes(3, seed=3).images):
