@@ -640,7 +640,8 @@ def _decode(items, image_size, skip_bad, title, only_larger):
         except OSError as error:
             if skip_bad and getattr(error.__cause__, "errno", None) not in PASSING:
                 return error
-            raise BadImage(f"{error}; `skip_bad` leaves such files out") from error
+            advice = "" if skip_bad else "; `skip_bad` leaves such files out"
+            raise BadImage(f"{error}{advice}") from error
 
     # Threads, because Pillow lets go of Python's lock while it decodes. Four images a thread are
     # under way: enough that none waits for the file that is being written, and little memory.

@@ -497,7 +497,7 @@ def forward(network, images, dtype=None, compiled=True, weights=None):
     channels = convolution and convolution.in_channels
     # Where no convolution begins, a linear layer may, as in many a first network for MNIST, with
     # S·S grey values.
-    begins = linear is not None and linear.weight is next(network.parameters())
+    begins = linear is not None and linear.weight is next(network.parameters(), None)
     if images.shape[1] == 3 and (channels == 1 or (
             channels != 3 and begins and linear.in_features == images[0, 0].numel())):
         images = images.mean(1, keepdim=True)

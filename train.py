@@ -1986,9 +1986,10 @@ def export(run: str, out: str):
     """
     run, out = Path(run).expanduser(), Path(out).expanduser()
     check_output(out, ".pth")
-    before = {}
-    with contextlib.suppress(OSError, ValueError):  # none of ours, or not there
+    before, epochs_before = None, math.inf
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none of ours
         before = networks.read(out)
+        epochs_before = how_made(before["made"])["epochs"]
     made, config = data.read_json(run / "result.json", how_made), read_config(run / "config.json")
     if not is_over(config, made["epochs"], made["epoch"]):  # the result is not of these weights
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
@@ -2001,10 +2002,8 @@ def export(run: str, out: str):
                          f"precision")
     config = dataclasses.replace(config, name=None, out=Config.out, root=Config.root)
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
-    made_before = before.get("made")
-    if out.exists() and not (isinstance(made_before, dict) and not differing(
-            config.all_settings(), Config.from_json(before["settings"]).all_settings())
-            and made_before.get("epochs", 0) <= made["epochs"]):  # more epochs may take its place
+    if out.exists() and (epochs_before > made["epochs"] or differing(
+            config.all_settings(), Config.from_json(before["settings"]).all_settings())):
         raise FileExistsError(f"out={out}: is there already, and was not exported from this run; "
                               f"move it away or choose another place")
     networks.save(out, {**checkpoint, "made": made})
