@@ -64,8 +64,9 @@ SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "bar", "flower
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
            "truck")
-# Errors of a file system or a process, which say nothing of the file that was read.
-PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# The numbers of errors that lie in a file; others are of its file system or of this process, such
+# as too many open files. What decoders raise has none.
+ERRORS_OF_FILES = (None, errno.EACCES, errno.EPERM, errno.ELOOP)
 # A small file can claim an image of many gigabytes; 8192×8192 is more than any camera's.
 MAX_PIXELS = 1 << 26
 
@@ -638,7 +639,7 @@ def _decode(items, image_size, skip_bad, title, only_larger):
         try:
             return read_image(item[0], image_size, only_larger)
         except OSError as error:
-            if skip_bad and getattr(error.__cause__, "errno", None) not in PASSING:
+            if skip_bad and getattr(error.__cause__, "errno", None) in ERRORS_OF_FILES:
                 return error
             advice = "" if skip_bad else "; `skip_bad` leaves such files out"
             raise BadImage(f"{error}{advice}") from error
@@ -1135,9 +1136,9 @@ class Batches:
         """B×S×S×1: 0 in a square around each of the 2×B `corner` points, 1 elsewhere."""
         line = torch.arange(self.size, device=self.device)
         half = self.size * CUTOUT / 2
-        # 2×B×S: the lines, of rows and of columns, whose centres are near enough; of two that are
-        # just as far off on either side, one.
-        near = (line - corner[..., None] + 0.501).abs() <= half
+        # 2×B×S: the lines, of rows and of columns, that are near enough to the corner of a pixel;
+        # a little off it, as for an odd number of lines two would be just as far.
+        near = (line - corner[..., None] + 0.499).abs() <= half
         return ~(near[0][:, :, None] & near[1][:, None, :])[..., None]
 
 
@@ -1343,7 +1344,7 @@ def trim_events(paths, step):
 
     for path in paths:
         kept = []
-        open(path, "rb").close()  # raises where it may not be read, which makes it no torn one
+        path.read_bytes()  # raises where it cannot be read, which makes it no torn one
         with contextlib.suppress(Exception):  # the loader raises at a torn record
             for event in LegacyEventFileLoader(str(path)).Load():
                 if event.HasField("summary") and event.step <= step:

@@ -495,9 +495,10 @@ def forward(network, images, dtype=None, compiled=True, weights=None):
     convolution, linear = (next((module for module in network.modules() if isinstance(
         module, kind)), None) for kind in (nn.Conv2d, nn.Linear))
     channels = convolution and convolution.in_channels
-    # Where no convolution begins, a linear layer may, as in many a first network for MNIST, with
-    # S·S grey values.
-    begins = linear is not None and linear.weight is next(network.parameters(), None)
+    # Where no convolution begins, also none that somebody wrote, a linear layer may, as in many a
+    # first network for MNIST, with S·S grey values.
+    begins = linear is not None and all(value.ndim < 3 for value in itertools.takewhile(
+        lambda value: value is not linear.weight, network.parameters()))
     if images.shape[1] == 3 and (channels == 1 or (
             channels != 3 and begins and linear.in_features == images[0, 0].numel())):
         images = images.mean(1, keepdim=True)
@@ -1191,6 +1192,7 @@ def load(source, weights=None, device="cpu", image_size=None, mean=None, std=Non
     wishes |= {name: colours(name, value) for name, value in (("mean", mean), ("std", std))
                if value is not None}
     if re.fullmatch(r"[\w.]+:[\w-]+", str(source)) and not Path(source).exists():
+        weights = weights and os.path.expanduser(weights)
         return _load_elsewhere(str(source), weights, wishes, device)
     if weights or wishes:
         raise ValueError("`weights`, `image_size`, `mean` and `std` are for networks from "
@@ -1238,11 +1240,11 @@ def _load_elsewhere(source, weights, wishes, device):
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
         network.eval().to(device)
-    # Somebody else's code may work in place from the start, or take its images' memory to lie as
-    # usual (`x.view(len(x), -1)`): it gets a copy that does.
+    # Somebody else's code may work in place from the start, or rely on the usual order of pixels in
+    # memory (`x.view(len(x), -1)`): so it gets a copy of its images, in that order.
     if not isinstance(network, torch.jit.ScriptModule):  # which takes no hooks
-        network.register_forward_pre_hook(lambda _network, given: given[0].clone(
-            memory_format=torch.contiguous_format))
+        network.register_forward_pre_hook(lambda _network, given: (
+            given[0].clone(memory_format=torch.contiguous_format), *given[1:]))
     return network, Description(source, (), replace(wanted, **wishes))
 
 

@@ -48,6 +48,7 @@ from data import (
     Table,
     closest,
     fingerprint_of,
+    folder_of,
     load_split,
     text_of,
     write_atomically,
@@ -334,7 +335,7 @@ def learning_rate(step, total_steps, warmup_steps, peak, schedule):
     quarter of all steps or the warm-up and linearly down to 0 (Smith & Topin 2018).
     """
     if schedule == "onecycle":
-        warmup_steps = int(min(max(warmup_steps, total_steps / 4), total_steps - 1))
+        warmup_steps = int(max(warmup_steps, total_steps / 4))
         schedule = "linear"
     warmup_steps = min(round(warmup_steps), total_steps - 1)  # so that one step takes the peak
     if step < warmup_steps:
@@ -427,8 +428,8 @@ def orthogonalize(matrix, steps=5):
 def train(config="lenet", resume=False, overwrite=False, changed_data=False, **settings):
     """Train as `config` says and return the result, which is also in result.json.
 
-    `config` is a `Config`, or the name of a network whose recipe `settings` change:
-    train("convnet", data="shapes", epochs=3, dropout=0.2).
+    `config` is a `Config`, or the name of a network whose recipe `settings` change, or, of a run
+    that goes on, its own settings: train("convnet", data="shapes", epochs=3, dropout=0.2).
 
     `resume` goes on with the run in `config.folder` if there is one; `overwrite` starts it anew;
     `changed_data` goes on though files of its data set are others now.
@@ -473,8 +474,8 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
 def config_of(given, resume=False):
     """The `Config` that settings `given` mean; with `resume`, of a run that is there: its own, and
     those given."""
-    folder = Path(given.get("out", Config.out),
-                  given.get("name") or given.get("model", Config.model))
+    folder = Config.create(**{name: given[name] for name in ("model", "out", "name")
+                              if name in given}).folder
     if not (resume and (folder / "config.json").exists()):
         return Config.create(**given)
     saved = read_config(folder / "config.json")
@@ -1574,8 +1575,8 @@ def newest_checkpoint(folder, say):
         except (OSError, ValueError) as error:
             say(f"{error}; trying the checkpoint before it")
     # Without one the run starts anew, and all that is there goes. Killed before the first was
-    # written, while the second epoch went on, a run has lost nothing by that; one that came further
-    # has weights, if not its last checkpoint.
+    # written, while the second epoch went on, a run has nothing to go on from anyway; one that came
+    # further has weights, if not its last checkpoint.
     if paths or (folder / "result.json").exists() or len(read_rows(folder)) > 2 or any(
             networks.read(path)["epoch"] > 1 for path in written_by_a_run(folder)
             if path.suffix == ".pth"):
@@ -1606,7 +1607,6 @@ def open_network(source, device="auto", weights=None, **wishes):
             Config.from_json(description.settings)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-    if description.settings:  # one of this package's: others may take memory to lie as usual
         network.to(memory_format=torch.channels_last)
     return network, description
 
@@ -1645,7 +1645,9 @@ def run_settings(description, data=None, root=None):
                          "`image=FILE`")
     config = Config.from_json(description.settings) if description.settings else Config()
     if data is not None:
-        moved = Path(as_setting(data)).is_dir() and fingerprint_of(data) == description.fingerprint
+        folder = folder_of(as_setting(data))  # None for a built-in set
+        moved = (description.fingerprint and folder and folder != folder_of(config.data)
+                 and folder.is_dir() and fingerprint_of(folder) == description.fingerprint)
         config = dataclasses.replace(config, data=as_setting(data), **(
             {} if moved else {"val": 0, "limit": None}))
     return dataclasses.replace(config, root=as_setting(root or config.root),
@@ -1708,7 +1710,8 @@ def finish(state, dataset, folder, workers):
         with_tta = score(views, labels, len(dataset.classes))["accuracy"]
     result = {
         **figures(logits, labels, dataset.classes), "test/accuracy_tta": with_tta,
-        "val/accuracy": state.best_accuracy if kept.name == "best.pth" else None,
+        "val/accuracy": state.best_accuracy if (  # below 0 where images have changed since
+            kept.name == "best.pth" and state.best_accuracy >= 0) else None,
         # Of a run that an earlier version began, the row may be lost.
         "train/accuracy": last[0]["train/accuracy"] if last else None,
         "epoch": about.epoch, "epochs": state.epoch,
@@ -1871,10 +1874,12 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
     error (Guo et al. 2017, section 2). `--data` takes another data set of the same classes, the
     images of CIFAR-10.1 (the file cifar10.1_v6_data.npy, its labels beside it; Recht et al. 2018)
     or the folder of CIFAR-10-C (Hendrycks & Dietterich 2019, section 4), for a table of
-    corruptions and severities. `--tta=flip` and `--tta=full` average the logits of several views.
+    corruptions and severities, and the mean of the 15 that count. `--tta=flip` and `--tta=full`
+    average the logits of several views.
     A network from elsewhere is torchvision:NAME or module:function; its classes are numbers.
     """
     network, description = open_network(ckpt, device, **elsewhere)
+    data = as_setting(data)
     if data and (Path(data) / "labels.npy").exists():
         return corruption_table(network, description, data, tta)
     test = open_test(description, data, root)
@@ -1942,9 +1947,9 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None, device: s
 PREDICTED = ("image", "rank", "class", "probability")  # columns of the file that `predict` writes
 
 
-def read_pictures(paths, size):
+def read_pictures(paths, size, most=None):
     """({name: 3×S×S uint8} of the pictures `paths` and in the folders among them, what is wrong
-    with those that cannot be read)."""
+    with those that cannot be read); of the first so many, `most`, if that is given."""
     files = []
     for path in (Path(path).expanduser() for path in paths):
         if not path.is_dir():
@@ -1957,9 +1962,10 @@ def read_pictures(paths, size):
         if kinds:
             print(f"{path}: left out files of type {', '.join(sorted(kinds))}", file=sys.stderr)
     if not files:
-        raise ValueError(f"{' '.join(paths)}: no picture there ({', '.join(data.IMAGE_SUFFIXES)})")
+        raise ValueError(f"{' '.join(map(str, paths))}: no picture there "
+                         f"({', '.join(data.IMAGE_SUFFIXES)})")
     pictures, errors = {}, []
-    for file in files:
+    for file in files[:most]:
         try:
             pictures[str(file)] = data.read_image(file, size)
         except OSError as error:
@@ -1987,9 +1993,9 @@ def export(run: str, out: str):
     run, out = Path(run).expanduser(), Path(out).expanduser()
     check_output(out, ".pth")
     before, epochs_before = None, math.inf
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none of ours
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # none of ours
         before = networks.read(out)
-        epochs_before = how_made(before["made"])["epochs"]
+        epochs_before = before["made"].get("epochs", before["epoch"])
     made, config = data.read_json(run / "result.json", how_made), read_config(run / "config.json")
     if not is_over(config, made["epochs"], made["epoch"]):  # the result is not of these weights
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
@@ -2004,8 +2010,8 @@ def export(run: str, out: str):
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
     if out.exists() and (epochs_before > made["epochs"] or differing(
             config.all_settings(), Config.from_json(before["settings"]).all_settings())):
-        raise FileExistsError(f"out={out}: is there already, and was not exported from this run; "
-                              f"move it away or choose another place")
+        raise FileExistsError(f"out={out}: is there already, and was not exported from this run, "
+                              f"or after more epochs; move it away or choose another place")
     networks.save(out, {**checkpoint, "made": made})
     return out
 

@@ -293,9 +293,9 @@ def check_figure(path, flag=""):
     """FileExistsError if `path`, which may be what `flag` says, is there and holds no figure of
     this package."""
     # Figures of earlier versions have Matplotlib's name alone, as all that are drawn with it: that
-    # will do where this package chose the place, and in the folder of a run.
+    # will do where this package chose the place, in a report and in the folder of a run.
     path = Path(path)
-    ours = not flag or path.name.startswith("report-") or any(
+    ours = not flag or path.match("figures/report-*") or any(
         map(train.is_run, path.absolute().parents))
     if is_others(path, "Matplotlib" if ours else SIGN):
         raise FileExistsError(f"{flag}{path}: is there already, and is no figure made here; move "
@@ -1313,10 +1313,10 @@ def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "r
 def predictions_of(path, count, ckpt, **flags):
     """`predictions` of the first `count` pictures that `path` means."""
     network, about = open_network(ckpt, **flags)
-    pictures, errors = train.read_pictures([path], about.preprocessing.image_size)
+    pictures, errors = train.read_pictures([path], about.preprocessing.image_size, count)
     if errors:
         raise OSError("; ".join(errors))
-    images = torch.stack([*pictures.values()][:count])
+    images = torch.stack([*pictures.values()])
     logits = train.finite_logits(network, images, about.preprocessing)
     figure = draw_predictions(
         about.preprocessing.pictures(images), [Path(name).name[-32:] for name in pictures], logits,
@@ -1593,8 +1593,6 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
     """Write LAYER's view of COUNT test images for TensorBoard's Projector, with sprites, true and
     predicted classes, and their pixels. Without `--layer`, what the last linear layer sees; feature
     maps count by their means. It goes to `projector/LAYER` in the run's folder, or to OUT."""
-    from torch.utils.tensorboard import SummaryWriter
-
     need(flags.get("out"), count=count)
     network, about, test = open_test(ckpt, **flags)
     test = subset(test, count, seed=0)
@@ -1612,7 +1610,7 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
         raise FileExistsError(f"out={folder}: holds {others[0].name}, which is none of the "
                               f"Projector's files; name a folder for these alone")
     with (writing(folder), contextlib.redirect_stdout(io.StringIO()),
-          SummaryWriter(str(folder)) as board):
+          train.summary_writer(folder) as board):
         # It announces what it writes anew, which only the command line may.
         train.add_projector(board, network, about.preprocessing, test.images, labels, layer,
                             ["class", "predicted", "verdict"])

@@ -204,7 +204,7 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
     given = {name: value for name, value in given.items() if value is not None}
     # A trial of a few images shows that a line works, and needs no GPU.
     able = limit is not None or train.choose_device().type == "cuda"
-    rows, failed, kept = [], {}, Path(results) if results else None
+    rows, failed, kept = [], {}, Path(results).expanduser() if results else None
     if kept and kept.exists():
         read_results(kept)  # complains of another table before anything is trained
     for experiment in choose(what):
@@ -371,8 +371,9 @@ class Row:
 
     @property
     def weight(self):
-        """What measures a run better is greater: on the report's images, to its end, more seeds."""
-        return not self.elsewhere, (self.epochs or 0) >= self.planned.epochs, self.seeds or 0
+        """What measures a run better is greater: on the report's images, more of its epochs, more
+        seeds."""
+        return not self.elsewhere, min(self.epochs or 0, self.planned.epochs), self.seeds or 0
 
     @property
     def difference(self):

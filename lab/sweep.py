@@ -3,6 +3,7 @@
 import functools
 import itertools
 import time
+import typing
 
 import train
 import visualize
@@ -73,7 +74,11 @@ def split(text):
 
 def grid_of(flags):
     """What each run of a grid is told apart by, {flag: text}, and the runs' settings."""
-    flags = {name: text_of(value) for name, value in flags.items()}  # Python's numbers and lists
+    known = train.settings_flags(["--resume"])  # those of all networks
+    # From Python numbers come, and lists: an axis, or one value of a setting that is a list.
+    lists = {name for name, flag in known.items() if typing.get_origin(flag.kind) is tuple}
+    flags = {name: value if isinstance(value, str) else text_of(value).replace(
+        ",", "+" if name in lists else ",") for name, value in flags.items()}
     axes = {name: split(text) for name, text in flags.items() if "," in text}
     if not axes:
         raise ValueError("no flag has several values (for example `lr=0.1,0.01`)")

@@ -176,6 +176,8 @@ def test_cutout_blanks_a_square_of_a_quarter():
     assert blank.max() == 16 and (blank >= 4).all() and blank.float().mean() > 9
     images, _ = next(batches_of(split_of_noise(size=12), ("cutout",), batch_size=20).epoch(0))
     assert (images == 0).all(1).flatten(1).sum(1).max() == 9  # 3×3
+    near = batches_of(split_of_noise(size=12))._cutout_mask(torch.tensor([[5], [0]]))[0, :, :, 0]
+    assert (~near).nonzero().tolist() == [[y, x] for y in (4, 5, 6) for x in (0, 1)]
 
 
 def test_a_step_depends_on_seed_epoch_and_step_alone():

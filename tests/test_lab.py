@@ -269,7 +269,7 @@ def test_results_are_kept_in_place_of_older_ones_of_the_same_run(tmp_path):
     assert path.read_text().splitlines()[1].startswith("1.1,lenet,test,57.2,99.0,0.5,2,2,,")
     assert "| 57.20 | 99.00 ± 0.50 | +41.80 | 2 |" in report.results_markdown(path)
     before = path.read_bytes()
-    for less in ({"seeds": 1}, {"epochs": 1, "seeds": 5}, {"data": "shapes", "seeds": 5}):
+    for less in ({"seeds": 1}, {"epochs": 1, "seeds": 5}, {"data": "shapes", "epochs": 9}):
         reproduce.keep_results(path, [dataclasses.replace(rows[0], **{"seeds": 2, **less})])
         assert path.read_bytes() == before
     for foreign in ("a,b\n1,2\n", "", ",".join(reproduce.COLUMNS) + "\n1.1,x\n", '"' + 9 * "a"):
@@ -662,7 +662,8 @@ def test_a_sweep_goes_on_where_a_run_fails_and_says_so(tmp_path, monkeypatch, ca
         assert re.match(r"0\.01,[\d.]+,[\d.]+,[\d.]+,finished$", finished)
     monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("nothing is to be trained"))
     lab(*line[:-2], "--lr=0.01,0.01", line[-1])
-    assert len(sweep.grid_of({"lr": [0.1, 0.01], "epochs": 1})[1]) == 2  # as Python has them
+    _, grid = sweep.grid_of({"lr": [0.1, 0.01], "epochs": 1, "augment": ("flip", "crop")})
+    assert [config.augment for config in grid] == [("flip", "crop")] * 2  # as Python has them
     again = partial(sweep.sweep, **dict(word[2:].split("=") for word in line[1:]))
     never_replaced(folder / "sweep.md", again)
     (folder / "sweep.md").unlink()

@@ -250,6 +250,8 @@ def test_images_are_brought_to_a_networks_type_and_channels(dtype):
             return self.fc(F.conv2d(x, self.kernel).flatten(1))
 
     assert network.forward(Own().to(dtype), images).shape == (2, 2)
+    normed = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 2)).to(dtype).eval()
+    assert network.forward(normed, images).shape == (2, 2)
     assert network.forward(nn.ReLU(), images).dtype == torch.float32
     assert network.device_of(nn.ReLU()) == torch.device("cpu")
     first = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.Unflatten(1, (4, 4, 4)),

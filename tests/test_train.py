@@ -673,6 +673,10 @@ def test_after_images_have_changed_the_best_epoch_is_one_on_the_new(tmp_path):
                          changed_data=True)
     assert result["epoch"] == 3
     train.evaluate(str(config.folder), root=values["root"])  # of the images as they are
+    Path(pets, "train", "dog", "0.png").unlink()
+    more = tiny(tmp_path / "runs", **values, epochs=3)
+    assert train.train(more, resume=True, changed_data=True)["val/accuracy"] is None
+    assert reproduce.finished_result(more)["epochs"] == 3
 
 
 def test_a_limited_run_is_measured_alike_where_its_images_were_moved(tmp_path):
@@ -1002,7 +1006,7 @@ def test_what_a_run_measured_is_kept_where_its_weights_are_gone(tmp_path):
 def test_what_may_not_be_read_is_not_removed(tmp_path, monkeypatch):
     path = tmp_path / "events.out.tfevents.1795648157.000000000"
     path.write_bytes(data.event_bytes(file_version="brain.Event:2"))
-    monkeypatch.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    monkeypatch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError()))
     with pytest.raises(PermissionError):
         data.trim_events([path], 0)
     assert path.exists()
@@ -1197,6 +1201,8 @@ def test_resume_keeps_the_saved_settings(tmp_path, capsys):
     before = {*(tmp_path / "kept").glob("step-*.pth")}
     train.train("lenet", resume=True, epochs=3, **kept)
     assert before and before < {*(tmp_path / "kept").glob("step-*.pth")}
+    with pytest.raises(ValueError, match="name=3: must be"):
+        train.train("lenet", name=3)
 
 
 def run_script(*words, timeout=120, **more):
