@@ -1240,9 +1240,11 @@ def _load_elsewhere(source, weights, wishes, device):
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
         network.eval().to(device)
-    # Somebody else's code may work in place from the start, or rely on the usual order of pixels in
-    # memory (`x.view(len(x), -1)`): so it gets a copy of its images, in that order.
-    if not isinstance(network, torch.jit.ScriptModule):  # which takes no hooks
+    if module == "torchvision.models":
+        network.to(memory_format=torch.channels_last)  # as the images come, and quicker on a CPU
+    # Other code may work in place from the start, or rely on the usual order of pixels in memory
+    # (`x.view(len(x), -1)`): so it gets a copy of its images, in that order.
+    elif not isinstance(network, torch.jit.ScriptModule):  # which takes no hooks
         network.register_forward_pre_hook(lambda _network, given: (
             given[0].clone(memory_format=torch.contiguous_format), *given[1:]))
     return network, Description(source, (), replace(wanted, **wishes))

@@ -466,6 +466,7 @@ def test_weights_keep_the_versions_of_their_modules(tmp_path):
     torch.save(theirs, tmp_path / "own.pth")
     opened, _ = network.load("torchvision:mnasnet0_5", tmp_path / "own.pth")
     assert torch.equal(opened.state_dict()["layers.0.weight"], theirs["layers.0.weight"])
+    assert opened.layers[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_network_that_was_saved_whole_is_one_line(tmp_path, monkeypatch):
