@@ -482,6 +482,20 @@ def told(what, kinds=Exception):
         raise ValueError(f"{what}: {said:.300}") from error
 
 
+def takes_grey(network, pixels):
+    """Whether the images of a network have one channel, as far as its layers tell; `pixels` are
+    those of an image."""
+    convolution, linear = (next((module for module in network.modules() if isinstance(
+        module, kind)), None) for kind in (nn.Conv2d, nn.Linear))
+    if convolution is not None and convolution.in_channels in (1, 3):
+        return convolution.in_channels == 1
+    # Where no convolution begins, also none that somebody wrote, a linear layer may, as in many a
+    # first network for MNIST: all that stands before it are vectors and matrices.
+    return linear is not None and linear.in_features == pixels and all(
+        value.ndim < 3 for value in itertools.takewhile(
+            lambda value: value is not linear.weight, network.parameters()))
+
+
 def forward(network, images, dtype=None, compiled=True, weights=None):
     """What the network makes of normalised `images`, N×3×H×W, brought to its own type or `dtype`.
 
@@ -492,15 +506,7 @@ def forward(network, images, dtype=None, compiled=True, weights=None):
     values = itertools.chain(network.parameters(), network.buffers())
     dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
                           images.dtype)
-    convolution, linear = (next((module for module in network.modules() if isinstance(
-        module, kind)), None) for kind in (nn.Conv2d, nn.Linear))
-    channels = convolution and convolution.in_channels
-    # Where no convolution begins, also none that somebody wrote, a linear layer may, as in many a
-    # first network for MNIST, with S·S grey values.
-    begins = linear is not None and all(value.ndim < 3 for value in itertools.takewhile(
-        lambda value: value is not linear.weight, network.parameters()))
-    if images.shape[1] == 3 and (channels == 1 or (
-            channels != 3 and begins and linear.in_features == images[0, 0].numel())):
+    if images.shape[1] == 3 and takes_grey(network, images[0, 0].numel()):
         images = images.mean(1, keepdim=True)
     shape = "×".join(map(str, images.shape))
     with told(f"the network cannot take one batch of images, {shape} of {str(dtype)[6:]}"):
@@ -1242,9 +1248,9 @@ def _load_elsewhere(source, weights, wishes, device):
         network.eval().to(device)
     if module == "torchvision.models":
         network.to(memory_format=torch.channels_last)  # as the images come, and quicker on a CPU
-    # Other code may work in place from the start, or rely on the usual order of pixels in memory
-    # (`x.view(len(x), -1)`): so it gets a copy of its images, in that order.
     elif not isinstance(network, torch.jit.ScriptModule):  # which takes no hooks
+        # Other code may work in place from the start, or rely on the usual order of pixels in
+        # memory (`x.view(len(x), -1)`): so it gets a copy of its images, in that order.
         network.register_forward_pre_hook(lambda _network, given: (
             given[0].clone(memory_format=torch.contiguous_format), *given[1:]))
     return network, Description(source, (), replace(wanted, **wishes))

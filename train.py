@@ -1619,8 +1619,7 @@ def open_dataset(description, data=None, root=None):
     labels number the network's classes, of which the data set may have some. ValueError for any
     other, and without `data` for files that have changed since.
     """
-    config = run_settings(description, data, root)
-    known = description.fingerprint if data is None else None
+    config, known = run_settings(description, data, root)
     dataset = load_images(config, writes=root is not None, known=known)
     parts = {part: as_named(getattr(dataset, part), dataset.classes, description, config.data)
              for part in ("train", "val", "test")}
@@ -1629,17 +1628,19 @@ def open_dataset(description, data=None, root=None):
 
 def open_test(description, data=None, root=None):
     """The test images of `open_dataset`, without its training images."""
-    config = run_settings(description, data, root)
+    config, known = run_settings(description, data, root)
     classes, test = load_split("test", config.data, config.root, config.size, config.seed,
-                               config.limit, config.skip_bad, writes=root is not None,
-                               known=description.fingerprint if data is None else None)
+                               config.limit, config.skip_bad, writes=root is not None, known=known)
     return as_named(test, classes, description, config.data)
 
 
 def run_settings(description, data=None, root=None):
     """The `Config` of the run that a network comes from, with `data` and `root` in place of its
-    own; what was held out or left out of its own data is not of other data, but of the same files
-    in another folder."""
+    own, and the fingerprint that its own data must have still, None for other data.
+
+    What was held out or left out of its own data is not of other data, but of the same files in
+    another folder.
+    """
     if not description.settings and data is None:
         raise ValueError("a network from elsewhere comes without images; give `data=NAME`; or give "
                          "`image=FILE`")
@@ -1650,8 +1651,9 @@ def run_settings(description, data=None, root=None):
                  and folder.is_dir() and fingerprint_of(folder) == description.fingerprint)
         config = dataclasses.replace(config, data=as_setting(data), **(
             {} if moved else {"val": 0, "limit": None}))
-    return dataclasses.replace(config, root=as_setting(root or config.root),
-                               image_size=description.preprocessing.image_size)
+    config = dataclasses.replace(config, root=as_setting(root or config.root),
+                                 image_size=description.preprocessing.image_size)
+    return config, description.fingerprint if data is None else None
 
 
 def as_named(split, classes, description, data):

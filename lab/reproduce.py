@@ -494,12 +494,12 @@ def keep_results(path, rows):
     that weigh no more."""
     kept = read_results(path) if path.exists() else {}
     for row in rows:
-        before = kept.setdefault((row.id, row.run, row.accuracy), row)
-        if before.weight > row.weight:
+        key = (row.id, row.run, row.accuracy)
+        if key in kept and kept[key].weight > row.weight:
             print(f"{path}: the row of {row.id}/{row.run} stays as it is: it is of the report's "
                   f"images, of more epochs or of more seeds")
         else:
-            kept[row.id, row.run, row.accuracy] = row
+            kept[key] = row
     # In the order of experiments.toml, so that a new row changes one place of the file.
     order = {name: number for number, name in enumerate(book().experiments)}
     write_atomically(path, Table([*COLUMNS], [
