@@ -448,3 +448,55 @@ def test_a_bare_machine(tmp_path):
                               capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert json.loads((tmp_path / "runs/lenet/result.json").read_text())["commit"] is None
+
+
+# ---------------------------------------------------------------------------- a real one
+
+
+@pytest.fixture
+def device(request):
+    """The device that `--device` names, with fp32 as exact there as it is on the CPU."""
+    name = request.config.getoption("--device")
+    if name == "cpu":
+        pytest.skip("compares another device with the CPU: needs --device")
+    return train.choose_device(name)
+
+
+@pytest.mark.parametrize("way", ["store", "device", "host"])
+def test_the_batches_of_a_device_are_those_of_the_cpu(device, way):
+    dataset = data.load("shapes", limit=64, val=0)
+    here, there = (data.Batches(dataset.train, dataset.mean, dataset.std, 16,
+                                ("flip", "crop", "cutout"), device=place, way=way)
+                   for place in ("cpu", device))
+    for size in (None, 24):
+        for (images, labels), (others, their_labels) in zip(here.epoch(1, size=size),
+                                                            there.epoch(1, size=size)):
+            assert others.device.type == device.type and torch.equal(labels, their_labels.cpu())
+            assert torch.allclose(images, others.cpu(), atol=1e-5)
+
+
+@pytest.mark.parametrize("model, layer", [("lenet", "conv2"), ("resnet20", "conv3_x"),
+                                          ("speednet", "conv2_x"), ("vgg_a_bn", "conv4")])
+def test_what_is_seen_on_a_device_is_what_is_seen_on_the_cpu(device, model, layer):
+    dataset = data.load("shapes", limit=64, val=0)
+    about = network.Preprocessing(32, dataset.mean, dataset.std)
+    torch.manual_seed(0)
+    built = network.build(model).eval()
+    images, labels = about(dataset.test.images[:8]), dataset.test.labels[:8]
+
+    def seen(on):
+        built.to(on)
+        x, y = images.to(on), labels.to(on)
+        yield train.predict(built, dataset.test.images, about, "full")
+        yield network.receptive_fields(built, layer, 32)
+        yield visualize.feature_maps(built, [layer], x)[layer]
+        for method in ("gradient", "gradcam"):
+            yield visualize.relevance(built, x[:1], y[0], method, layer)[0]
+        for rule in deconv.RULES:
+            yield deconv.project(built, layer, x, rule=rule)
+        yield deconv.moved(x, {"angle": 20, "translate": [2, 0], "scale": 1.2, "shear": [0, 0]})
+
+    # The norm of all differences: a value close to zero may be rounded to the other side of it.
+    for number, (one, other) in enumerate(zip(list(seen("cpu")), seen(device))):
+        one, other = one.float(), other.cpu().float()
+        assert (one - other).norm() < 0.01 * one.norm(), number
