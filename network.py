@@ -79,6 +79,20 @@ def activation_layer(name):
     return ACTIVATIONS[name](inplace=True) if name != "gelu" else nn.GELU()
 
 
+class Network(nn.Sequential):
+    """Named layers, one after another.
+
+    PyTorch 2.11's torch.compile goes past an nn.Sequential, to each of the layers that it calls: so
+    this is one of our own, which is compiled as a whole.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N×3×H×W images to N×classes logits."""
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 def conv_bn(inputs, outputs, kernel, stride=1, activation=None):
     """A convolution without bias, padded to keep the size, batch norm, and maybe an activation."""
     # Batch norm subtracts the mean, and with it any constant that a bias had added.
@@ -178,7 +192,7 @@ def plain(layers, hidden=(), he=False, *, classes=10, image_size=32, dropout: fl
         stages[-1] += [nn.BatchNorm2d(channels)] if batch_norm else []
         stages[-1].append(activation_layer(activation))
     # A text that ends in M leaves an empty stage behind, which is none.
-    network = nn.Sequential(OrderedDict(
+    network = Network(OrderedDict(
         (f"conv{number}", nn.Sequential(*stage)) for number, stage in enumerate(stages, 1) if stage
     ))
     widths = [channels * side**2, *hidden]  # C·S·S values are left for the first linear layer
@@ -214,7 +228,7 @@ def resnet(block, depths, first_width, stem, shortcut=projection_shortcut, *, cl
     """
     width = first_width if width is None else width
     kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
-    network = nn.Sequential()
+    network = Network()
     network.conv1 = nn.Sequential(*conv_bn(3, width, kernel, stride, activation))
     inputs = width
     for stage, depth in enumerate(depths):
@@ -291,7 +305,7 @@ def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (48, 128,
         raise ValueError("nothing is left of them")
     if len(channels) * max(channels, default=0) ** 2 > 2**24:
         raise ValueError("more memory than is reasonable")
-    network = nn.Sequential()
+    network = Network()
     network.conv1 = nn.Sequential(WhiteningConv(), activation_layer(activation))
     inputs = network.conv1[0].out_channels
     for number, width in enumerate(channels, 2):
@@ -1245,6 +1259,8 @@ def _load_elsewhere(source, weights, wishes, device):
             if isinstance(state, dict) and REQUIRED.keys() <= state.keys():
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
+        if any("quantized" in type(layer).__module__ for layer in network.modules()):
+            device = "cpu"  # quantised layers compute nowhere else
         network.eval().to(device)
     if module == "torchvision.models":
         network.to(memory_format=torch.channels_last)  # as the images come, and quicker on a CPU

@@ -443,9 +443,8 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
     elif settings:
         config = Config.create(**{**dataclasses.asdict(config), **settings})
     device = choose_device(config.device)
-    make_repeatable(config, device)
     check_folder(config, resume, overwrite)  # here before anything is written, below for good
-    with (enough_memory(config), join_workers(device) as workers,
+    with (repeatable(config, device), enough_memory(config), join_workers(device) as workers,
           contextlib.nullcontext() if workers.rank else data.lock(config.folder)):
         check_folder(config, resume, overwrite)
         dataset = load_images(config)
@@ -765,16 +764,24 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     return state, batches, folder
 
 
-def make_repeatable(config, device):
-    """Seed the weights and choose between speed and repeatability on a GPU."""
+@contextlib.contextmanager
+def repeatable(config, device):
+    """A context that seeds the weights and chooses between speed and repeatability on a GPU."""
     torch.manual_seed(config.seed)
+    before = torch.are_deterministic_algorithms_enabled()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what a process seeds, and where it meets the others
         torch.backends.cudnn.benchmark = not config.deterministic  # the quickest may vary
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if config.deterministic != torch.are_deterministic_algorithms_enabled():  # imports for a second
+    changes = config.deterministic != before  # a change imports for a second
+    if changes:
         torch.use_deterministic_algorithms(config.deterministic)
+    try:
+        yield
+    finally:
+        if changes:  # figures use what a GPU cannot repeat
+            torch.use_deterministic_algorithms(before)
 
 
 def describe(config, dataset):

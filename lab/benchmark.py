@@ -35,28 +35,30 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
         precision=precision, device=device, compile=compile, save_minutes=1e6,
         early_size=None, uncropped_epochs=0,  # (b) and (c) have neither
         lr=1e-4)  # so low that no network diverges over the rounds
-    train.make_repeatable(config, chosen)  # and as quick as in training
-    dataset = load(data, root, image_size_of(model), val=0)
-    state = train.new_state(config, train.describe(config, dataset), chosen)
-    batches = train.batches_of(config, dataset, chosen, train.Workers())
-    images, labels = next(batches.epoch(0))
-    config = dataclasses.replace(config, batch_size=len(labels))  # there may be fewer images
-    # As many steps as take SECONDS: the same number for each of the three ways.
-    one_step = bare_steps(config, state, images, labels, 3, chosen) / 3
-    steps = int(min(len(batches), max(3, seconds / one_step)))  # (a) and (c) are one epoch
-    with tempfile.TemporaryDirectory() as folder:
+    with train.repeatable(config, chosen), tempfile.TemporaryDirectory() as folder:
+        dataset = load(data, root, image_size_of(model), val=0)
+        # The usual pipeline makes N×C×H×W batches, and its networks stay as they were built.
+        state, usual = (train.new_state(config, train.describe(config, dataset), chosen)
+                        for _ in range(2))
+        usual.network.to(memory_format=torch.contiguous_format)
+        batches = train.batches_of(config, dataset, chosen, train.Workers())
+        images, labels = next(batches.epoch(0))
+        config = dataclasses.replace(config, batch_size=len(labels))  # there may be fewer images
+        # As many steps as take SECONDS: the same number for each of the three ways.
+        one_step = bare_steps(config, state, images, labels, 3, chosen) / 3
+        steps = int(min(len(batches), max(3, seconds / one_step)))  # (a) and (c) are one epoch
         ways = {
             "a: this package": lambda: package_steps(config, dataset, state, steps, chosen, folder),
             "b: bare step": lambda: bare_steps(config, state, images, labels, steps, chosen),
-            "c: usual pipeline": lambda: usual_steps(config, dataset, state, steps, chosen)}
+            "c: usual pipeline": lambda: usual_steps(config, dataset, usual, steps, chosen)}
         rates = {name: [] for name in (*ways, "d")}
         # In turn, so that a machine that grows warm or busy slows all of them alike.
         for _ in range(rounds):
             for name, way in ways.items():
                 rates[name].append(steps * config.batch_size / way())
             rates["d"].append(matrix_rate(chosen, precision))
-    title = (f"{model}, batch {config.batch_size}, {','.join(augment) or 'no augmentation'}, "
-             f"{steps} steps × {rounds} rounds, {train.environment(state.network)['device']}")
+        title = (f"{model}, batch {config.batch_size}, {','.join(augment) or 'no augmentation'}, "
+                 f"{steps} steps × {rounds} rounds, {train.environment(state.network)['device']}")
     # A forward pass is one multiply-add a weight, the backward pass two: six operations in all.
     return rates_table(rates, 6 * multiply_adds(state.network, images.shape[3]), title)
 
@@ -162,13 +164,8 @@ def usual_steps(config, dataset, state, steps, device):
                              labels.to(device, non_blocking=True))
             loss.item()  # the tutorial's running loss
 
-    # The usual pipeline makes N×C×H×W batches, and its networks stay as they were built.
-    state.network.to(memory_format=torch.contiguous_format)
     state.network.train()
-    try:
-        return timed(epoch, device)
-    finally:
-        state.network.to(memory_format=torch.channels_last)
+    return timed(epoch, device)
 
 
 def matrix_rate(device, precision, size=2048):

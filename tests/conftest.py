@@ -59,9 +59,9 @@ def refused(capsys):
 def on_the_device(request, monkeypatch):
     """What trains on `auto` trains on `--device`, the same again each time."""
     device, choose, repeat = (request.config.getoption("--device"), train.choose_device,
-                              train.make_repeatable)
+                              train.repeatable)
     monkeypatch.setattr(train, "choose_device",
                         lambda name="auto": choose(device if name == "auto" else name))
     if device != "cpu":
-        monkeypatch.setattr(train, "make_repeatable", lambda config, chosen: repeat(
+        monkeypatch.setattr(train, "repeatable", lambda config, chosen: repeat(
             dataclasses.replace(config, deterministic=True), chosen))

@@ -598,6 +598,20 @@ def test_the_benchmark_compares_the_same_steps(monkeypatch):
     assert "batch 10000, flip,crop, 1 steps" in table.title
 
 
+def test_the_usual_pipeline_has_a_network_of_its_own(monkeypatch):
+    layouts, step = [], benchmark.take_step
+
+    def noting(config, state, *batch):
+        layouts.append([weights.is_contiguous(memory_format=torch.channels_last)
+                        for weights in state.network.parameters() if weights.ndim == 4])
+        return step(config, state, *batch)
+
+    monkeypatch.setattr(benchmark, "take_step", noting)
+    benchmark.benchmark("lenet", batch_size=16, rounds=2, seconds=0.01)
+    assert layouts[0] == layouts[4] == [True, True]  # the bare step
+    assert layouts[-1] == [False, False] and layouts.count([False, False]) == 2 * 3
+
+
 def test_the_benchmark_flatters_nobody(monkeypatch):
     waited, products = [], []
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))

@@ -742,6 +742,38 @@ def test_a_compiled_network_trains_to_the_end(tmp_path, monkeypatch):
     assert compiled["test/loss"] == pytest.approx(plain["test/loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("model", ["lenet", "resnet20", "speednet"])
+def test_a_network_is_compiled_as_a_whole(model):
+    graphs = []
+
+    def compiler(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    built = network.build(model)
+    built.compile(backend=compiler)
+    built(torch.zeros(2, 3, 32, 32))
+    convolutions = [node for node in graphs[0].graph.nodes
+                    if node.op == "call_function" and "conv" in str(node.target)]
+    assert len(graphs) == 1 and len(convolutions) == sum(
+        isinstance(layer, torch.nn.Conv2d) for layer in built.modules())
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_must_be_repeatable_is_so_while_it_trains_alone(tmp_path, own, monkeypatch):
+    seen, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *given: (
+        seen.append(torch.are_deterministic_algorithms_enabled()), step(*given)))
+    torch.use_deterministic_algorithms(own)
+    try:
+        for wanted in (True, False):
+            seen.clear()
+            train.train(tiny(tmp_path, name=f"{wanted}", deterministic=wanted))
+            assert {*seen} == {wanted} and torch.are_deterministic_algorithms_enabled() is own
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_compiler_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     missing = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _: None)

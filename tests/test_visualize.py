@@ -1305,6 +1305,14 @@ def quantized_with_its_outputs():
     return quantization.convert(prepared)
 
 
+def test_quantized_networks_stay_on_the_cpu(monkeypatch):
+    for make in (quantized, quantized_with_its_outputs):
+        monkeypatch.setattr(sys.modules[__name__], "odd_network", make, raising=False)
+        opened, _ = network.load(f"{__name__}:odd_network", device=torch.device("meta"))
+        assert network.device_of(opened).type == "cpu"
+        assert opened(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
 def volumes():
     """Its filters have three dimensions, and so five."""
     return nn.Sequential(nn.Unflatten(1, (3, 1)), nn.Conv3d(3, 4, (1, 3, 3)), nn.ReLU(),
