@@ -79,6 +79,7 @@ CHARTS = {"training": {kind: ["Multiline", [f"{kind}/{part}" for part in ("train
                        for kind in ("loss", "accuracy")}}
 MOST_LETTERS = 4096  # of a setting; of a path no system takes more, and a title would never end
 POINT_STEPS = 50  # between two points of TensorBoard's loss/steps curve
+READ_STEPS = {"cpu": 1}  # between two readings of what a device has summed; others: POINT_STEPS
 OPTIMIZERS = ("sgd", "muon", "adam", "adamw", "adagrad", "rmsprop")
 TTA = ("none", "flip", "full")
 SCHEDULES = ("constant", "step", "cosine", "linear", "onecycle")
@@ -500,7 +501,7 @@ def train_epoch(state, batches, config, workers, folder, bar, stop):
     # A GPU works off what has been asked of it while Python goes on to the next step. Whoever reads
     # a number from it waits until all that is done, so numbers are read at these steps alone; a CPU
     # has nothing to gain from waiting less.
-    read_steps = 1 if state.sums.device.type == "cpu" else POINT_STEPS
+    read_steps = READ_STEPS.get(state.sums.device.type, POINT_STEPS)
     # Steps of this epoch that were taken before a stop.
     first = state.step - state.epoch * steps
     # Convolutions and the pooling at the end take any size: fewer pixels, less time.
@@ -830,7 +831,7 @@ def fit_first_layer(network, dataset, size=None):
 def training_state(state):
     """What a checkpoint keeps for going on, besides weights, epoch and step."""
     kept = {entry.name: getattr(state, entry.name) for entry in dataclasses.fields(state)
-            if entry.name not in ("network", "optimizer", "sums", "epoch", "step", "average")}
+            if entry.name not in ("network", "optimizer", "epoch", "step", "average")}
     if state.average is not None:
         kept["weights"] = state.network.state_dict()  # not those that are evaluated
     return {**kept, "optimizer": {"state": state.optimizer.state_dict()["state"]}}
@@ -838,8 +839,9 @@ def training_state(state):
 
 def as_today(checkpoint, folder):
     """A run's checkpoint by an earlier version as this one writes it: its metrics.csv was in the
-    run's `folder` alone, its sums were tensors, of one loss, and its optimizer had settings."""
-    training = dict(checkpoint["training"])
+    run's `folder` alone, its sums were tensors, of one loss, and its optimizer had settings; sums
+    of steps that were not read yet were not kept."""
+    training = {"sums": torch.zeros(4), **checkpoint["training"]}
     if "metrics" not in training:
         rows = [row for row in read_rows(folder) if row["epoch"] <= checkpoint["epoch"]]
         training["metrics"] = Table(COLUMNS, [
@@ -864,8 +866,8 @@ def restore(state, checkpoint, steps, epoch_anew=False):
     optimizer, training = state.optimizer, dict(checkpoint["training"])
     if epoch_anew:
         checkpoint = {**checkpoint, "step": checkpoint["epoch"] * steps}
-        training |= {"totals": (0.0,) * 4, "logged": (0.0,) * 4, "epoch_seconds": 0.0,
-                     "best_accuracy": -1.0, "best_epoch": checkpoint["epoch"]}
+        training |= {"totals": (0.0,) * 4, "logged": (0.0,) * 4, "sums": torch.zeros(4),
+                     "epoch_seconds": 0.0, "best_accuracy": -1.0, "best_epoch": checkpoint["epoch"]}
     # An optimizer makes its momenta in its first step, and nothing else tells which it will have:
     # so it takes one, of length 0, and what the checkpoint holds must be made like that.
     for group in optimizer.param_groups:
@@ -882,6 +884,7 @@ def restore(state, checkpoint, steps, epoch_anew=False):
     state.network.load_state_dict(training.pop("weights", checkpoint["weights"]))
     # Its own groups stay: they hold settings, not what was learned.
     optimizer.load_state_dict({**optimizer.state_dict(), **training.pop("optimizer")})
+    state.sums.copy_(training.pop("sums"))
     for name, value in training.items():
         setattr(state, name, value)
     state.epoch, state.step = checkpoint["epoch"], checkpoint["step"]
@@ -1337,8 +1340,9 @@ class RunFolder:
         weights, training = copied(  # the GPU waits here
             (state.evaluated.state_dict(), training_state(state)))
         # Never saved: the checkpoint before it is the one to go back to.
-        if not networks.finite(weights):
-            raise ValueError(f"the weights are not finite at step {state.step}; {self.last_good()}")
+        if not networks.finite({**weights, "sums": training["sums"]}):
+            raise ValueError(f"the loss, a gradient or the weights are not finite at step "
+                             f"{state.step}; {self.last_good()}")
         self.wait()
         if not self.writes:
             self.saved_step = state.step

@@ -299,7 +299,7 @@ def test_predict_names_the_likeliest_classes(tmp_path):
     assert len(table.rows) == 8 and len(rows) == 16
     for number, row in enumerate(rows):
         share = shares[number // 2, about.classes.index(row["class"])].item()
-        assert float(row["probability"]) == pytest.approx(share, abs=1e-5)
+        assert float(row["probability"]) == pytest.approx(share, abs=1e-3)  # a GPU's are of bf16
     assert rows[0]["probability"] >= rows[1]["probability"] and rows[1]["rank"] == "2"
     (tmp_path / "none").mkdir()
     assert train.predict_command(str(config.folder), ab)[0].header == ("image", "1", "2")
@@ -760,7 +760,8 @@ def test_a_network_is_compiled_as_a_whole(model):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_what_must_be_repeatable_is_so_while_it_trains_alone(tmp_path, own, monkeypatch):
+def test_what_must_be_repeatable_is_so_while_it_trains_alone(tmp_path, own, monkeypatch, request):
+    always = request.config.getoption("--device") != "cpu"
     seen, step = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda *given: (
         seen.append(torch.are_deterministic_algorithms_enabled()), step(*given)))
@@ -769,7 +770,8 @@ def test_what_must_be_repeatable_is_so_while_it_trains_alone(tmp_path, own, monk
         for wanted in (True, False):
             seen.clear()
             train.train(tiny(tmp_path, name=f"{wanted}", deterministic=wanted))
-            assert {*seen} == {wanted} and torch.are_deterministic_algorithms_enabled() is own
+            assert {*seen} == {wanted or always}
+            assert torch.are_deterministic_algorithms_enabled() is own
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -897,7 +899,10 @@ def test_same_command_twice_gives_identical_files(tmp_path):
 
 
 @pytest.mark.parametrize("step, number", [(3, None), (6, signal.SIGTERM), (9, signal.SIGINT)])
-def test_an_interrupted_run_ends_in_the_same_weights(step, number, tmp_path, monkeypatch):
+@pytest.mark.parametrize("read_steps", [{"cpu": 1}, {}], ids=["as a CPU", "as a GPU"])
+def test_an_interrupted_run_ends_in_the_same_weights(step, number, read_steps, tmp_path,
+                                                     monkeypatch):
+    monkeypatch.setattr(train, "READ_STEPS", read_steps)
     train.train(tiny(tmp_path, "whole"))
     real_step, seen = train.train_step, []
 
@@ -1109,7 +1114,8 @@ def test_a_checkpoint_knows_its_settings_without_config_json(tmp_path):
 
 
 def test_a_refused_command_leaves_nothing(tmp_path):
-    for flags in ({"data": "nowhere"}, {"data": str(tmp_path)}, {"device": "cuda"}):
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    for flags in ({"data": "nowhere"}, {"data": str(tmp_path)}, {"device": absent}):
         with pytest.raises((ValueError, OSError)):
             train.train(tiny(tmp_path / "runs" / "deep", root=str(tmp_path / "data"), **flags))
     assert not list(tmp_path.iterdir())
@@ -1181,8 +1187,10 @@ def test_a_second_process_is_refused(tmp_path):
         train.train(config)
 
 
+@pytest.mark.parametrize("read_steps", [{"cpu": 1}, {}], ids=["as a CPU", "as a GPU"])
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
-def test_a_gradient_that_is_not_finite(on_nan, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite(on_nan, read_steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "READ_STEPS", read_steps)
     config = tiny(tmp_path, on_nan=on_nan)
     real_loss, calls = train.F.cross_entropy, []
 
@@ -1195,7 +1203,7 @@ def test_a_gradient_that_is_not_finite(on_nan, tmp_path, monkeypatch):
     if on_nan == "skip":
         assert math.isfinite(train.train(config)["test/loss"])
         return
-    with pytest.raises(ValueError, match=r"step 8.*learning rate.*last\.pth"):
+    with pytest.raises(ValueError, match=r"not finite at step 8.*last\.pth"):
         train.train(config)
     checkpoint = network.read(config.folder / "last.pth")
     assert all(tensor.isfinite().all() for tensor in checkpoint["weights"].values())
