@@ -1036,6 +1036,10 @@ def draw_curves(groups, x="epoch"):
                 "markevery": max(1, len(at) // 8)}))
     xlabel = "time / s" if x == "seconds" else x
     figure = draw_measures(lines, "loss and accuracy on training and validation images", xlabel)
+    losses = torch.cat([values["loss"].flatten() for values, *_ in lines])
+    losses = losses[(losses > 0) & losses.isfinite()]  # 0 has no logarithm
+    if len(losses) and losses.max() > 30 * losses.median():
+        log_scale(figure.axes[0])  # a run that diverges would press all others flat
     for axes in figure.axes if x != "seconds" else ():
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return figure

@@ -384,7 +384,7 @@ class Row:
 
 COLUMNS = dict([*typing.get_type_hints(Row).items()][:-1])  # of results.csv, and their types
 HEADER = ("id", "run", "accuracy", "reported %", "measured %", "difference", "seeds", "epochs",
-          "time", "images", "threads", "precision", "commit")
+          "time", "images", "threads or GPU", "precision", "commit")
 ON_SCREEN, ON_PAGE = HEADER[:6], HEADER[:10]
 
 def claims(run, state=None):
@@ -433,7 +433,8 @@ def comparison(rows, columns=HEADER):
             "difference": "other images" if row.elsewhere else row.difference is not None
             and f"{row.difference:+.2f}".replace("-", "−"),
             "epochs": row.epochs and f"{row.epochs}{fewer}",
-            "time": row.seconds and duration(row.seconds)}
+            "time": row.seconds and duration(row.seconds),
+            "threads or GPU": row.threads or row.device}
         lines.append([str(cells.get(name, getattr(row, name, None)) or "–") for name in columns])
     return Table(columns, lines)
 

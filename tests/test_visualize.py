@@ -847,6 +847,16 @@ def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
     assert line.get_xdata().tolist() == [5.5, 6.5]  # which never runs backwards
 
 
+@pytest.mark.parametrize("worst, scale", [(9.0, "linear"), (600.0, "log"), (math.inf, "linear")])
+def test_a_run_that_diverges_leaves_the_others_room(worst, scale):
+    losses = {"calm": [0.5, 0.4, 0.0, math.nan], "wild": [2.0, worst, 1.0, 0.9]}
+    empty = dict.fromkeys(METRICS, [math.nan] * 4) | {"epoch": [1.0, 2.0, 3.0, 4.0]}
+    axes = visualize.draw_curves({name: [{**empty, "train/loss": values}]
+                                  for name, values in losses.items()}).axes[0]
+    assert axes.get_yscale() == scale and axes.get_ylabel().endswith("(logarithmic)") == (
+        scale == "log")
+
+
 @pytest.mark.parametrize("command, words", [
     (visualize.where, {"method": "smooth_grad"}), (visualize.landscape, {"directions": "rand"}),
     (visualize.predictions, {"only": "bad"}), (visualize.predictions, {"order": "size"}),
