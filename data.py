@@ -1126,7 +1126,8 @@ class Batches:
         if self.way == "device" or self.device.type == "cpu":
             yield from map(gathered, steps)
             return
-        copies = (pixels.to(self.device, non_blocking=True)
+        # On MPS, memory may be given back and written anew before it has been copied.
+        copies = (pixels.to(self.device, non_blocking=self.device.type == "cuda")
                   for pixels in ahead(gathered, steps, threads=1, depth=2))
         # In pairs, as the copy of the next batch shall be under way while one is computed with.
         for pixels, _following in itertools.pairwise(itertools.chain(copies, [None])):
@@ -1774,8 +1775,9 @@ def command_line(commands, default=None, argv=None, meanings=None, moved=None):
 
 def out_of_memory(error):
     """Whether an exception says that there was no memory left, on a GPU or elsewhere."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
+        isinstance(error, RuntimeError)
+        and re.search("allocate memory|out of memory|ALLOC_FAILED", str(error)))
 
 
 class _LastingFile(io.FileIO):

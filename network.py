@@ -49,6 +49,7 @@ from data import (
     command_line,
     generator,
     nested,
+    out_of_memory,
     parse_value,
     text_of,
     value_in,
@@ -488,10 +489,12 @@ def device_of(network):
 @contextlib.contextmanager
 def told(what, kinds=Exception):
     """A context whose errors of these `kinds` are a ValueError in one line: `what`, and then what
-    they say. By default all, as of somebody else's code."""
+    they say. By default all, as of somebody else's code, but for a lack of memory."""
     try:
         yield
     except kinds as error:
+        if out_of_memory(error):
+            raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{what}: {said:.300}") from error
 
@@ -1259,7 +1262,9 @@ def _load_elsewhere(source, weights, wishes, device):
             if isinstance(state, dict) and REQUIRED.keys() <= state.keys():
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
-        if any("quantized" in type(layer).__module__ for layer in network.modules()):
+        scripted = isinstance(network, torch.jit.ScriptModule)
+        if "quantized::" in str(network.inlined_graph) if scripted else any(
+                "quantized" in type(layer).__module__ for layer in network.modules()):
             device = "cpu"  # quantised layers compute nowhere else
         network.eval().to(device)
     if module == "torchvision.models":

@@ -11,6 +11,7 @@ then from the command line. All that is random depends on (seed, epoch, step) al
 run repeats the very steps that an undisturbed one would have taken.
 """
 
+import collections
 import contextlib
 import copy
 import csv
@@ -380,47 +381,67 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Take one step."""
         for group in self.param_groups:
+            # Filters of one shape take their step together: a GPU starts a third of the kernels.
+            alike = collections.defaultdict(list)
             for parameter in group["params"]:
-                self._update(parameter, **group)
-
-    def _update(self, parameter, lr, momentum, weight_decay, **_):
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        # The gradient of loss + weight_decay/2·‖w‖² has the weights themselves as an addend.
-        gradient = parameter.grad.add(parameter, alpha=0 if parameter.ndim == 4 else weight_decay)
-        buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
-        step = gradient.add_(buffer, alpha=momentum)  # Nesterov: as if momentum had moved us on
-        if parameter.ndim != 4:
-            parameter.sub_(step, alpha=lr)
-            return
-        rows = step.permute(0, 2, 3, 1)  # a view of channels-last filters, so nothing is copied
-        step = orthogonalize(rows.flatten(1)).view_as(rows).permute(0, 3, 1, 2)
-        # Behind batch norm the length of the filters says nothing but how large a step is beside
-        # them: so a step is told in shares of it, and it is kept.
-        norm = parameter.norm()  # on the device: nothing here waits for its value
-        parameter.sub_(step * (lr * norm / step.norm().clamp(min=1e-12)))
-        parameter.mul_(norm / parameter.norm().clamp(min=1e-12))
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                alike[parameter.shape if parameter.ndim == 4 else None].append(parameter)
+            for shape, parameters in alike.items():
+                gradients = [parameter.grad for parameter in parameters]
+                momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+                if not shape:  # of loss + weight_decay/2·‖w‖²
+                    gradients = torch._foreach_add(gradients, parameters,
+                                                   alpha=group["weight_decay"])
+                torch._foreach_mul_(momenta, group["momentum"])
+                torch._foreach_add_(momenta, gradients)
+                # Nesterov: as if momentum had moved us on.
+                steps = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
+                if shape:
+                    turn(parameters, steps, group["lr"])
+                else:
+                    torch._foreach_sub_(parameters, steps, alpha=group["lr"])
 
 
-def orthogonalize(matrix, steps=5):
-    """The orthogonal matrix nearest to `matrix`, roughly: its singular values become about 1.
+def turn(filters, steps, lr):
+    """Move `filters`, a list of N tensors O×I×K×K, by orthogonal matrices in place of `steps`."""
+    steps, weights = (torch.stack([tensor.permute(0, 2, 3, 1).flatten(1) for tensor in tensors])
+                      for tensors in (steps, filters))  # N×O×K·K·I, as they lie in memory
+    steps = orthogonalize(steps)
+    # Behind batch norm the length of the filters says nothing but how large a step is beside them:
+    # so a step is told in shares of it, and it is kept.
+    norms = norms_of(weights)
+    weights -= steps.mul_(lr * norms / norms_of(steps))
+    weights *= norms / norms_of(weights)
+    for tensor, rows in zip(filters, weights):
+        tensor.copy_(rows.unflatten(1, (*tensor.shape[2:], -1)).permute(0, 3, 1, 2))
+
+
+def norms_of(matrices):
+    """The Frobenius norms of N matrices, N×1×1, none of them 0; nothing waits for their values."""
+    return matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def orthogonalize(matrices, steps=5):
+    """The orthogonal matrices nearest to N `matrices`, roughly: singular values become about 1.
 
     Newton-Schulz iteration with the quintic polynomial of Jordan et al. 2024. It runs on the
-    matrix's Gram matrix, which is much smaller than the filters of most layers.
+    Gram matrices, which are much smaller than the filters of most layers.
     """
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    wide = wide / wide.norm().clamp(min=1e-12)
-    gram = wide @ wide.T
-    identity = product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    wide = wide / norms_of(wide)
+    gram = wide @ wide.mT
+    product = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     # A step takes each singular value s of X to 3.4445 s − 4.7750 s³ + 2.0315 s⁵, which from
     # anywhere in 0…1 soon lies around 1: X ← (aI + bG + cG²) X with G = XXᵀ. That factor and G
     # commute, so it can be gathered in `product`, and X itself be multiplied once, at the end.
     for _ in range(steps):
-        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        product, gram = factor @ product, factor @ gram @ factor
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # bG + cG²
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product = factor @ product
+        gram = factor @ gram @ factor
     wide = product @ wide
-    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+    return wide.mT if matrices.shape[1] > matrices.shape[2] else wide
 
 
 # ---------------------------------------------------------------------------- the story
@@ -769,20 +790,20 @@ def prepare(config, dataset, device, workers, resume, changed_data):
 def repeatable(config, device):
     """A context that seeds the weights and chooses between speed and repeatability on a GPU."""
     torch.manual_seed(config.seed)
-    before = torch.are_deterministic_algorithms_enabled()
+    before = (torch.are_deterministic_algorithms_enabled(),
+              torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what a process seeds, and where it meets the others
         torch.backends.cudnn.benchmark = not config.deterministic  # the quickest may vary
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    changes = config.deterministic != before  # a change imports for a second
+    changes = config.deterministic != before[0]  # a change imports for a second
     if changes:
         torch.use_deterministic_algorithms(config.deterministic)
     try:
         yield
     finally:
+        torch.backends.cudnn.benchmark = before[2]
         if changes:  # figures use what a GPU cannot repeat
-            torch.use_deterministic_algorithms(before)
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def describe(config, dataset):
@@ -809,6 +830,7 @@ def new_state(config, description, device):
     if config.early_size:
         networks.check_size(network, config.early_size)
     if config.compile:
+        torch.compiler.reset()  # it compiles but a few networks, those of earlier runs among them
         network.compile()
     state = State(network, make_optimizer(config, network), torch.zeros(4, device=device))
     if config.ema:
@@ -991,6 +1013,8 @@ def choose_device(name="auto"):
                          f"are {torch.cuda.device_count()} GPUs")
     # Convolutions would compute in TF32, with 10 bits after the point, where fp32 is asked for.
     torch.backends.cudnn.allow_tf32 = False
+    # Without it cuBLAS is not deterministic; it is read once, before the first matrix product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device(name, local)
 
 

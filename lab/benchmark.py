@@ -47,6 +47,7 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
         # As many steps as take SECONDS: the same number for each of the three ways.
         one_step = bare_steps(config, state, images, labels, 3, chosen) / 3
         steps = int(min(len(batches), max(3, seconds / one_step)))  # (a) and (c) are one epoch
+        bare_steps(config, usual, images.contiguous(), labels, 1, chosen)  # to be as warm
         ways = {
             "a: this package": lambda: package_steps(config, dataset, state, steps, chosen, folder),
             "b: bare step": lambda: bare_steps(config, state, images, labels, steps, chosen),
@@ -156,12 +157,12 @@ def usual_loader(config, dataset, steps, device):
 
 def usual_steps(config, dataset, state, steps, device):
     """Seconds for `steps` steps fed by PIL transforms and a DataLoader with two workers."""
-    loader = usual_loader(config, dataset, steps, device)
+    loader, on_cuda = usual_loader(config, dataset, steps, device), device.type == "cuda"
 
     def epoch():
         for images, labels in loader:
-            loss = take_step(config, state, images.to(device, non_blocking=True),
-                             labels.to(device, non_blocking=True))
+            loss = take_step(config, state, images.to(device, non_blocking=on_cuda),
+                             labels.to(device, non_blocking=on_cuda))
             loss.item()  # the tutorial's running loss
 
     state.network.train()
@@ -175,6 +176,7 @@ def matrix_rate(device, precision, size=2048):
         kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(
             device.type) else torch.float32
     matrix = torch.randn(size, size, device=device, dtype=kind)
+    matrix @ matrix  # to be as warm
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before, products.allow_tf32 = products.allow_tf32, convolutions.allow_tf32
     try:

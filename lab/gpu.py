@@ -80,8 +80,11 @@ def run_tests(device):
     done = subprocess.run([sys.executable, "-m", "pytest", f"--device={device}", "--no-header",
                            "tests/test_train.py", "tests/test_devices.py"], cwd=ROOT,
                           capture_output=True, text=True, check=False)
-    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    return "; ".join([*failed, (done.stdout.splitlines() or [done.stderr])[-1]])
+    if done.returncode not in (0, 1):  # neither all passed nor some failed
+        said = (done.stderr.splitlines() or done.stdout.splitlines() or [""])[-1]
+        raise RuntimeError(f"pytest ended with status {done.returncode}: {said}")
+    lines = done.stdout.splitlines()
+    return "; ".join([*(line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1]])
 
 
 def killed(base, out):

@@ -612,7 +612,9 @@ def test_errors_speak_of_arguments_and_the_command_line_of_its_flags(capsys):
 
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: out of memory"), RuntimeError("MPS backend out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
 def test_memory_that_is_not_there_is_one_line_of_any_command(error, refused):
     def command():
         raise error

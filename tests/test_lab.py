@@ -593,8 +593,9 @@ def test_the_benchmark_compares_the_same_steps(monkeypatch):
     for images in seen.values():
         images.clear()
     table, _ = benchmark.benchmark("lenet", batch_size=20_000, rounds=1, seconds=0.01)
-    # All 10 000 are one batch, and an epoch one step: beside it a first one and three to time.
-    assert [len(images) for images in seen.values()] == [1, 4 + 2 + 1]
+    # All 10 000 are one batch, and an epoch one step: beside it a first one and three to time, and
+    # two for the usual pipeline to be as warm.
+    assert [len(images) for images in seen.values()] == [1, 4 + 2 + 2 + 1]
     assert "batch 10000, flip,crop, 1 steps" in table.title
 
 
@@ -608,8 +609,8 @@ def test_the_usual_pipeline_has_a_network_of_its_own(monkeypatch):
 
     monkeypatch.setattr(benchmark, "take_step", noting)
     benchmark.benchmark("lenet", batch_size=16, rounds=2, seconds=0.01)
-    assert layouts[0] == layouts[4] == [True, True]  # the bare step
-    assert layouts[-1] == [False, False] and layouts.count([False, False]) == 2 * 3
+    assert layouts[0] == layouts[6] == [True, True]  # the bare step
+    assert layouts[-1] == [False, False] and layouts.count([False, False]) == 2 + 2 * 3
 
 
 def test_the_benchmark_flatters_nobody(monkeypatch):
@@ -633,7 +634,8 @@ def test_the_benchmark_flatters_nobody(monkeypatch):
         products.clear()
         with Seen():
             assert benchmark.matrix_rate(cpu, precision, size=8) > 0
-        assert products[1:] == [("aten.mm.default", kind, True)] * 5
+        assert products[1:] == [("aten.mm.default", kind, products[1][2])] + [
+            ("aten.mm.default", kind, True)] * 5
     assert torch.backends.cuda.matmul.allow_tf32 == before
     config = train.Config.create(batch_size=4)
     assert benchmark.usual_loader(config, dataset, 2, torch.device("cuda")).pin_memory
@@ -762,6 +764,21 @@ def test_gpu_tells_all_it_tried_and_what_failed(monkeypatch):
     assert re.match(r"images/s: a \d+, b \d+, c \d+; a/b", rows[4][1])
 
 
+@pytest.mark.parametrize("status, out, error, told", [
+    (0, "...\n3 passed\n", "", "3 passed"),
+    (1, "FAILED a - b\nERROR c - d\n1 failed, 1 error\n", "",
+     "FAILED a - b; ERROR c - d; 1 failed, 1 error"),
+    (-11, "....\n", "Fatal Python error: Segmentation fault\n", "status -11: Fatal Python error")])
+def test_gpu_tells_of_tests_that_crash(status, out, error, told, monkeypatch):
+    monkeypatch.setattr(lab_gpu.subprocess, "run", lambda words, **_: subprocess.CompletedProcess(
+        words, status, out, error))
+    if status in (0, 1):
+        assert lab_gpu.run_tests("cuda") == told
+    else:
+        with pytest.raises(RuntimeError, match=told):
+            lab_gpu.run_tests("cuda")
+
+
 def test_gpu_without_one_is_one_line(monkeypatch, refused):
     monkeypatch.setattr(train, "choose_device", lambda _name: torch.device("cpu"))
     assert "no GPU" in refused(COMMANDS, ["gpu"])
@@ -771,5 +788,6 @@ def test_gpu_without_one_is_one_line(monkeypatch, refused):
 def test_gpu_rehearsed_on_the_cpu(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the killed process rounds as this one does
     text = lab_gpu.gpu("cpu", "shapes", models=(), limit=256, epochs=1, tests=False)
-    assert "the same weights (killed after step" in text and text.count("% with tta") == 2
+    assert "the same weights, the same losses (killed after step" in text
+    assert text.count("% with tta") == 2
     assert "FAILED" not in text

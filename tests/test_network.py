@@ -280,6 +280,15 @@ def test_an_output_that_is_no_logits_is_said():
             network.logits_of(built, images)
 
 
+def test_a_lack_of_memory_stays_one_whose_caller_tells_what_helps(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(nn.Flatten, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        network.logits_of(nn.Flatten(), torch.rand(2, 3, 8, 8))
+
+
 def test_probabilities_become_the_logits_of_the_same_probabilities():
     images, softmax = torch.rand(2, 3, 8, 8), nn.Sequential(nn.Flatten(), nn.Linear(192, 5),
                                                             nn.Softmax(dim=1))

@@ -759,19 +759,35 @@ def test_a_network_is_compiled_as_a_whole(model):
         isinstance(layer, torch.nn.Conv2d) for layer in built.modules())
 
 
+def test_earlier_networks_do_not_keep_one_from_being_compiled(tmp_path, monkeypatch):
+    graphs, compile_it = [], torch.nn.Module.compile
+
+    def compiler(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_it(self, backend=compiler))
+    for channels in range(4, 10):  # PyTorch keeps eight of one function, freed networks' too
+        before = len(graphs)
+        train.train(tiny(tmp_path, f"{channels}", model="simple_cnn", options={
+            "channels": (channels,)}, epochs=1, compile=True))
+        assert len(graphs) > before
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_what_must_be_repeatable_is_so_while_it_trains_alone(tmp_path, own, monkeypatch, request):
     always = request.config.getoption("--device") != "cpu"
     seen, step = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda *given: (
         seen.append(torch.are_deterministic_algorithms_enabled()), step(*given)))
-    torch.use_deterministic_algorithms(own)
+    torch.use_deterministic_algorithms(own, warn_only=own)
     try:
         for wanted in (True, False):
             seen.clear()
             train.train(tiny(tmp_path, name=f"{wanted}", deterministic=wanted))
             assert {*seen} == {wanted or always}
             assert torch.are_deterministic_algorithms_enabled() is own
+            assert torch.is_deterministic_algorithms_warn_only_enabled() is own
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -789,18 +805,19 @@ def test_a_compiler_that_is_not_there_is_one_line(tmp_path, monkeypatch):
 
 
 def test_orthogonalize():
-    for shape in ((16, 54), (54, 16)):
+    for shape in ((2, 16, 54), (3, 54, 16)):
         values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape)))
         assert values.min() > 0.6 and values.max() < 1.3
-    diagonal = torch.diag(torch.tensor([3.0, -2.0]))  # nearest orthogonal matrix: its signs
+    diagonal = torch.diag(torch.tensor([3.0, -2.0]))[None]  # nearest orthogonal matrix: its signs
     assert torch.allclose(train.orthogonalize(diagonal), diagonal.sign(), atol=0.35)
-    assert not train.orthogonalize(torch.zeros(3, 4)).any()
-    matrix = torch.randn(5, 20)
-    published = matrix / matrix.norm()
-    for _ in range(5):
-        gram = published @ published.T
-        published = 3.4445 * published + (-4.7750 * gram + 2.0315 * gram @ gram) @ published
-    assert torch.allclose(train.orthogonalize(matrix), published, atol=1e-4)
+    assert not train.orthogonalize(torch.zeros(1, 3, 4)).any()
+    matrices = torch.randn(2, 5, 20) * torch.tensor([1.0, 100.0])[:, None, None]
+    for matrix, found in zip(matrices, train.orthogonalize(matrices)):
+        published = matrix / matrix.norm()
+        for _ in range(5):
+            gram = published @ published.T
+            published = 3.4445 * published + (-4.7750 * gram + 2.0315 * gram @ gram) @ published
+        assert torch.allclose(found, published, atol=1e-4)
 
 
 def test_muon_moves_filters_by_a_share_of_their_norm_and_all_else_as_nesterov_sgd():
@@ -817,6 +834,7 @@ def test_muon_moves_filters_by_a_share_of_their_norm_and_all_else_as_nesterov_sg
         twin.grad, free.grad = bias.grad.clone(), filters.grad.clone()
         for optimizer in (muon, sgd, without):
             optimizer.step()
+        assert torch.equal(bias.grad, twin.grad) and torch.equal(filters.grad, free.grad)
         assert filters.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
         moved = (filters - before).norm() / before.norm()
         assert 0.09 < moved < 0.11

@@ -1316,7 +1316,8 @@ def quantized_with_its_outputs():
 
 
 def test_quantized_networks_stay_on_the_cpu(monkeypatch):
-    for make in (quantized, quantized_with_its_outputs):
+    scripted = torch.jit.script(quantized_with_its_outputs())
+    for make in (quantized, quantized_with_its_outputs, lambda: scripted):
         monkeypatch.setattr(sys.modules[__name__], "odd_network", make, raising=False)
         opened, _ = network.load(f"{__name__}:odd_network", device=torch.device("meta"))
         assert network.device_of(opened).type == "cpu"
