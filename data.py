@@ -478,7 +478,7 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
     # a key of the files' times and sizes, so that changed images take the place of the old ones.
     def decoded(part, rows):
         items = [files[part][row] for row in rows]
-        which = "" if len(items) == len(files[part]) else items
+        which = "" if len(items) == len(files[part]) else [path for path, *_ in items]
         name = _digest(str(folder.resolve()), part, image_size, skip_bad, which)[:16]
         return _images_of(items, image_size, skip_bad, part,
                           root / f"folder-{name}.cache", writes)
@@ -582,7 +582,7 @@ def _images_of(items, image_size, skip_bad, title, cache, writes):
     share its pages, which the system drops and reads again as it needs room, so that a data set may
     be larger than the memory. Where the file cannot be written the images are held in memory.
     """
-    key = _digest(items)
+    key, new = _digest(items), not cache.parent.exists()
 
     def write(file, free, medium):
         for only_larger in (True, False):  # if their sizes differ, once more from the start
@@ -608,7 +608,10 @@ def _images_of(items, image_size, skip_bad, title, cache, writes):
                     free = shutil.disk_usage(cache.parent).free
                     write_atomically(cache, lambda file: write(file, free, "disk"))
                     found = _map_images(cache, key, len(items))
-        except BadImage:
+        except (BadImage, ValueError):
+            if new:
+                with contextlib.suppress(OSError):  # not empty, or not made
+                    cache.parent.rmdir()
             raise
         except OSError as error:
             reason = str(error).partition("; ")[0]  # without advice for flags, which are not here
@@ -1222,6 +1225,20 @@ def check_ours(path, sign):
     if is_others(path, sign):
         raise FileExistsError(f"{path}: is not from here (no {sign!r} in it) and stays as it is; "
                               f"move it away or choose another place")
+
+
+def check_columns(path, columns):
+    """FileExistsError if there is a file `path` that is no CSV table of some of these `columns`:
+    somebody else's, or one that somebody has added to. It is never replaced."""
+    path = Path(path)
+    if not path.exists():
+        return
+    with contextlib.suppress(OSError, ValueError, csv.Error):
+        header, *rows = csv.reader(io.StringIO(read_text(path)), strict=True)
+        if {*header} <= {*columns} and all(len(row) == len(header) for row in rows):
+            return
+    raise FileExistsError(f"{path}: is no table of {', '.join(columns)} alone and stays as it is; "
+                          f"move it away or choose another place")
 
 
 @contextlib.contextmanager

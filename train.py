@@ -70,6 +70,7 @@ WRITTEN = re.compile(
     r"|events\.out\.tfevents\.\d+\.\d{9}|test/events\.out\.tfevents\.\S+"
     r"|test/projector_config\.pbtxt"
     r"|test/\d{5}/(features|pixels)/(metadata\.tsv|sprite\.png|tensors\.tsv))(\.\d+\.tmp)?")
+BEGUN = re.compile(r"\.lock|\.run\.\d+\.tmp")  # what one has that was killed before its marker
 # What the screen shows of a row, in 80 columns: heading, width and format.
 SHOWN = {"epoch": ("epoch", 5, "d"), "step": ("step", 8, "d"), "train/loss": ("loss", 9, ".4f"),
          "train/accuracy": ("acc", 9, ".2%"), "val/loss": ("val_loss", 10, ".4f"),
@@ -457,9 +458,11 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
     `changed_data` goes on though files of its data set are others now.
     Raises FileExistsError for a run that exists when neither is asked for.
     """
-    if not isinstance(resume, bool):
-        raise ValueError(f"resume={resume!r}: must be True or False; `out` and `name` say which "
-                         f"run is meant")
+    for name, value in (("resume", resume), ("overwrite", overwrite),
+                        ("changed_data", changed_data)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: must be True or False; `out` and `name` say which "
+                             f"run is meant")
     if isinstance(config, str):
         config = config_of(parse_flags({"model": config, **settings}), resume)
     elif settings:
@@ -1471,8 +1474,11 @@ def check_folder(config, resume, overwrite):
     """Raise what speaks against a run in `config.folder`, before any work is done."""
     folder = config.folder
     check_apart(config, resume)
+    if folder.name == "test" and is_run(folder.parent):
+        raise FileExistsError(f"{folder}: is where the run {folder.parent} keeps TensorBoard's "
+                              f"files of its test images; take another name (`name=NAME`)")
     if folder.exists() and not is_run(folder) and not (
-            folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock"}):
+            folder.is_dir() and all(BEGUN.fullmatch(path.name) for path in folder.iterdir())):
         raise FileExistsError(f"{folder}: is there and is not the folder of a run; a run needs a "
                               f"folder of its own (`name=NAME`, `out=FOLDER`)")
     if resume:
@@ -1643,6 +1649,11 @@ def open_network(source, device="auto", weights=None, **wishes):
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         network.to(memory_format=torch.channels_last)
+        # Its images may have been moved since; a run that went on knows where to.
+        with contextlib.suppress(OSError, ValueError):
+            now = read_config(Path(source) / "config.json")
+            description = dataclasses.replace(description, settings={
+                **description.settings, "data": now.data, "root": now.root})
     return network, description
 
 
@@ -1958,7 +1969,7 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None, device: s
     if out:
         out = Path(out).expanduser()
         check_output(out, ".csv")
-        data.check_ours(out, ",".join(PREDICTED))
+        data.check_columns(out, PREDICTED)
     network, description = open_network(paths[0], device, **elsewhere)
     pictures, errors = read_pictures(paths[1:], description.preprocessing.image_size)
     if not pictures:

@@ -776,6 +776,8 @@ def evaluate_points(path, points, evaluate, description):
     rows = {(row["x"], row["y"]): row for row in read_table(path)}
     for point in progress([point for point in points if point not in rows], description):
         rows[point] = {**dict(zip("xy", point)), **evaluate(point)}
+        # Another process may have added rows meanwhile.
+        rows = {(row["x"], row["y"]): row for row in read_table(path)} | rows
         write_table(path, [*rows.values()])
     return {point: rows[point] for point in points}
 

@@ -7,8 +7,19 @@ import typing
 
 import train
 import visualize
-from data import Busy, Table, fingerprint_of, show, text_of, value_in
+from data import (
+    Busy,
+    Table,
+    check_columns,
+    fingerprint_of,
+    show,
+    text_of,
+    value_in,
+    write_atomically,
+)
 from lab.reproduce import RESULT, changed_since, check_unchanged, finished_result, replace
+
+SIGN = " | ".join(RESULT[-2:])  # a sweep.md without it is somebody else's
 
 
 def sweep(**flags):
@@ -23,11 +34,9 @@ def sweep(**flags):
     folder, done = configs[0].folder.parent, {}
     told = [name for name in RESULT if name != "test/accuracy_tta" or any(
         config.tta != "none" for config in configs)]
-    # A file of that name without this text is somebody else's.
-    signs = {folder / f"sweep.{kind}": between.join(RESULT[-2:])
-             for kind, between in (("csv", ","), ("md", " | "))}
-    for path, sign in signs.items():
-        check_unchanged(path, sign)  # before anything is trained
+    page, sheet = folder / "sweep.md", folder / "sweep.csv"
+    check_unchanged(page, SIGN)  # before anything is trained
+    check_columns(sheet, [*choices[0], *RESULT, "state"])
     visualize.file_of(folder / "curves.png")  # complains of one that is none of ours
     while len(done) < len(configs):  # again and again: another process may hold a run, and die
         for number, config in enumerate(configs):
@@ -45,16 +54,16 @@ def sweep(**flags):
     rows = [[*choice.values(), *row_of(done[number], told, now)]
             for number, choice in enumerate(choices)]
     table = Table([*choices[0], *told, "state"], rows, str(folder), len(choices[0]))
-    for (path, sign), content in zip(signs.items(), (
-            table.csv(), f"{table.markdown()}\n<!-- Written by python -m lab sweep -->\n")):
-        replace(path, content, sign)
-    made = [table, *signs]
+    check_columns(sheet, [*choices[0], *RESULT, "state"])
+    write_atomically(sheet, table.csv())
+    replace(page, f"{table.markdown()}\n<!-- Written by python -m lab sweep -->\n", SIGN)
+    made = [table, sheet, page]
     if drawn := [config.folder for config in configs if train.read_rows(config.folder)]:
         curves = visualize.draw_curves(visualize.group_runs(drawn))
         made.append(visualize.save_figure(curves, None, "curves", folder / "curves.png"))
     if failed := sum(isinstance(result, Exception) for result in done.values()):
         show(made)
-        raise ValueError(f"{failed} of {len(configs)} runs failed; {folder / 'sweep.md'} says why")
+        raise ValueError(f"{failed} of {len(configs)} runs failed; {page} says why")
     return made
 
 

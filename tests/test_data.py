@@ -797,3 +797,25 @@ def test_help_and_errors_show_how_the_second_value_is_given(capsys):
         with contextlib.suppress(SystemExit):
             data.command_line({"command": command}, argv=line)
         assert said in "".join(capsys.readouterr())
+
+
+def test_images_that_cannot_be_taken_leave_nothing_behind(tmp_path):
+    write_images(tmp_path / "mixed")
+    Image.new("RGB", (9, 9)).save(tmp_path / "mixed" / "train" / "cat" / "0.png")
+    for root in (tmp_path / "new", tmp_path / "deep"):
+        with pytest.raises(ValueError, match="image_size"):
+            data.load(str(tmp_path / "mixed"), root=str(root))
+        assert not root.exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="image_size"):
+        data.load(str(tmp_path / "mixed"), root=str(tmp_path / "mine"))
+    assert (tmp_path / "mine").exists()
+
+
+def test_changed_images_take_the_place_of_the_old_ones_with_a_limit_too(tmp_path):
+    write_images(tmp_path / "pets")
+    for day in range(3):
+        for path in (tmp_path / "pets").rglob("*.png"):
+            os.utime(path, ns=(0, day))
+        data.load(str(tmp_path / "pets"), root=str(tmp_path / "root"), limit=4)
+    assert len([*(tmp_path / "root").glob("*.cache")]) == 2

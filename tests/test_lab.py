@@ -653,6 +653,12 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     assert [line.split(",")[1] for line in lines] == ["augment", *["flip+crop", "none"] * 2]
     assert (folder / "sweep.md").read_text().startswith("| lr | augment | test/accuracy |")
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    table = (folder / "sweep.csv").read_text()
+    (folder / "sweep.csv").write_text(noted := table.replace("state", "state,note", 1))
+    with pytest.raises(FileExistsError, match=r"sweep\.csv: is no table of lr, augment"):
+        sweep.sweep(**flags)
+    assert (folder / "sweep.csv").read_text() == noted
+    (folder / "sweep.csv").write_text(table)
     before = os.path.getmtime(folder / "lr=0.1_augment=none" / "last.pth")
     capsys.readouterr()
     lab("sweep", *(f"--{name}={text}" for name, text in flags.items()))

@@ -1547,3 +1547,71 @@ def test_a_run_goes_on_from_within_its_folder(tmp_path, monkeypatch):
     (tmp_path / "run" / "data").mkdir()  # as a folder's cache makes it there
     train.train_command(resume=".", epochs="4")
     assert len(train.read_metrics(tmp_path / "run")["epoch"]) == 4
+
+
+# ---------------------------------------------------------------------------- found by use
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite", "changed_data"])
+def test_a_text_is_no_yes(flag, tmp_path):
+    train.train(tiny(tmp_path))
+    before = network.read(tmp_path / "run" / "last.pth")["step"]
+    with pytest.raises(ValueError, match=f"{flag}='false': must be True or False"):
+        train.train(tiny(tmp_path, epochs=1), **{flag: "false"})
+    assert network.read(tmp_path / "run" / "last.pth")["step"] == before
+
+
+def test_predictions_to_which_somebody_has_added_are_never_replaced(tmp_path):
+    ab = image_folder(tmp_path / "ab", "ab")
+    config = tiny(tmp_path, data=ab, val=0, limit=None, epochs=1, image_size=32, batch_size=4,
+                  root=str(tmp_path / "cache"))
+    train.train(config)
+    out = tmp_path / "table.csv"
+
+    def predict():
+        train.predict_command(str(config.folder), str(Path(ab, "test")), out=str(out))
+
+    predict()
+    written = out.read_text()
+    predict()  # its own file is
+    header, *rows = written.splitlines()
+    for changed in (f"{header},note\n" + "".join(f"{row},mine\n" for row in rows),
+                    f"{written}a,b,c\n", f"{written}my notes\n", "", "a,b\n"):
+        out.write_text(changed)
+        with pytest.raises(FileExistsError, match=r"table\.csv: is no table of image, rank"):
+            predict()
+        assert out.read_text() == changed
+
+
+def test_a_run_whose_images_were_moved_knows_where_to(tmp_path):
+    ab = image_folder(tmp_path / "ab", "ab")
+    config = tiny(tmp_path, data=ab, val=2, limit=None, epochs=1, image_size=32, batch_size=2,
+                  root=str(tmp_path / "cache"), lr=0.0)  # so that the first epoch stays the best
+    train.train(config)
+    Path(ab).rename(tmp_path / "moved")
+    moved = dataclasses.replace(config, data=str(tmp_path / "moved"), epochs=2)
+    train.train(moved, resume=True)
+    assert network.read(config.folder / "best.pth")["settings"]["data"] == ab
+    _, about = train.open_network(config.folder)
+    assert len(train.open_dataset(about).test.labels) == 8
+    assert train.evaluate(str(config.folder))
+
+
+def test_no_run_begins_where_another_keeps_its_test_images(tmp_path):
+    train.train(tiny(tmp_path))
+    kept = sorted((tmp_path / "run" / "test").iterdir())
+    for name in ("run/test", "run/./test"):
+        with pytest.raises(FileExistsError, match="keeps TensorBoard's files"):
+            train.train(tiny(tmp_path, name=name), overwrite=True)
+    assert sorted((tmp_path / "run" / "test").iterdir()) == kept
+    train.train(tiny(tmp_path, name="test"))
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_run_killed_while_its_marker_was_written_begins_anew(how, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".lock", ".run.123.tmp"):
+        (folder / name).touch()
+    assert train.train(tiny(tmp_path), **{how: True})["epochs"] == 2
+    assert not (folder / ".run.123.tmp").exists()

@@ -1470,3 +1470,17 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
 def test_bad_input_is_one_line_and_exit_2(words, message, run, refused):
     words = [word.replace("RUN", str(run)) for word in words]
     assert re.search(message, refused(visualize.COMMANDS, words))
+
+
+def test_two_landscapes_at_once_lose_none_of_their_points(tmp_path):
+    table = tmp_path / "points.csv"
+
+    def mine(point):
+        if point == (1.0, 0.0):  # meanwhile somebody else computes others
+            visualize.evaluate_points(table, [(5.0, 0.0), (6.0, 0.0)], lambda _: {"loss": 5.0}, "")
+        return {"loss": 1.0}
+
+    found = visualize.evaluate_points(table, [(0.0, 0.0), (1.0, 0.0), (2.0, 0.0)], mine, "")
+    assert [*found] == [(0.0, 0.0), (1.0, 0.0), (2.0, 0.0)]
+    assert {row["x"]: row["loss"] for row in visualize.read_table(table)} == {
+        0.0: 1.0, 1.0: 1.0, 2.0: 1.0, 5.0: 5.0, 6.0: 5.0}
