@@ -382,7 +382,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Take one step."""
         for group in self.param_groups:
-            # Filters of one shape take their step together: a GPU starts a third of the kernels.
+            # Filters of one shape step together: a GPU has half as many kernels to start.
             alike = collections.defaultdict(list)
             for parameter in group["params"]:
                 if not self.state[parameter]:
