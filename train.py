@@ -998,6 +998,7 @@ def live_progress(config, batches):
 
 def choose_device(name="auto"):
     """The device called `name`; `auto` prefers CUDA, then MPS, then the CPU."""
+    name = str(name)  # a torch.device too
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if name == "auto":

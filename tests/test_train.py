@@ -1552,6 +1552,12 @@ def test_a_run_goes_on_from_within_its_folder(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------- found by use
 
 
+def test_a_device_may_be_given_as_one():
+    assert train.choose_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ValueError, match="device=None: must be of auto, "):
+        train.choose_device(None)
+
+
 @pytest.mark.parametrize("flag", ["resume", "overwrite", "changed_data"])
 def test_a_text_is_no_yes(flag, tmp_path):
     train.train(tiny(tmp_path))
