@@ -1262,11 +1262,7 @@ def _load_elsewhere(source, weights, wishes, device):
             if isinstance(state, dict) and REQUIRED.keys() <= state.keys():
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
-        scripted = isinstance(network, torch.jit.ScriptModule)
-        if "quantized::" in str(network.inlined_graph) if scripted else any(
-                "quantized" in type(layer).__module__ for layer in network.modules()):
-            device = "cpu"  # quantised layers compute nowhere else
-        network.eval().to(device)
+        network.eval().to("cpu" if is_quantized(network) else device)
     if module == "torchvision.models":
         network.to(memory_format=torch.channels_last)  # as the images come, and quicker on a CPU
     elif not isinstance(network, torch.jit.ScriptModule):  # which takes no hooks
@@ -1275,6 +1271,13 @@ def _load_elsewhere(source, weights, wishes, device):
         network.register_forward_pre_hook(lambda _network, given: (
             given[0].clone(memory_format=torch.contiguous_format), *given[1:]))
     return network, Description(source, (), replace(wanted, **wishes))
+
+
+def is_quantized(network):
+    """Whether a network has quantised layers, which compute on a CPU alone."""
+    if isinstance(network, torch.jit.ScriptModule):  # whose layers have lost their kinds
+        return "quantized::" in str(network.inlined_graph)
+    return any("quantized" in type(layer).__module__ for layer in network.modules())
 
 
 def _torchvision_weights(name, weights):

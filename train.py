@@ -793,20 +793,20 @@ def prepare(config, dataset, device, workers, resume, changed_data):
 def repeatable(config, device):
     """A context that seeds the weights and chooses between speed and repeatability on a GPU."""
     torch.manual_seed(config.seed)
-    before = (torch.are_deterministic_algorithms_enabled(),
-              torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark)
+    enabled, tuned = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what a process seeds, and where it meets the others
         torch.backends.cudnn.benchmark = not config.deterministic  # the quickest may vary
-    changes = config.deterministic != before[0]  # a change imports for a second
+    changes = config.deterministic != enabled  # a change imports for a second
     if changes:
         torch.use_deterministic_algorithms(config.deterministic)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before[2]
+        torch.backends.cudnn.benchmark = tuned
         if changes:  # figures use what a GPU cannot repeat
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.use_deterministic_algorithms(enabled, warn_only=warns)
 
 
 def describe(config, dataset):

@@ -772,12 +772,13 @@ def evaluate_points(path, points, evaluate, description):
 
     Rows are kept in the CSV file `path` as they come, and not computed when they are there.
     """
-    # Points are found by their numbers: a file has all digits of a float.
-    rows = {(row["x"], row["y"]): row for row in read_table(path)}
+    def kept():  # found by their numbers: a file has all digits of a float
+        return {(row["x"], row["y"]): row for row in read_table(path)}
+
+    rows = kept()
     for point in progress([point for point in points if point not in rows], description):
         rows[point] = {**dict(zip("xy", point)), **evaluate(point)}
-        # Another process may have added rows meanwhile.
-        rows = {(row["x"], row["y"]): row for row in read_table(path)} | rows
+        rows = kept() | rows  # another process may have added some meanwhile
         write_table(path, [*rows.values()])
     return {point: rows[point] for point in points}
 

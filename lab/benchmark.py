@@ -58,8 +58,8 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
             for name, way in ways.items():
                 rates[name].append(steps * config.batch_size / way())
             rates["d"].append(matrix_rate(chosen, precision))
-        title = (f"{model}, batch {config.batch_size}, {','.join(augment) or 'no augmentation'}, "
-                 f"{steps} steps × {rounds} rounds, {train.environment(state.network)['device']}")
+    title = (f"{model}, batch {config.batch_size}, {','.join(augment) or 'no augmentation'}, "
+             f"{steps} steps × {rounds} rounds, {train.environment(state.network)['device']}")
     # A forward pass is one multiply-add a weight, the backward pass two: six operations in all.
     return rates_table(rates, 6 * multiply_adds(state.network, images.shape[3]), title)
 
@@ -176,10 +176,10 @@ def matrix_rate(device, precision, size=2048):
         kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(
             device.type) else torch.float32
     matrix = torch.randn(size, size, device=device, dtype=kind)
-    matrix @ matrix  # to be as warm
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before, products.allow_tf32 = products.allow_tf32, convolutions.allow_tf32
     try:
+        matrix @ matrix  # to be as warm
         return 2 * size**3 / timed(lambda: matrix @ matrix, device, 5)
     finally:
         products.allow_tf32 = before

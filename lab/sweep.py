@@ -35,8 +35,9 @@ def sweep(**flags):
     told = [name for name in RESULT if name != "test/accuracy_tta" or any(
         config.tta != "none" for config in configs)]
     page, sheet = folder / "sweep.md", folder / "sweep.csv"
+    columns = [*choices[0], *RESULT, "state"]
     check_unchanged(page, SIGN)  # before anything is trained
-    check_columns(sheet, [*choices[0], *RESULT, "state"])
+    check_columns(sheet, columns)
     visualize.file_of(folder / "curves.png")  # complains of one that is none of ours
     while len(done) < len(configs):  # again and again: another process may hold a run, and die
         for number, config in enumerate(configs):
@@ -54,7 +55,7 @@ def sweep(**flags):
     rows = [[*choice.values(), *row_of(done[number], told, now)]
             for number, choice in enumerate(choices)]
     table = Table([*choices[0], *told, "state"], rows, str(folder), len(choices[0]))
-    check_columns(sheet, [*choices[0], *RESULT, "state"])
+    check_columns(sheet, columns)
     write_atomically(sheet, table.csv())
     replace(page, f"{table.markdown()}\n<!-- Written by python -m lab sweep -->\n", SIGN)
     made = [table, sheet, page]

@@ -608,7 +608,7 @@ def test_the_usual_pipeline_has_a_network_of_its_own(monkeypatch):
         return step(config, state, *batch)
 
     monkeypatch.setattr(benchmark, "take_step", noting)
-    benchmark.benchmark("lenet", batch_size=16, rounds=2, seconds=0.01)
+    benchmark.benchmark("lenet", batch_size=16, rounds=2, seconds=1e-9)  # three steps a round
     assert layouts[0] == layouts[6] == [True, True]  # the bare step
     assert layouts[-1] == [False, False] and layouts.count([False, False]) == 2 + 2 * 3
 
@@ -634,8 +634,7 @@ def test_the_benchmark_flatters_nobody(monkeypatch):
         products.clear()
         with Seen():
             assert benchmark.matrix_rate(cpu, precision, size=8) > 0
-        assert products[1:] == [("aten.mm.default", kind, products[1][2])] + [
-            ("aten.mm.default", kind, True)] * 5
+        assert products[1:] == [("aten.mm.default", kind, True)] * (1 + 5)
     assert torch.backends.cuda.matmul.allow_tf32 == before
     config = train.Config.create(batch_size=4)
     assert benchmark.usual_loader(config, dataset, 2, torch.device("cuda")).pin_memory

@@ -292,14 +292,14 @@ def test_predict_names_the_likeliest_classes(tmp_path):
     train.train(config)
     folder, csv_file = Path(ab, "test"), tmp_path / "table.csv"
     table, path = train.predict_command(str(config.folder), str(folder), top=2, out=str(csv_file))
-    loaded, about = network.load(config.folder)
+    loaded, about = train.open_network(config.folder)  # on the device that the command takes
     images = torch.stack([data.read_image(row[0]) for row in table.rows])
     shares = train.predict(loaded, images, about.preprocessing).softmax(1)
     rows = list(csv.DictReader(path.open()))
     assert len(table.rows) == 8 and len(rows) == 16
     for number, row in enumerate(rows):
         share = shares[number // 2, about.classes.index(row["class"])].item()
-        assert float(row["probability"]) == pytest.approx(share, abs=1e-3)  # a GPU's are of bf16
+        assert float(row["probability"]) == pytest.approx(share, abs=1e-5)
     assert rows[0]["probability"] >= rows[1]["probability"] and rows[1]["rank"] == "2"
     (tmp_path / "none").mkdir()
     assert train.predict_command(str(config.folder), ab)[0].header == ("image", "1", "2")
@@ -1208,6 +1208,7 @@ def test_a_second_process_is_refused(tmp_path):
 @pytest.mark.parametrize("read_steps", [{"cpu": 1}, {}], ids=["as a CPU", "as a GPU"])
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
 def test_a_gradient_that_is_not_finite(on_nan, read_steps, tmp_path, monkeypatch):
+    at_once = train.choose_device().type in read_steps  # else it is seen when the step is saved
     monkeypatch.setattr(train, "READ_STEPS", read_steps)
     config = tiny(tmp_path, on_nan=on_nan)
     real_loss, calls = train.F.cross_entropy, []
@@ -1221,7 +1222,8 @@ def test_a_gradient_that_is_not_finite(on_nan, read_steps, tmp_path, monkeypatch
     if on_nan == "skip":
         assert math.isfinite(train.train(config)["test/loss"])
         return
-    with pytest.raises(ValueError, match=r"not finite at step 8.*last\.pth"):
+    rate = "learning rate.*" if at_once else ""
+    with pytest.raises(ValueError, match=rf"not finite at step 8.*{rate}last\.pth"):
         train.train(config)
     checkpoint = network.read(config.folder / "last.pth")
     assert all(tensor.isfinite().all() for tensor in checkpoint["weights"].values())
