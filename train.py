@@ -406,16 +406,16 @@ class Muon(torch.optim.Optimizer):
 
 def turn(filters, steps, lr):
     """Move `filters`, a list of N tensors O×I×K×K, by orthogonal matrices in place of `steps`."""
-    steps, weights = (torch.stack([tensor.permute(0, 2, 3, 1).flatten(1) for tensor in tensors])
-                      for tensors in (steps, filters))  # N×O×K·K·I, as they lie in memory
-    steps = orthogonalize(steps)
+    rows = [step.permute(0, 2, 3, 1) for step in steps]  # O×K×K×I, as they lie in memory
+    turned = orthogonalize(torch.stack([step.flatten(1) for step in rows]))  # N×O×K·K·I
     # Behind batch norm the length of the filters says nothing but how large a step is beside them:
     # so a step is told in shares of it, and it is kept.
-    norms = norms_of(weights)
-    weights -= steps.mul_(lr * norms / norms_of(steps))
-    weights *= norms / norms_of(weights)
-    for tensor, rows in zip(filters, weights):
-        tensor.copy_(rows.unflatten(1, (*tensor.shape[2:], -1)).permute(0, 3, 1, 2))
+    norms = torch.stack(torch._foreach_norm(filters))
+    turned *= (lr * norms).view(-1, 1, 1) / norms_of(turned)
+    torch._foreach_sub_(filters, [step.view_as(like).permute(0, 3, 1, 2)
+                                  for step, like in zip(turned, rows)])
+    shares = norms / torch.stack(torch._foreach_norm(filters)).clamp(min=1e-12)
+    torch._foreach_mul_(filters, list(shares))
 
 
 def norms_of(matrices):
