@@ -1665,8 +1665,8 @@ def canonical(words, known, listed, first):
         name = name.replace("-", "_")
         name = name if name in known else SAME.get(name, name)
         if name not in known or word.startswith("---"):
-            raise ValueError(f"--{name}: no such flag{did_you_mean(dashed(name, known))} "
-                             f"(--help lists all)")
+            raise ValueError(f"{word.partition('=')[0]}: no such flag"
+                             f"{did_you_mean(dashed(name, known))} (--help lists all)")
         kind = known[name].kind
         if not equals:
             text = _value_after(words, kind)

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
 import importlib
 import io
@@ -1142,8 +1143,11 @@ def join_workers(device):
     # way; Gloo's threads would then outlive the group, and may abort a process that ends.
     importlib.import_module("torch.distributed.nn")
     on_gpu = device.type == "cuda"
+    # The others wait while one reads images or evaluates, however long that takes; of a process
+    # that has died, torchrun tells.
     distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
-                                   world_size=world, device_id=device if on_gpu else None)
+                                   world_size=world, device_id=device if on_gpu else None,
+                                   timeout=datetime.timedelta(days=1))
     try:
         yield Workers(rank, world)
     finally:
@@ -1766,7 +1770,9 @@ def finish(state, dataset, folder, workers):
         "epoch": about.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
-        "command": command_of(config), "processes": workers.world, **environment(network),
+        "command": command_of(config), "processes": workers.world,
+        "precision": "bf16" if in_bf16(networks.device_of(network), config.precision) else "fp32",
+        **environment(network),
         "fingerprint": dataset.fingerprint,
     }
     with data.writing(folder.path / "test"):

@@ -399,8 +399,8 @@ def compare(run, done):
     # "cpu, 2 threads, a processor" as `train.environment` writes it, or a GPU's name.
     device, *threads = re.split(r", (\d+) threads?", done[0]["device"])  # name, number, name
     precision, device = config.precision, device + "".join(threads[1:])
-    if precision == "auto" and threads:  # no GPU
-        precision = "fp32"
+    if precision == "auto":  # earlier versions did not say what that came to; on a CPU it is clear
+        precision = done[0].get("precision", "fp32" if threads else "auto")
     rows = []
     for row in claims(run, state="–"):
         name = "test/accuracy_tta" if row.accuracy == "tta" else f"{row.accuracy}/accuracy"

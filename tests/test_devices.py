@@ -386,6 +386,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
         assert workers == train.Workers(1, 2)
     assert device == given["device_id"] == given["current"] == torch.device("cuda", 1)
     assert given["backend"] == "nccl" and given["rank"] == 1 and given["world_size"] == 2
+    assert given["timeout"].total_seconds() > 3600  # as long as process 0 may work alone
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="2 GPUs"):
         train.choose_device("cuda")

@@ -188,13 +188,13 @@ def test_results_are_not_waited_for(tmp_path):
         reproduce.read_results(tmp_path / "results.csv")
 
 
-def measured(**values):
-    """The row of experiment 1.1 of a run with these settings."""
+def measured(said=(), **values):
+    """The row of experiment 1.1 of a run with these settings, whose result has `said` too."""
     entry, = reproduce.choose("1.1/lenet")
     config = train.Config.create(**values)
     result = {"test/accuracy": 0.5, "epochs": 1, "seconds": 9.0, "commit": "abc",
               "device": "cpu, 1 threads, AMD EPYC", "settings": dataclasses.asdict(config)}
-    row, = reproduce.compare(entry.runs["lenet"], [result])
+    row, = reproduce.compare(entry.runs["lenet"], [{**result, **dict(said)}])
     return row
 
 
@@ -202,6 +202,8 @@ def test_a_row_says_how_and_on_what_it_was_measured(tmp_path):
     row, path = measured(precision="bf16"), tmp_path / "results.csv"
     assert (row.device, row.threads, row.precision) == ("cpu, AMD EPYC", 1, "bf16")
     assert measured().precision == "fp32" and row.measured == 50
+    gpu = {"device": "Tesla T4", "precision": "fp32"}  # what `auto` comes to without bf16
+    assert measured(said=gpu).precision == "fp32" and measured(said=gpu).threads is None
     reproduce.keep_results(path, [row])
     assert reproduce.read_results(path) == {("1.1", "lenet", "test"): row}
     assert ("| 57.20 | 50.00 | −7.20 | 1 | 1 of 2 | 9.0 s | cifar10 | 1 | bf16 | abc |"
