@@ -582,7 +582,7 @@ def _images_of(items, image_size, skip_bad, title, cache, writes):
     share its pages, which the system drops and reads again as it needs room, so that a data set may
     be larger than the memory. Where the file cannot be written the images are held in memory.
     """
-    key, new = _digest(items), not cache.parent.exists()
+    key = _digest(items)
 
     def write(file, free, medium):
         for only_larger in (True, False):  # if their sizes differ, once more from the start
@@ -596,11 +596,7 @@ def _images_of(items, image_size, skip_bad, title, cache, writes):
     found = _map_images(cache, key, len(items), complains=not writes)
     if found is None and writes:
         try:
-            lock_path = cache.with_suffix(".lock")
-            with writing(cache):
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                lock_path.touch()
-            with _alone(lock_path):
+            with lock(cache.parent, f"{cache.stem}.lock", waits="reading the images"):
                 found = _map_images(cache, key, len(items))
                 if found is None:
                     for partial in cache.parent.glob(f"{cache.name}.*.tmp"):
@@ -608,10 +604,7 @@ def _images_of(items, image_size, skip_bad, title, cache, writes):
                     free = shutil.disk_usage(cache.parent).free
                     write_atomically(cache, lambda file: write(file, free, "disk"))
                     found = _map_images(cache, key, len(items))
-        except (BadImage, ValueError):
-            if new:
-                with contextlib.suppress(OSError):  # not empty, or not made
-                    cache.parent.rmdir()
+        except BadImage:
             raise
         except OSError as error:
             reason = str(error).partition("; ")[0]  # without advice for flags, which are not here
@@ -742,23 +735,6 @@ def ahead(function, items, threads, depth):
         finally:
             # Whoever iterates may stop early: what has not begun is not begun any more.
             pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _alone(path):
-    """Hold the file `path` while others who ask for it wait."""
-    with open_lock(path) as file:
-        for tries in itertools.count():
-            if lock_file(file):
-                break
-            if tries == 1:
-                print("waiting for another process that is reading the images", file=sys.stderr)
-            time.sleep(0.1)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 def free_memory(device="cpu"):
@@ -1290,30 +1266,35 @@ def nested(value, depth=20, most=100_000):
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Hold a run's folder; `Busy` when another process does. A dead process holds nothing, and a
-    folder in which nothing was done does not remain."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    # The system's lock is on the open file: it goes with its process, also with one that is killed.
+def lock(folder, name=".lock", waits=""):
+    """Hold the file `name` of a run's folder; `Busy` when another process does. A dead process
+    holds nothing, and a folder in which nothing was done does not remain.
+
+    With `waits`, words for what the other process may be doing, wait until it has done that; such
+    a lock is removed in any case.
+    """
+    path, new = folder / name, [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with open_lock(folder / ".lock") as file:
-        if not lock_file(file):
-            raise Busy(f"{folder}: another process is training this run")
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(path)  # to open a pipe could take for ever
+    # The system's lock is on the open file: it goes with its process, also with one that is killed.
+    with open(path, "ab") as file:
+        for tries in itertools.count():
+            if lock_file(file):
+                break
+            if not waits:
+                raise Busy(f"{folder}: another process is training this run")
+            if tries == 1:
+                print(f"waiting for another process that is {waits}", file=sys.stderr)
+            time.sleep(0.1)
         try:
             yield
         finally:
-            if [path.name for path in folder.iterdir()] == [".lock"]:
-                (folder / ".lock").unlink()
+            if waits or [*folder.iterdir()] == [path]:
                 with contextlib.suppress(OSError):  # not empty: of use to somebody else
-                    for path in new:
-                        path.rmdir()
-
-
-def open_lock(path):
-    """The file `path`, made if it is not there, open for `lock_file`; OSError for a pipe."""
-    with contextlib.suppress(FileNotFoundError):
-        check_regular(path)
-    return open(path, "ab")
+                    path.unlink()
+                    for part in new:
+                        part.rmdir()
 
 
 def lock_file(file):
