@@ -158,24 +158,24 @@ def load(data="cifar10", root="data", image_size=None, val=None, seed=0, limit=N
     fingerprint is not that `known` from a network's training; OSError for files that are missing or
     cannot be read.
     """
-    source = _source(("train", "test"), data, root, image_size, skip_bad, writes, known)
-    labels = source.labels["train"]
+    classes, all_labels, read, fingerprint = _source(("train", "test"), data, root, image_size,
+                                                     skip_bad, writes, known)
+    labels = all_labels["train"]
     # The labels alone tell which images are held out and which a limit keeps.
     rest, held = held_out(labels, len(labels) // 10 if val is None else val, seed)
     parts = [rows[balanced(labels[rows], limit, seed)] for rows in (rest, held)]
     wanted = torch.cat(parts).sort().values
     # Training and validation images are read at once, so that a folder has one cache for both.
-    images = source.read("train", wanted)
+    images = read("train", wanted)
     train, val = (Split(rows_of(images, torch.searchsorted(wanted, rows)), labels[rows])
                   for rows in parts)
-    test = _limited(source, "test", limit, seed)
+    test = _limited(all_labels, read, "test", limit, seed)
     if train.images.shape[1:] != test.images.shape[1:] and not image_size:
         raise ValueError(f"{data}: training and test images differ in size; give `image_size=N`")
     # Without the held-out images: what a network is measured on may tell it nothing.
     mean, std = pixel_statistics(train.images)
     std = tuple(max(value, 1e-3) for value in std)  # 0 where all is one colour: it is divided by
-    return Dataset(data, source.classes, train, val if len(held) else None, test, mean, std,
-                   source.fingerprint)
+    return Dataset(data, classes, train, val if len(held) else None, test, mean, std, fingerprint)
 
 
 def load_split(part, data="cifar10", root="data", image_size=None, seed=0, limit=None,
@@ -186,13 +186,13 @@ def load_split(part, data="cifar10", root="data", image_size=None, seed=0, limit
     """
     if str(data).endswith(".npy"):
         return CIFAR10, read_arrays(data)
-    source = _source((part,), data, root, image_size, skip_bad, writes, known)
-    return source.classes, _limited(source, part, limit, seed)
+    classes, labels, read, _ = _source((part,), data, root, image_size, skip_bad, writes, known)
+    return classes, _limited(labels, read, part, limit, seed)
 
 
-def _limited(source, part, limit, seed):
-    rows = balanced(source.labels[part], limit, seed)
-    return Split(source.read(part, rows)[:], source.labels[part][rows])
+def _limited(labels, read, part, limit, seed):
+    rows = balanced(labels[part], limit, seed)
+    return Split(read(part, rows)[:], labels[part][rows])
 
 
 def held_out(labels, count, seed):
@@ -276,18 +276,6 @@ def _channels_last(images):
     return images.permute(0, 3, 1, 2)
 
 
-@dataclass
-class _Source:
-    """Where images come from: class names, the labels of each part, and `read(part, rows)`, the
-    images of some of its rows, which are sorted numbers. Labels cost nothing; so the rows to hold
-    out or to keep are chosen by them, and no other image is read."""
-
-    classes: tuple[str, ...]
-    labels: dict[str, Tensor]
-    read: typing.Callable
-    fingerprint: str
-
-
 def folder_of(data):
     """The folder that `data` means, however it is written; None for a built-in set."""
     return None if data in BUILT_IN else Path(os.path.realpath(data))
@@ -304,7 +292,9 @@ def fingerprint_of(data):
 
 
 def _source(parts, data, root, image_size, skip_bad, writes, known):
-    """The `_Source` that `data` names."""
+    """Where images come from: (class names, {part: labels}, `read`, fingerprint). read(part, rows)
+    gives the images of some rows of a part, sorted numbers. Labels cost nothing; so the rows to
+    hold out or to keep are chosen by them, and no other image is read."""
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
     data, root = os.path.expanduser(data), os.path.expanduser(root)
@@ -315,8 +305,8 @@ def _source(parts, data, root, image_size, skip_bad, writes, known):
         classes, splits = SHAPES, {part: draw_shapes(*sizes[part]) for part in parts}
     else:
         classes, splits = _cifar(data, root, parts, writes)
-    return _Source(tuple(classes), {part: split.labels for part, split in splits.items()},
-                   lambda part, rows: rows_of(splits[part].images, rows)[:], data)
+    return (tuple(classes), {part: split.labels for part, split in splits.items()},
+            lambda part, rows: rows_of(splits[part].images, rows)[:], data)
 
 
 def _cifar(name, root, parts, writes):
@@ -458,7 +448,7 @@ def read_image(path, size=None, only_larger=False):
 
 
 def _folder(folder, root, image_size, skip_bad, parts, writes, known):
-    """The `_Source` of `folder`, by way of a cache file for each part in `root`.
+    """`_source` of `folder`, by way of a cache file for each part in `root`.
 
     Only the rows that are asked for are read, but with `skip_bad`, where only reading tells which
     rows there are.
@@ -494,7 +484,7 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
             print(f"{folder}: left out files of {part} that cannot be read ({missing})",
                   file=sys.stderr)
         labels[part] = labels[part][readable]
-    return _Source(tuple(classes), labels, read, fingerprint)
+    return tuple(classes), labels, read, fingerprint
 
 
 def _fingerprint(files):
@@ -947,16 +937,6 @@ def with_margins(pixels, margin):
     return pixels
 
 
-class Plan(typing.NamedTuple):
-    """An epoch's choices for each image in the order of their use: its number, its label, the first
-    pixel of its crop (see `crops_of`) and the corner of its cutout (2×N: y, x)."""
-
-    order: Tensor
-    labels: Tensor
-    first: Tensor
-    corner: Tensor
-
-
 class Batches:
     """Endless, reproducible training batches of one split, augmented as whole batches.
 
@@ -1047,7 +1027,9 @@ class Batches:
         return len(self.labels) // self.batch_size
 
     def plan(self, epoch, crop=True):
-        """The whole epoch's choices as a `Plan`, on the device; the order on the CPU for "host"."""
+        """The epoch's choices for each image in the order of their use: its number, its label, the
+        first pixel of its crop (see `crops_of`) and the corner of its cutout (2×N: y, x); on the
+        device, but the numbers on the CPU for "host"."""
         # Everything is drawn, whether this augmentation uses it or not, and on the CPU: so the same
         # seed means the same order with every augmentation and on every device.
         random, count = generator(self.seed, epoch), len(self.labels)
@@ -1071,30 +1053,30 @@ class Batches:
         # The number of pixel (y, x) of an image among all the pixels of all of them.
         first = (numbers * self.side + shift[0]) * self.side + shift[1]
         there = order.to(self.device)
-        return Plan(order if self.way == "host" else there, self.labels[there],
-                    first.to(self.device), corner.to(self.device))
+        return (order if self.way == "host" else there, self.labels[there],
+                first.to(self.device), corner.to(self.device))
 
     def epoch(self, epoch, start=0, size=None, crop=True):
         """Yield the batches of `epoch` from step `start` on, of side `size` if that is given;
         without `crop` no image is moved, whatever the augmentation."""
-        plan = self.plan(epoch, crop)
+        order, labels, first, corner = self.plan(epoch, crop)
         scale, shift = _row_constants(self.mean, self.std, self.size, self.device)
         # Of the images of a step, this process has those of numbers rank, rank + world, …
         steps = [slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size,
                        self.world) for step in range(start, len(self))]
         sources = itertools.repeat(self.images) if self.way == "store" else (
-            map(self._dressed, self._fetch(plan, steps)))
+            map(self._dressed, self._fetch(order, steps)))
         for mine, source in zip(steps, sources):
-            lines = crops_of(source, plan.first[mine], self.size)
+            lines = crops_of(source, first[mine], self.size)
             pixels = lines.float().mul_(scale).add_(shift).view(-1, self.size, self.size, 3)
             if "cutout" in self.augment:
-                pixels.mul_(self._cutout_mask(plan.corner[:, mine]))
-            yield resize(_channels_last(pixels), size or self.image_size), plan.labels[mine]
+                pixels.mul_(self._cutout_mask(corner[:, mine]))
+            yield resize(_channels_last(pixels), size or self.image_size), labels[mine]
 
-    def _fetch(self, plan, steps):
+    def _fetch(self, order, steps):
         """Yield each step's images, B×S×S×3, on the device."""
         def gathered(mine):
-            numbers = plan.order[mine]
+            numbers = order[mine]
             if self.way == "device":
                 return self.images.index_select(0, numbers)
             # The GPU copies from pinned memory while it computes; from other memory it waits.
