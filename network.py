@@ -58,6 +58,7 @@ from data import (
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU,
                "silu": nn.SiLU}
+Activation = typing.Literal[tuple(ACTIVATIONS)]
 # Functions as they are called, by their names.
 RECTIFIERS = {"relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu",
               "silu", "hardswish", "mish", "softplus"}
@@ -70,6 +71,8 @@ OPTION_MEANINGS = {
     "hidden": "widths of the linear layers before the last, separated by commas",
     "width": "feature maps of the first stage, doubled from stage to stage; none: the paper's",
 }
+OPTION_LIMITS = {"dropout": (0, 0.99), "width": (1, 256), "channels": (1, 2048),
+                 "hidden": (1, 2048)}
 
 
 # ---------------------------------------------------------------------------- building blocks
@@ -160,7 +163,7 @@ class PaddedShortcut(nn.Module):
 
 
 def plain(layers, hidden=(), he=False, *, classes=10, image_size=32, dropout: float = 0.0,
-          activation: str = "relu", batch_norm: bool = False):
+          activation: Activation = "relu", batch_norm: bool = False):
     """A network without branches, from a line of text: convolutions, then linear layers.
 
     In `layers`, with S×S the size so far,
@@ -211,7 +214,8 @@ def plain(layers, hidden=(), he=False, *, classes=10, image_size=32, dropout: fl
 
 
 def simple_cnn(*, classes=10, image_size=32, channels: tuple[int, ...] = (18,),
-               hidden: tuple[int, ...] = (64,), dropout: float = 0.0, activation: str = "relu"):
+               hidden: tuple[int, ...] = (64,), dropout: float = 0.0,
+               activation: Activation = "relu"):
     """The small CNN of the trials: 3×3 and then 4×4 convolutions, each before a max-pool."""
     # Sizes at 32 pixels: 32, pooled 16, then 15 by the first 4×4 kernel, pooled 7.
     layers = " ".join(f"{width}{'k4p1' if index else 'k3p1'} M"
@@ -221,7 +225,7 @@ def simple_cnn(*, classes=10, image_size=32, channels: tuple[int, ...] = (18,),
 
 
 def resnet(block, depths, first_width, stem, shortcut=projection_shortcut, *, classes=10,
-           image_size=32, activation: str = "relu", width: int | None = None):
+           image_size=32, activation: Activation = "relu", width: int | None = None):
     """A residual network (He et al. 2016): `conv1`, stages `conv2_x` …, average pool, `fc`.
 
     `stem` is `cifar` (3×3) or `imagenet` (7×7 with stride 2, then a 3×3 max-pool with stride 2).
@@ -296,7 +300,7 @@ class MixedPool(nn.Module):
 
 
 def speednet(*, classes=10, image_size=32, channels: tuple[int, ...] = (48, 128, 256),
-             activation: str = "gelu"):
+             activation: Activation = "gelu"):
     """A network for time to accuracy, after airbench (Jordan 2024, section 3), less wide.
 
     A whitening convolution, then stages of a 3×3 convolution, which is pooled, and a residual
@@ -405,30 +409,21 @@ def options_of(name):
 
 
 def check_options(name, options):
-    """ValueError when network `name` has no such option, or not with such a value."""
-    known = options_of(name)
-
-    def is_width(value, most):
-        return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
-
-    rules = {
-        "activation": (lambda value: isinstance(value, str) and value in ACTIVATIONS,
-                       f"one of {', '.join(ACTIVATIONS)}"),
-        "dropout": (lambda value: isinstance(value, (int, float)) and 0 <= value < 1,
-                    "at least 0 and less than 1"),
-        "batch_norm": (lambda value: isinstance(value, bool), "True or False"),
-        "width": (lambda value: value is None or is_width(value, 256), "from 1 to 256"),
-    }
+    """`options` of network `name` as values of their types, which may be given as text; ValueError
+    when it has no such option, or not with such a value."""
+    known, values = options_of(name), {}
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}{closest(option, known)}; its "
                              f"options: {', '.join(known)}")
-        fits, allowed = rules.get(option, (
-            lambda value: isinstance(value, (tuple, list)) and len(value) < 20
-            and all(is_width(item, 2048) for item in value), "a list of numbers from 1 to 2048"))
-        if not fits(value):
-            hint = closest(str(value), ACTIVATIONS) if option == "activation" else ""
-            raise ValueError(f"{option}={value}: must be {allowed}{hint}")
+        values[option] = value = parse_value(option, text_of(value), known[option][0])
+        if option in OPTION_LIMITS and value is not None:
+            low, high = OPTION_LIMITS[option]
+            numbers = value if isinstance(value, tuple) else (value,)
+            if len(numbers) > 19 or not all(low <= number <= high for number in numbers):
+                raise ValueError(f"{option}={text_of(value)}: must be from {low} to {high}"
+                                 f"{', at most 19 of them' * isinstance(value, tuple)}")
+    return values
 
 
 def build(name, classes=10, image_size=None, **options):
@@ -437,7 +432,7 @@ def build(name, classes=10, image_size=None, **options):
     Raises ValueError for an unknown network, an option it does not have, a value out of range,
     or images too small for it.
     """
-    check_options(name, options)
+    options = check_options(name, options)
     image_size = image_size_of(name) if image_size is None else image_size
     for what, value, most in (("image_size", image_size, 1024), ("classes", classes, 100_000)):
         if not (isinstance(value, int) and 1 <= value <= most):
@@ -454,11 +449,9 @@ def build(name, classes=10, image_size=None, **options):
 
 def check_size(network, size):
     """ValueError unless `network` takes images of size×size as well as those it was built for."""
-    try:
+    with told(f"the network was built for images of another size and cannot take {size}×{size} "
+              f"ones"):
         outputs_of(network, [], size)
-    except ValueError as error:
-        raise ValueError(f"the network was built for images of another size and cannot take "
-                         f"{size}×{size} ones") from error
 
 
 def find_layer(network, layer):
@@ -1396,10 +1389,6 @@ def summary(model: str, classes: int = 10, image_size: int | None = None, stages
 
     Multiply-adds are those of one image.
     """
-    kinds = {name: kind for name, (kind, _) in options_of(model).items()}
-    options = {name: parse_value(name, value, kinds[name])
-               if name in kinds and isinstance(value, str) else value
-               for name, value in options.items()}  # which are text as it was typed
     image_size = image_size_of(model) if image_size is None else image_size
     with torch.device("meta"):
         network = build(model, classes, image_size, **options)

@@ -214,7 +214,7 @@ class Config:
                                  f"option of {model}{closest(name, [*fields, *known])}; its "
                                  f"options are {', '.join(known)}")
             (settings if name in fields else options)[name] = as_setting(value)
-        options = {**settings.pop("options", {}), **options}
+        options = networks.check_options(model, {**settings.pop("options", {}), **options})
         return cls(**{"model": model, **RECIPES.get(model, {}), "options": options, **settings})
 
     @classmethod
