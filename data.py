@@ -729,53 +729,42 @@ def ahead(function, items, threads, depth):
 
 def free_memory(device="cpu"):
     """The bytes that may still be taken on `device`; infinite where nobody tells."""
-    device, known = torch.device(device), [math.inf]
+    device = torch.device(device)
     if device.type == "cuda":
         # What PyTorch keeps of the GPU's memory without using it may be taken too.
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if device.type == "cpu":
-        for tell in (_free_of_machine, _free_of_container, _free_of_process):
-            with contextlib.suppress(OSError, ValueError, AttributeError, ImportError):
-                known.append(tell())
-    return max(0, min(known))
-
-
-def _free_of_machine():
-    """Linux tells what it could free for us; elsewhere, all that there is."""
-    if found := re.search(r"MemAvailable: *(\d+) kB", _text("/proc/meminfo")):
-        return int(found[1]) << 10
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _free_of_container():
-    """The room below a container's limit (control groups, version 2 or 1); files in memory are
-    let go of when it is needed."""
-    folder, limit, used = "/sys/fs/cgroup", "memory.max", "memory.current"
-    if not os.path.exists(f"{folder}/{limit}"):
-        folder, limit, used = f"{folder}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-    files = re.search(r"^inactive_file (\d+)", _text(f"{folder}/memory.stat"), re.MULTILINE)
-    return (int(_text(f"{folder}/{limit}")) - int(_text(f"{folder}/{used}"))
-            + int(files[1] if files else 0))
+    return _free_of_process() if device.type == "cpu" else math.inf
 
 
 def _free_of_process():
-    """The room below `ulimit -v`."""
-    import resource
+    """The least that is told of this process's memory: by the machine, by its container, which is
+    a control group of version 2 or 1, and by `ulimit -v`."""
+    known = [math.inf]
+    untold = contextlib.suppress(OSError, ValueError, TypeError, AttributeError, ImportError)
+    with untold:
+        known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with untold:  # what Linux could free for us
+        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        known.append(int(found[1]) << 10)
+    for names in (("memory.max", "memory.current", "memory.stat"),
+                  ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
+                   "memory/memory.stat")):
+        with untold:
+            limit, used, about = (Path("/sys/fs/cgroup", name).read_text() for name in names)
+            # Files in memory are let go of when it is needed.
+            files = re.search(r"^inactive_file (\d+)", about, re.MULTILINE)
+            known.append(int(limit) - int(used) + int(files[1]))
+    with untold:
+        import resource
 
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit == resource.RLIM_INFINITY:
-        return math.inf
-    return limit - int(_text("/proc/self/statm").split()[0]) * resource.getpagesize()
-
-
-def _text(path):
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            used = int(Path("/proc/self/statm").read_text().split()[0])
+            known.append(limit - used * resource.getpagesize())
+    return max(0, min(known))
 
 
 @functools.lru_cache(maxsize=4)

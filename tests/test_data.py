@@ -239,7 +239,7 @@ def test_the_way_is_chosen_by_what_is_free(free, way, monkeypatch):
 
 def test_nobody_need_tell_what_is_free(monkeypatch):
     assert 1 << 20 < data.free_memory() < 1 << 50
-    monkeypatch.setattr(data, "_text", lambda _path: "")
+    monkeypatch.setattr(Path, "read_text", lambda _path: "")
     assert data.free_memory() > 0
     monkeypatch.delattr(os, "sysconf")
     assert data.free_memory() == float("inf") and data.free_memory("meta") == float("inf")
