@@ -839,19 +839,6 @@ def _shape_fields(u, v):
 # ---------------------------------------------------------------------------- batches
 
 
-def normalize(images, mean, std, image_size=None, device=None):
-    """uint8 N×3×H×W pixels as normalised float32 on `device`, resized to `image_size`.
-
-    (pixel / 255 − mean) / std per channel; the result is channels-last in memory.
-    """
-    images = images.to(device or images.device)
-    # float32 before the scale, not bf16: a pixel has 8 bits, and bf16 7 behind the first.
-    pixels = images.permute(0, 2, 3, 1).flatten(2).float()  # rows of W·3 values
-    scale, shift = _row_constants(mean, std, images.shape[3], images.device)
-    pixels = pixels.mul_(scale).add_(shift).unflatten(2, (-1, 3))
-    return resize(_channels_last(pixels), image_size)
-
-
 @dataclass(frozen=True)
 class Preprocessing:
     """How a network wants its images: side in pixels, mean and std per channel (in units of a
@@ -863,8 +850,14 @@ class Preprocessing:
     precision: str = "fp32"
 
     def __call__(self, images, device=None):
-        """uint8 N×3×H×W images as the network takes them: normalised, N×3×S×S, on `device`."""
-        return normalize(images, self.mean, self.std, self.image_size, device)
+        """uint8 N×3×H×W images as the network takes them: normalised, (pixel / 255 − mean) / std,
+        float32 N×3×S×S, channels-last in memory, on `device`."""
+        images = images.to(device or images.device)
+        # float32 before the scale, not bf16: a pixel has 8 bits, and bf16 7 behind the first.
+        pixels = images.permute(0, 2, 3, 1).flatten(2).float()  # rows of W·3 values
+        scale, shift = _row_constants(self.mean, self.std, images.shape[3], images.device)
+        pixels = pixels.mul_(scale).add_(shift).unflatten(2, (-1, 3))
+        return resize(_channels_last(pixels), self.image_size)
 
     def pictures(self, images):
         """uint8 images as the network sees them, for people: floats 0…1, N×3×S×S."""

@@ -851,7 +851,7 @@ def fit_first_layer(network, dataset, size=None):
     for module in network.modules():
         if isinstance(module, networks.WhiteningConv):
             device = module.weight.device
-            module.fit(data.normalize(images, dataset.mean, dataset.std, size, device))
+            module.fit(data.Preprocessing(size, dataset.mean, dataset.std)(images, device))
 
 
 def training_state(state):

@@ -103,23 +103,24 @@ def test_shapes_are_the_same_every_time_and_balanced():
 
 def test_shapes_are_beyond_a_linear_classifier():
     shapes = data.load("shapes", val=0)
-    pixels = data.normalize(shapes.train.images, shapes.mean, shapes.std).flatten(1)
+    preprocessing = data.Preprocessing(32, shapes.mean, shapes.std)
+    pixels = preprocessing(shapes.train.images).flatten(1)
     linear = torch.nn.Linear(3072, 10)
     optimizer = torch.optim.Adam(linear.parameters(), lr=1e-3)
     for rows in torch.arange(len(pixels)).repeat(2).split(500):
         optimizer.zero_grad()
         F.cross_entropy(linear(pixels[rows]), shapes.train.labels[rows]).backward()
         optimizer.step()
-    test = data.normalize(shapes.test.images, shapes.mean, shapes.std).flatten(1)
+    test = preprocessing(shapes.test.images).flatten(1)
     assert (linear(test).argmax(1) == shapes.test.labels).float().mean() < 0.4
 
 
 def test_normalize_by_hand():
     images = torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    out = data.normalize(images, (0.5, 0.25, 0.2), (0.5, 0.25, 0.1))
+    out = data.Preprocessing(2, (0.5, 0.25, 0.2), (0.5, 0.25, 0.1))(images)
     assert torch.allclose(out[0, :, 0, 0], torch.tensor([1.0, -1.0, 0.0]), atol=1e-6)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert data.normalize(images, (0.5,) * 3, (0.5,) * 3, image_size=4).shape == (1, 3, 4, 4)
+    assert data.Preprocessing(4, (0.5,) * 3, (0.5,) * 3)(images).shape == (1, 3, 4, 4)
 
 
 def split_of_noise(count=20, size=16):
@@ -379,8 +380,8 @@ def test_rows_are_used_like_a_tensor():
     for index in (1, -1, slice(None), slice(None, None, 3), [2, 0], same[:, 0, 0, 0] > 99,
                   torch.tensor([1, 1])):
         assert torch.equal(rows[index], same[index])
-    assert torch.equal(data.normalize(rows, (0.5,) * 3, (0.5,) * 3),
-                       data.normalize(same, (0.5,) * 3, (0.5,) * 3))
+    preprocessing = data.Preprocessing(16, (0.5,) * 3, (0.5,) * 3)
+    assert torch.equal(preprocessing(rows), preprocessing(same))
     assert [len(part) for part in rows.split(3)] == [3, 1]
     assert data.pixel_statistics(rows) == data.pixel_statistics(same)
 

@@ -520,7 +520,7 @@ def test_whitening_filters_are_fitted_to_images_as_the_network_sees_them():
     for size in (32, 16):
         built = network.build("speednet", 10, size, channels=(8,))
         train.fit_first_layer(built, dataset, size)
-        seen = data.normalize(split.images, dataset.mean, dataset.std, size)
+        seen = data.Preprocessing(size, dataset.mean, dataset.std)(split.images)
         with torch.no_grad():
             spread = built.conv1[0](seen)[:, :12].var((0, 2, 3))
         assert spread.max() == pytest.approx(1, abs=0.05)  # less where there is next to nothing
