@@ -1383,12 +1383,8 @@ class Table:
         csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
         return text.getvalue()
 
-    def _repr_html_(self):
-        def line(cells, tag):
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-        return (f"<table><caption>{html.escape(self.title or '')}</caption>"
-                + line(self.header, "th") + "".join(line(row, "td") for row in self.rows)
-                + "</table>")
+    def _repr_markdown_(self):  # for a notebook
+        return f"{plain(self.title or '')}\n\n{self.markdown()}"
 
 
 def plain(text):
