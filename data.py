@@ -1153,18 +1153,13 @@ def write_atomically(path, content, older=None):
             os.close(folder)
 
 
-def is_others(path, sign):
-    """Whether there is a file `path` that has not the text `sign` in it, and so was not made here,
-    or something else of that name."""
+def check_ours(path, sign, said="is not from here", flag=""):
+    """FileExistsError unless `path` is free, or a file with the text `sign` in it: what was not
+    made here is never replaced. What is `said` of it stands behind `flag` and the path."""
     path = Path(path)
-    return path.exists() and not (path.is_file() and sign.encode() in path.read_bytes())
-
-
-def check_ours(path, sign):
-    """FileExistsError if `path` is somebody else's (see `is_others`): it is never replaced."""
-    if is_others(path, sign):
-        raise FileExistsError(f"{path}: is not from here (no {sign!r} in it) and stays as it is; "
-                              f"move it away or choose another place")
+    if path.exists() and not (path.is_file() and sign.encode() in path.read_bytes()):
+        raise FileExistsError(f"{flag}{path}: {said} (no {sign!r} in it) and stays as it is; move "
+                              f"it away or choose another place")
 
 
 def check_columns(path, columns):

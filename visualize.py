@@ -43,11 +43,11 @@ from data import (
     MIXTURES,
     Made,
     Table,
+    check_ours,
     check_words,
     closest,
     command_line,
     generator,
-    is_others,
     load,
     mean_of_image_stds,
     name_of,
@@ -297,9 +297,7 @@ def check_figure(path, flag=""):
     path = Path(path)
     ours = not flag or path.match("figures/report-*") or any(
         map(train.is_run, path.absolute().parents))
-    if is_others(path, "Matplotlib" if ours else SIGN):
-        raise FileExistsError(f"{flag}{path}: is there already, and is no figure made here; move "
-                              f"it away or choose another place")
+    check_ours(path, "Matplotlib" if ours else SIGN, "is no figure made here", flag)
 
 
 def snapshots(run, most=8):
