@@ -31,7 +31,7 @@ import typing
 import zipfile
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -642,12 +642,10 @@ def logits_and_maps(network, layers, images):
 
 def refuse_opaque(network):
     """ValueError for a network in which functions cannot be replaced, or have no gradient."""
-    for module in network.modules():
-        for kind, found in (("scripted", isinstance(module, torch.jit.ScriptModule)),
-                            ("quantised", "quantized" in type(module).__module__)):
-            if found:
-                raise ValueError(f"a {kind} network has no way back through its layers: give the "
-                                 f"one it was made of")
+    scripted = any(isinstance(module, torch.jit.ScriptModule) for module in network.modules())
+    if scripted or is_quantized(network):
+        raise ValueError(f"a {'scripted' if scripted else 'quantised'} network has no way back "
+                         f"through its layers: give the one it was made of")
 
 
 @contextlib.contextmanager
@@ -838,48 +836,22 @@ def receptive_fields(network, layer, image_size):
     height, width = maps.shape[1:]
     # Channels with the same values look at the same pixels: one of each kind is asked.
     kinds, kind = maps.detach().flatten(1).unique(dim=0, return_inverse=True)
-    first, sizes = [(kind == number).nonzero()[0, 0] for number in range(len(kinds))], []
-
-    def fields_at(index):
-        """Of the unit in this row and column, of each kind of channel: kinds×4."""
-        boxes = torch.zeros(len(first), 4, dtype=torch.long)
-        for box, channel in zip(boxes, first):
+    # A box's top and bottom depend on the unit's row alone, left and right on its column: so the
+    # units of the diagonal tell all.
+    fields, sizes = torch.zeros(len(kinds), max(height, width), 4, dtype=torch.long), []
+    for number, boxes in enumerate(fields):
+        channel = (kind == number).nonzero()[0, 0]
+        for index, box in enumerate(boxes):
             unit = maps[channel, min(index, height - 1), min(index, width - 1)]
             gradient, = torch.autograd.grad(unit, noise, retain_graph=True)
             seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
             sizes.append(len(seen))
             if len(seen):
                 box[:2], box[2:] = seen.amin(0), seen.amax(0) + 1
-        return boxes
-
-    # A box's top and bottom depend on the unit's row alone, left and right on its column: so the
-    # units of the diagonal tell all.
-    fields = filled_in(fields_at, max(height, width)).transpose(0, 1)  # kinds×n×4
     if not any(sizes):
         raise ValueError(f"layer={layer}: what it computes hides which pixels it looks at")
     of_row = torch.tensor([True, False, True, False])
     return torch.where(of_row, fields[:, :height, None], fields[:, None, :width])[kind.cpu()]
-
-
-def filled_in(values_at, count):
-    """values_at(0) … values_at(count − 1), tensors of integers, stacked; asked for at few places.
-
-    Where the values between two places lie on a line as far as the two in the middle show, all do:
-    a receptive field moves by the stride, until the image's border stops one of its sides.
-    """
-    known = cache(values_at)
-    values = [known(0)] * count
-    spans = [*itertools.pairwise(sorted({0, min(1, count - 1), max(0, count - 2), count - 1}))]
-    for first, last in spans:  # grows as it goes
-        middle, slope = (first + last) // 2, (known(last) - known(first)) / (last - first)
-        line = {index: known(first) + slope * (index - first) for index in range(first, last + 1)}
-        # Two in the middle, since a single one may happen to lie on the line.
-        if last - first < 2 or all(torch.equal(line[index], known(index).float())
-                                   for index in (middle, middle + 1)):
-            values[first:last + 1] = [value.round().long() for value in line.values()]
-        else:
-            spans += [(first, middle), (middle, last)]
-    return torch.stack(values)
 
 
 # ---------------------------------------------------------------------------- a class's reasons
