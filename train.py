@@ -290,34 +290,22 @@ RENAMED = {"early": "early_share", "uncropped": "uncropped_epochs", "warmup": "w
            "log_every": "log_steps", "save_every": "save_minutes"}
 
 
-def with_environment(flags, resume=False):
-    """`flags` and those in the environment variable TRAIN_FLAGS, which win: with
-    TRAIN_FLAGS="--limit=512 --epochs=2" any training command is a quick trial. With `resume` they
-    may be options of any network, as the run's is not known yet."""
+def parse_flags(flags):
+    """`typed` flags, and those in the environment variable TRAIN_FLAGS, which win: with
+    TRAIN_FLAGS="--limit=512 --epochs=2" any training command is a quick trial."""
     text = os.environ.get("TRAIN_FLAGS", "")
-    try:
-        if not (words := shlex.split(text)):
-            return flags
-        line = [*words, *(f"--{name}={value}" for name, value in flags.items())]
-        known = settings_flags([*line, "--resume"] if resume else line)
-        return {**flags, **data.canonical(words, known, None, None)[1]}
+    try:  # which network they are for is not known yet
+        _, more = data.canonical(shlex.split(text), settings_flags(["--resume"]), None, None)
     except ValueError as error:
         raise ValueError(f"TRAIN_FLAGS={text}: {error}") from error
-
-
-def parse_flags(flags, resume=False):
-    """Settings as values of their declared types, from flags as text and those of the environment;
-    see `with_environment`, for `resume` too."""
-    return typed(with_environment(flags, resume))
+    return typed({**flags, **more})
 
 
 def typed(flags):
     """Settings as values of their declared types, from flags as text."""
-    kinds = typing.get_type_hints(Config)
-    for model in networks.NETWORKS:  # in all of them an option is of the same kind
-        kinds |= {name: kind for name, (kind, _) in networks.options_of(model).items()}
-    return {name: data.parse_value(name, text, kinds[name])
-            if name in kinds and isinstance(text, str) else text for name, text in flags.items()}
+    known = settings_flags(["--resume"])  # in all networks an option is of the same kind
+    return {name: data.parse_value(name, text, known[name].kind)
+            if name in known and isinstance(text, str) else text for name, text in flags.items()}
 
 
 def command_of(config):
@@ -1905,7 +1893,7 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
     """Train a network, or go on with a run (--resume)."""
     if resume and overwrite:
         raise ValueError("`resume` and `overwrite`: take one of the two")
-    given = parse_flags(flags, resume)
+    given = parse_flags(flags)
     if isinstance(resume, str):
         path = Path(resume)
         path = path.parent if path.is_file() else path
