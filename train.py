@@ -108,7 +108,7 @@ def check_setting(name, value, kind, allowed):
     if isinstance(value, tuple) != several or not all(
             isinstance(part, kinds) and (bool in kinds or not isinstance(part, bool))
             for part in parts):  # for Python, True is an int
-        raise ValueError(f"{name}={value!r}: must be {kind}")
+        raise ValueError(f"{name}={value!r:.80}: must be {kind}")
     if any(isinstance(part, str) and len(part) > MOST_LETTERS for part in parts):
         raise ValueError(f"{name}: a text of more than {MOST_LETTERS} letters")
     if any(isinstance(part, str) and re.search("[\ud800-\udfff]", part) for part in parts):
@@ -118,7 +118,7 @@ def check_setting(name, value, kind, allowed):
             raise ValueError(f"{name}={text_of(value)}: must be of {', '.join(allowed)}"
                              f"{closest(part, allowed)}")
         if isinstance(part, (int, float)) and not allowed[0] <= part <= allowed[1]:
-            raise ValueError(f"{name}={text_of(value)}: must be from {allowed[0]:g} to "
+            raise ValueError(f"{name}={text_of(value):.80}: must be from {allowed[0]:g} to "
                              f"{allowed[1]:g}")
 
 
@@ -1773,6 +1773,46 @@ def finish(state, dataset, folder, workers):
     return result
 
 
+# What is read of a result.json, which may be from elsewhere: kinds, and what is allowed.
+MEASURED = {"epoch": (int, (0, 1e6)), "epochs": (int, (0, 1e6)), "parameters": (int, (0, 1e15)),
+            "seconds": (float, (0, 1e12)), "test/accuracy": (float, (0, 1)),
+            **dict.fromkeys(("train/accuracy", "val/accuracy", "test/accuracy_tta"),
+                            (float | None, (0, 1))),
+            "device": (str, None), "commit": (str | None, None), "versions": (dict, None),
+            "per_class": (dict, None)}
+
+
+def checked(result):
+    """What a result.json holds, its texts in one line each: none can end the block of code that it
+    is shown in. ValueError or TypeError for what is not as in `MEASURED`."""
+    result = dict(result)
+    for name, (kind, allowed) in MEASURED.items():
+        check_setting(name, result.get(name), kind, allowed)
+    for text in result["versions"].values():
+        check_setting("versions", text, str, None)
+    for accuracy in result["per_class"].values():
+        check_setting("per_class", accuracy, float | None, (0, 1))
+    for texts in (result, result["versions"]):
+        texts |= {name: " ".join(text.split()) for name, text in texts.items()
+                  if isinstance(text, str)}
+    Config.from_json(result["settings"])
+    return result
+
+
+def finished(run, config=None):
+    """The result of the run in the folder `run`, None if that is not there or not complete.
+    ValueError when it is one of other settings than `config`, where that is given."""
+    if not all((run / name).exists() for name in ("config.json", "result.json")):
+        return None
+    saved = read_config(run / "config.json")
+    config = config or saved
+    check_same_run(config, saved)
+    result = data.read_json(run / "result.json", checked)
+    over = is_over(config, result["epochs"], result["epoch"])
+    # With other views of the test images it is measured again.
+    return result if over and Config.from_json(result["settings"]).tta == config.tta else None
+
+
 def write_board(folder, network, dataset, logits, result, step):
     """TensorBoard's graph, PR curve per class, hyper-parameters, 25 wrong predictions and
     Projector, in `test/`."""
@@ -2016,17 +2056,6 @@ def read_pictures(paths, size, most=None):
     return pictures, errors
 
 
-def how_made(result):
-    """What an exported network says of how it was made, of a run's result; ValueError or KeyError
-    where that lacks it."""
-    kinds = {"test/accuracy": (float, (0, 1)), "seconds": (float, (0, 1e12)), "device": (str, None),
-             "versions": (dict, None), "commit": (str | None, None), "epoch": (int, (0, 1e6)),
-             "epochs": (int, (0, 1e6))}
-    for name, (kind, allowed) in kinds.items():
-        check_setting(name, result[name], kind, allowed)
-    return {name: result[name] for name in kinds}
-
-
 def export(run: str, out: str):
     """Write the network of the finished run in the folder RUN to the file OUT, to be given away.
 
@@ -2039,10 +2068,12 @@ def export(run: str, out: str):
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # none of ours
         before = networks.read(out)
         epochs_before = before["made"].get("epochs", before["epoch"])
-    made, config = data.read_json(run / "result.json", how_made), read_config(run / "config.json")
-    if not is_over(config, made["epochs"], made["epoch"]):  # the result is not of these weights
+    result = finished(run)  # of these very weights
+    if not result:
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
                          f"with one that was stopped)")
+    config, made = read_config(run / "config.json"), {name: result[name] for name in (
+        "test/accuracy", "seconds", "device", "versions", "commit", "epoch", "epochs")}
     checkpoint = networks.read(networks.find_checkpoint(run))
     checkpoint = {name: value for name, value in checkpoint.items() if name != "training"}
     checkpoint["weights"] = networks.in_half(checkpoint["weights"])

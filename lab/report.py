@@ -154,18 +154,9 @@ def thousands(number):
 # ---------------------------------------------------------------------------- the report of a run
 
 
-def finished(run):
-    """The result of the run in the folder `run`; None if it is not there or not complete."""
-    if not (run / "config.json").exists():
-        return None
-    config, folder = train.read_config(run / "config.json"), run.resolve()  # it may have moved
-    return reproduce.finished_result(
-        dataclasses.replace(config, out=str(folder.parent), name=folder.name))
-
-
 def report_of_run(run, folder, given):
     """Write the report of a run. `given` are flags: data, root and device."""
-    result = finished(run)
+    result = train.finished(run)
     if not result:
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
                          f"with one that was stopped)")
@@ -351,7 +342,7 @@ def with_seeds(folder):
 def results_of(run, runs):
     """The results of a run of an experiment that is in the folder `runs`, and of its repetitions
     with other seeds: those that are finished."""
-    return [result for result in map(finished, with_seeds(run.folder(runs))) if result]
+    return [result for result in map(train.finished, with_seeds(run.folder(runs))) if result]
 
 
 def lab_rows(experiment, runs):

@@ -34,7 +34,6 @@ from data import (
     fingerprint_of,
     parse,
     parse_value,
-    read_json,
     show,
     write_atomically,
 )
@@ -44,12 +43,6 @@ from train import Config
 RESULTS = Path(__file__).with_name("results.csv")
 # What is told of a run in one line.
 RESULT = ("test/accuracy", "test/accuracy_tta", "val/accuracy", "seconds")
-NUMBER = int | float
-KINDS = {"epoch": NUMBER, "epochs": NUMBER, "parameters": NUMBER, "seconds": NUMBER,
-         "test/accuracy": NUMBER, "train/accuracy": NUMBER | None,
-         "val/accuracy": NUMBER | None, "test/accuracy_tta": NUMBER | None,
-         "device": str, "commit": str | None, "versions": dict,
-         "per_class": dict}  # what is read of a result.json
 MODULES = {f"{module.__name__}.py": module
            for module in (data_module, network, train, visualize, deconv)} | {"-m": smoothness}
 # {name} in a figure's line is the folder of a run of the same experiment, {id/name} of another.
@@ -252,24 +245,11 @@ def perform(run, given, out, seed=0):
     if "limit" in given or given.get("data") == "shapes":  # too few to hold out 10 000: a tenth
         values["val"] = 0 if config.val == 0 else None
     config = dataclasses.replace(config, **values)
-    result = finished_result(config)
+    result = train.finished(config.folder, config)
     if result and changed_since(result):
         raise ValueError(f"{config.folder}: was measured on images that have changed since; "
                          f"`out=FOLDER` measures it anew")
     return result or train.train(config, resume=True)
-
-
-def finished_result(config):
-    """The result of the run of `config` if it is there and complete, else None."""
-    path = config.folder / "result.json"
-    if not path.exists():
-        return None
-    # The folder may hold a run of that name from before an entry was changed.
-    train.check_same_run(config)
-    result = read_json(path, checked)
-    over = train.is_over(config, result["epochs"], result["epoch"])
-    # With other views of the test images it is measured again.
-    return result if over and Config.from_json(result["settings"]).tta == config.tta else None
 
 
 def changed_since(result, now=fingerprint_of):
@@ -277,28 +257,6 @@ def changed_since(result, now=fingerprint_of):
     with contextlib.suppress(OSError, ValueError):  # they may be gone, which changes nothing
         return result.get("fingerprint") not in (None, now(result["settings"]["data"]))
     return False
-
-
-def checked(result):
-    """What a result.json holds, which may be from elsewhere: its texts in one line each.
-
-    ValueError or TypeError for what is not of its kind (see `KINDS`).
-    """
-    result = dict(result)
-    for name, kind in KINDS.items():
-        value = result.get(name)
-        number = isinstance(value, NUMBER)
-        if not isinstance(value, kind) or value is True or (number and not 0 <= value < 1e15):
-            raise ValueError(f"{name}={value!r:.80}: must be {getattr(kind, '__name__', kind)}")
-    # No text holds a line break: none can end the block of code it is shown in.
-    for texts in (result, result["versions"]):
-        texts |= {name: " ".join(text.split()) for name, text in texts.items()
-                  if isinstance(text, str)}
-    for name, kind in (("versions", str), ("per_class", NUMBER | None)):
-        if not all(isinstance(value, kind) for value in result[name].values()):
-            raise ValueError(f"{name}: each must be {getattr(kind, '__name__', kind)}")
-    Config.from_json(result["settings"])
-    return result
 
 
 def draw(figure, given, out):

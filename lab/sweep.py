@@ -17,7 +17,7 @@ from data import (
     value_in,
     write_atomically,
 )
-from lab.reproduce import RESULT, changed_since, check_unchanged, finished_result, replace
+from lab.reproduce import RESULT, changed_since, check_unchanged, replace
 
 SIGN = " | ".join(RESULT[-2:])  # a sweep.md without it is somebody else's
 
@@ -43,7 +43,8 @@ def sweep(**flags):
         for number, config in enumerate(configs):
             if number not in done:
                 try:
-                    done[number] = finished_result(config) or train.train(config, resume=True)
+                    done[number] = (train.finished(config.folder, config)
+                                    or train.train(config, resume=True))
                 except Busy as error:  # another process trains it
                     train.say_once(f"{error}; waiting")
                     continue

@@ -263,13 +263,15 @@ def test_fuzz_settings(tmp_path):
 
 def test_fuzz_result(tmp_path):
     dice, path = random.Random(9), tmp_path / "result.json"
-    result = {"test/accuracy": 0.5, "seconds": 2.5, "device": "cpu", "commit": None,
-              "versions": {"torch": "2"}, "per_class": {"a": 1.0}}
+    result = {"epoch": 1, "epochs": 2, "parameters": 3, "seconds": 2.5, "train/accuracy": 0.5,
+              "val/accuracy": None, "test/accuracy": 0.5, "device": "cpu", "commit": None,
+              "versions": {"torch": "2"}, "per_class": {"a": 1.0},
+              "settings": train.dataclasses.asdict(train.Config.create("lenet"))}
     for number in range(COUNT):
         path.write_bytes(mutated(json.dumps(result).encode(), dice) if number % 2 else
                          json.dumps(strange(result, dice), default=str).encode())
         try:
-            made = data.read_json(path, train.how_made)
+            made = data.read_json(path, train.checked)
             assert isinstance(made["device"], str) and 0 <= made["seconds"] < math.inf
         except REFUSALS as error:
             assert "result.json" in str(error)

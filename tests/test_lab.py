@@ -714,9 +714,10 @@ def test_a_sweep_of_networks_and_of_views(tmp_path, monkeypatch, capsys):
     # A finished run is measured again when other views are asked for, and not trained.
     config = train.Config.create(data="shapes", limit=64, epochs=1, name="views/tta=flip")
     before = (config.folder / "best.pth").read_bytes()
-    assert reproduce.finished_result(config) is None
+    assert train.finished(config.folder, config) is None
     assert train.train(config, resume=True)["test/accuracy_tta"] is None
-    assert reproduce.finished_result(config) and (config.folder / "best.pth").read_bytes() == before
+    assert train.finished(config.folder, config)
+    assert (config.folder / "best.pth").read_bytes() == before
 
 
 def test_a_run_killed_before_its_board_was_written_is_not_finished(tmp_path, monkeypatch):
@@ -727,16 +728,16 @@ def test_a_run_killed_before_its_board_was_written_is_not_finished(tmp_path, mon
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "write_board", killed)
         train.train(config)
-    assert reproduce.finished_result(config) is None
+    assert train.finished(config.folder, config) is None
     train.train(config, resume=True)
-    assert reproduce.finished_result(config) and [*(config.folder / "test").glob("events*")]
+    assert train.finished(config.folder, config) and [*(config.folder / "test").glob("events*")]
 
 
 def test_a_run_that_patience_ended_is_finished(tmp_path):
     config = train.Config.create(data="shapes", limit=64, epochs=4, lr=0.0, patience=1,
                                  out=str(tmp_path))
     assert train.train(config)["epochs"] == 2
-    assert reproduce.finished_result(config)["epochs"] == 2
+    assert train.finished(config.folder, config)["epochs"] == 2
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ import data
 import network
 import train
 import visualize
-from lab import reproduce
 
 ROOT = Path(__file__).parent.parent
 TINY = {"data": "shapes", "limit": 96, "batch_size": 16, "epochs": 2, "save_minutes": 0.0,
@@ -540,7 +539,7 @@ def test_metrics_are_whole_again_whatever_became_of_them(tmp_path):
         else:
             path.write_text(damaged)
         result = train.train(config, resume=True)
-        assert path.read_text() == text and reproduce.checked(result)
+        assert path.read_text() == text and train.checked(result)
         assert result["train/accuracy"] == first["train/accuracy"]
     for mine in (text.replace("objective\n", "objective,my note\n"), "loss,acc\n1,2\n",
                  text.replace("train/objective", "my note"), "epoch;step\n1;5\n2;10\n",
@@ -594,7 +593,7 @@ def test_a_run_goes_on_where_its_images_were_moved(tmp_path, monkeypatch):
     first = tiny(tmp_path / "runs", **values, data="pets")
     train.train(first)
     for written in ("pets/", "./pets", str(tmp_path / "pets")):  # the same folder
-        assert reproduce.finished_result(dataclasses.replace(first, data=written))
+        assert train.finished(first.folder, dataclasses.replace(first, data=written))
     Path("pets").rename("moved")
     more = {**values, "epochs": 3}
     with pytest.raises(ValueError, match="files were added, removed or changed"):
@@ -605,7 +604,7 @@ def test_a_run_goes_on_where_its_images_were_moved(tmp_path, monkeypatch):
     assert train.read_config(first.folder / "config.json").data == "moved"
     for name in ("others", "pets"):  # whose images nobody compares
         with pytest.raises(ValueError, match=f"data={name}: the run in .* has moved"):
-            reproduce.finished_result(tiny(tmp_path / "runs", **more, data=name))
+            train.finished(first.folder, tiny(tmp_path / "runs", **more, data=name))
     old = network.read(first.folder / "last.pth")
     del old["fingerprint"]  # as checkpoints of earlier versions
     network.save(first.folder / "last.pth", old)
@@ -623,7 +622,7 @@ def test_without_its_best_checkpoint_a_run_is_that_of_its_last_epoch(tmp_path, c
     train.train(config := tiny(tmp_path, lr=0.0))  # no epoch is better than the first
     (config.folder / "best.pth").unlink()
     result = train.train(config, resume=True)
-    assert "best.pth is gone" in capsys.readouterr().out and reproduce.checked(result)
+    assert "best.pth is gone" in capsys.readouterr().out and train.checked(result)
     assert (result["checkpoint"], result["epoch"], result["val/accuracy"]) == ("last.pth", 2, None)
 
 
@@ -676,7 +675,7 @@ def test_after_images_have_changed_the_best_epoch_is_one_on_the_new(tmp_path):
     Path(pets, "train", "dog", "0.png").unlink()
     more = tiny(tmp_path / "runs", **values, epochs=3)
     assert train.train(more, resume=True, changed_data=True)["val/accuracy"] is None
-    assert reproduce.finished_result(more)["epochs"] == 3
+    assert train.finished(more.folder, more)["epochs"] == 3
 
 
 def test_a_limited_run_is_measured_alike_where_its_images_were_moved(tmp_path):
