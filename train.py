@@ -1430,28 +1430,20 @@ def format_cell(value):
     return str(value) if isinstance(value, int) else f"{value:.5g}"
 
 
-def rows_in(text):
-    """The rows in the text of a metrics.csv, {column: number}, NaN where nothing was measured.
-    Those that are not whole are left out; ValueError for a damaged text."""
-    try:
-        header, *lines = [*csv.reader(io.StringIO(text))] or [[]]
-    except csv.Error as error:
-        raise ValueError(str(error)) from error
-    # Earlier versions had not the last column.
-    if lines and tuple(header) not in (COLUMNS, COLUMNS[:-1]):
-        raise ValueError(f"its first line is not {','.join(COLUMNS)}")
-    return [dict(zip(COLUMNS, [*map(float, (cell or "nan" for cell in line)), math.nan]))
-            for line in lines if len(line) == len(header)]
-
-
 def read_rows(run):
-    """`rows_in` a run's metrics.csv; [] without one."""
+    """The rows of a run's metrics.csv, {column: number}, NaN where nothing was measured; [] without
+    one. Those that are not whole are left out; ValueError for a damaged file."""
     path = Path(run) / "metrics.csv"
     try:
-        return rows_in(data.read_text(path, errors="replace"))
+        header, *lines = [*csv.reader(io.StringIO(data.read_text(path, errors="replace")))] or [[]]
+        # Earlier versions had not the last column.
+        if lines and tuple(header) not in (COLUMNS, COLUMNS[:-1]):
+            raise ValueError(f"its first line is not {','.join(COLUMNS)}")
+        return [dict(zip(COLUMNS, [*map(float, (cell or "nan" for cell in line)), math.nan]))
+                for line in lines if len(line) == len(header)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
 
 
@@ -1744,7 +1736,9 @@ def finish(state, dataset, folder, workers):
         folder.say(f"{folder.path}: best.pth is gone; the last epoch is measured")
     network, about = open_network(kept, config.device)
     logits = finite_logits(network, dataset.test.images, prep)
-    last = [row for row in rows_in(state.metrics) if row["epoch"] == state.epoch]
+    last = dict(zip(COLUMNS, state.metrics.rstrip().rpartition("\n")[2].split(",")))
+    # Of a run that an earlier version began, the row may be lost.
+    accuracy = last["train/accuracy"] if last["epoch"] == str(state.epoch) else ""
     with_tta = None
     if config.tta != "none":
         views = finite_logits(network, dataset.test.images, prep, config.tta)
@@ -1753,8 +1747,7 @@ def finish(state, dataset, folder, workers):
         **figures(logits, labels, dataset.classes), "test/accuracy_tta": with_tta,
         "val/accuracy": state.best_accuracy if (  # below 0 where images have changed since
             kept.name == "best.pth" and state.best_accuracy >= 0) else None,
-        # Of a run that an earlier version began, the row may be lost.
-        "train/accuracy": last[0]["train/accuracy"] if last else None,
+        "train/accuracy": float(accuracy) if accuracy else None,
         "epoch": about.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
