@@ -961,11 +961,10 @@ def live_progress(config, batches):
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console, shown = data.console(), [0.0]
-    if int(os.environ.get("RANK", 0)) or not data.shows_bars(console):
-        yield lambda _state, _step: None
-        return
+    hidden = os.environ.get("RANK", "0") != "0" or not data.shows_bars(console)
     with Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(20), TextColumn(
-            "{task.fields[doing]}"), TimeRemainingColumn(), transient=True, console=console) as bar:
+            "{task.fields[doing]}"), TimeRemainingColumn(), transient=True, console=console,
+            disable=hidden) as bar:
         task = bar.add_task("", total=config.epochs * len(batches), epoch=1, doing="")
 
         def update(state, step):

@@ -172,9 +172,7 @@ def usual_steps(config, dataset, state, steps, device):
 def matrix_rate(device, precision, size=2048):
     """Operations per second of a size×size matrix product, in the type in which training computes,
     and with TF32 where its convolutions have it."""
-    with train.autocast(device, precision):
-        kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(
-            device.type) else torch.float32
+    kind = torch.bfloat16 if train.in_bf16(device, precision) else torch.float32
     matrix = torch.randn(size, size, device=device, dtype=kind)
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before, products.allow_tf32 = products.allow_tf32, convolutions.allow_tf32

@@ -28,15 +28,7 @@ import deconv
 import network
 import train
 import visualize
-from data import (
-    Table,
-    check_ours,
-    fingerprint_of,
-    parse,
-    parse_value,
-    show,
-    write_atomically,
-)
+from data import Table, check_ours, fingerprint_of, parse, parse_value, show, write_atomically
 from lab import smoothness
 from train import Config
 
