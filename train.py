@@ -704,6 +704,7 @@ class State:
     """
 
     network: nn.Module
+    evaluated: nn.Module  # and saved: has the running mean of the weights, if `ema` asks for one
     optimizer: torch.optim.Optimizer
     sums: torch.Tensor
     totals: tuple[float, ...] = (0.0,) * 4
@@ -715,22 +716,16 @@ class State:
     best_accuracy: float = -1.0  # on validation images: below any, so that the first epoch is best
     best_epoch: int = 0
     metrics: str = ",".join(COLUMNS) + "\n"  # metrics.csv, written from here when the run goes on
-    average: nn.Module | None = None  # has the weights' running mean, if `ema` asks for one
-
-    @property
-    def evaluated(self):
-        """The network that is evaluated and saved: the `average` if there is one."""
-        return self.network if self.average is None else self.average
 
     @torch.no_grad()
     def follow(self, ema):
-        """Let `average` follow the weights: it keeps the share `ema` of itself, but less in the
-        first steps, (1 + step) / (10 + step), so that it soon forgets the first ones."""
-        if self.average is None:
+        """Let the running mean follow the weights: it keeps the share `ema` of itself, but less in
+        the first steps, (1 + step) / (10 + step), so that it soon forgets the first ones."""
+        if self.evaluated is self.network:
             return
         kept = min(ema, (1 + self.step) / (10 + self.step))
         # State dictionaries are views of the weights and buffers, of both in the same order.
-        for mean, tensor in zip(self.average.state_dict().values(),
+        for mean, tensor in zip(self.evaluated.state_dict().values(),
                                 self.network.state_dict().values()):
             if tensor.is_floating_point():
                 mean.lerp_(tensor, 1 - kept)
@@ -769,8 +764,7 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     else:
         folder.say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
         fit_first_layer(state.network, dataset, config.size)
-        if state.average is not None:
-            state.average.load_state_dict(state.network.state_dict())
+        state.evaluated.load_state_dict(state.network.state_dict())
     folder.say(batches.describe_way())
     announce(state, config, dataset, device, workers, folder.say)
     workers.any(False, state.sums)  # none writes before all have read
@@ -824,10 +818,8 @@ def new_state(config, description, device):
     if config.compile:
         torch.compiler.reset()  # it compiles but a few networks, those of earlier runs among them
         network.compile()
-    state = State(network, make_optimizer(config, network), torch.zeros(4, device=device))
-    if config.ema:
-        state.average = copy.deepcopy(network)
-    return state
+    return State(network, copy.deepcopy(network) if config.ema else network,
+                 make_optimizer(config, network), torch.zeros(4, device=device))
 
 
 def fit_first_layer(network, dataset, size=None):
@@ -845,8 +837,8 @@ def fit_first_layer(network, dataset, size=None):
 def training_state(state):
     """What a checkpoint keeps for going on, besides weights, epoch and step."""
     kept = {entry.name: getattr(state, entry.name) for entry in dataclasses.fields(state)
-            if entry.name not in ("network", "optimizer", "epoch", "step", "average")}
-    if state.average is not None:
+            if entry.name not in ("network", "evaluated", "optimizer", "epoch", "step")}
+    if state.evaluated is not state.network:
         kept["weights"] = state.network.state_dict()  # not those that are evaluated
     return {**kept, "optimizer": {"state": state.optimizer.state_dict()["state"]}}
 

@@ -194,9 +194,7 @@ def step_state(config, value):
     """A `State` of one weight, of `value`, and its optimizer."""
     one = torch.nn.Linear(1, 2, bias=False)
     torch.nn.init.constant_(one.weight, value)
-    state = train.State(one, train.make_optimizer(config, one), torch.zeros(4))
-    state.average = copy.deepcopy(one)
-    return state
+    return train.State(one, copy.deepcopy(one), train.make_optimizer(config, one), torch.zeros(4))
 
 
 def test_the_mean_of_the_weights_after_three_steps():
@@ -207,9 +205,8 @@ def test_the_mean_of_the_weights_after_three_steps():
         state.follow(0.15)
         kept = (0.1, 0.15, 0.15)[step]  # (1 + 0) / (10 + 0) in the first step
         expected = kept * expected + (1 - kept) * value
-    assert state.average.weight.flatten().tolist() == pytest.approx([expected] * 2)
+    assert state.evaluated.weight.flatten().tolist() == pytest.approx([expected] * 2)
     assert expected == pytest.approx(0.15 * (0.15 * 0.9 + 0.85 * 2) + 0.85 * 4)
-    assert state.evaluated is state.average
     assert state.network.weight.flatten().tolist() == [4, 4]
 
 
