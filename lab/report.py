@@ -52,9 +52,7 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     for name in PAGES:
         reproduce.check_unchanged(folder / name, PAGE_SIGN)  # before any work is done
     if Path(what).is_dir():
-        given = {"data": data, "root": root, "device": device}
-        return report_of_run(Path(what), folder,
-                             {name: value for name, value in given.items() if value is not None})
+        return report_of_run(Path(what), folder, {"data": data, "root": root, "device": device})
     return report_of_lab(what, runs, folder)
 
 
@@ -160,9 +158,9 @@ def report_of_run(run, folder, given):
     if not result:
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
                          f"with one that was stopped)")
-    network, description = train.open_network(run, given.get("device", "auto"))
+    network, description = train.open_network(run, given["device"])
     # The checkpoint says where its images were when it was trained.
-    moved = {name: given[name] for name in ("data", "root") if name in given}
+    moved = {name: given[name] for name in ("data", "root") if given[name] is not None}
     dataset = train.open_dataset(dataclasses.replace(  # split as it was, wherever the images are
         description, settings={**description.settings, **moved}))
     test, config = dataset.test, train.Config.from_json(result["settings"])
