@@ -44,17 +44,7 @@ from torch import distributed, nn
 
 import data
 import network as networks
-from data import (
-    AUGMENTATIONS,
-    Made,
-    Table,
-    closest,
-    fingerprint_of,
-    folder_of,
-    load_split,
-    text_of,
-    write_atomically,
-)
+from data import AUGMENTATIONS, Made, Table, closest, fingerprint_of, folder_of, load_split, text_of
 
 # The columns of metrics.csv as TensorBoard groups them: what is compared stands side by side.
 TAGS = {"train/loss": "loss/train", "train/accuracy": "accuracy/train", "val/loss": "loss/val",
@@ -1270,7 +1260,7 @@ class RunFolder:
         self.saved_step = None if anew else state.step
         if not self.writes:
             return
-        write_atomically(self.path / MARKER, MARK)
+        data.write_atomically(self.path / MARKER, MARK)
         if anew:
             # Killed here, it leaves the old run, or else the new one and some files that go when
             # that is resumed: the old one ends when config.json is replaced, its result before, as
@@ -1288,7 +1278,7 @@ class RunFolder:
                     raise ValueError(f"{self.path / 'metrics.csv'}: has a column {name:.80} of "
                                      f"somebody else's and would be written anew; move it away")
         # Rows and points behind the checkpoint go: their steps will be taken again.
-        write_atomically(self.path / "metrics.csv", state.metrics)
+        data.write_atomically(self.path / "metrics.csv", state.metrics)
         self.write_config()
         logged = [path for path in written_by_a_run(self.path)  # not what others log there
                   if path.parent == self.path and path.name.startswith("events")]
@@ -1304,7 +1294,7 @@ class RunFolder:
 
     def write_config(self, more=()):
         """Write the settings, and what else is true of the run, to config.json."""
-        write_atomically(self.path / "config.json", json.dumps(
+        data.write_atomically(self.path / "config.json", json.dumps(
             {**dataclasses.asdict(self.config), **dict(more)}, indent=1) + "\n")
 
     def close(self):
@@ -1750,7 +1740,7 @@ def finish(state, dataset, folder, workers):
     with data.writing(folder.path / "test"):
         write_board(folder, network, dataset, logits, result, state.step)
     # Last, since a run with a result counts as finished and is not gone on with.
-    write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
+    data.write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
     made = (folder.path / name for name in ("result.json", "metrics.csv", "best.pth", "last.pth"))
     data.show([*shown_result(result), *filter(Path.exists, made),
                f"tensorboard --logdir {shlex.quote(str(folder.path))}"])
@@ -2004,7 +1994,7 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None, device: s
     made = [Table(("image", *map(str, range(1, top + 1))), [
         (file, *(f"{name} {share:.1%}" for name, share in row)) for file, row in found.items()])]
     if out:
-        write_atomically(out, Table(PREDICTED, [
+        data.write_atomically(out, Table(PREDICTED, [
             (file, str(rank), name, f"{share:.6f}") for file, row in found.items()
             for rank, (name, share) in enumerate(row, 1)]).csv())
         made.append(out)

@@ -1374,7 +1374,7 @@ def test_every_flag_has_a_meaning():
 
 
 def test_the_projector_leaves_a_runs_board_alone(run):
-    train.write_atomically(run / train.MARKER, train.MARK)
+    data.write_atomically(run / train.MARKER, train.MARK)
     for folder in (run, run / "test"):
         with pytest.raises(ValueError, match=r"out=.*files of a run"):
             visualize.projector(str(run), count=20, out=str(folder))
