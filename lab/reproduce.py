@@ -93,18 +93,8 @@ class Figure:
                 for word in self.words]
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """An entry of experiments.toml."""
-
-    id: str
-    report: str
-    shows: str
-    note: str
-    runs: dict[str, Run]
-    figures: tuple[Figure, ...]
-
-
+# An entry of experiments.toml, with its `Run`s by their names and its `Figure`s.
+Experiment = collections.namedtuple("Experiment", "id report shows note runs figures")
 # All that experiments.toml says: experiments by id, and titles of the reports.
 Book = collections.namedtuple("Book", "experiments reports")
 
@@ -160,7 +150,7 @@ def choose(what, kind="experiment", others=()):
     runs = known[first].runs if first in known else {}
     if run not in runs:
         raise ValueError(f"{what}: no such run; {first} has {', '.join(runs) or 'none'}")
-    return [dataclasses.replace(chosen[0], figures=(), runs={
+    return [chosen[0]._replace(figures=(), runs={
         run: dataclasses.replace(runs[run], gpu=False)})]  # asked for by name, it waits for nothing
 
 
