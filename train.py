@@ -1548,7 +1548,6 @@ def written_by_a_run(folder):
 def check_output(path, suffix):
     """ValueError unless a command may write a file of the kind `suffix` to `path`: a picture, say,
     is not replaced, and no file of a run."""
-    path = Path(path)
     if path.suffix.lower() != suffix:
         raise ValueError(f"out={path}: must be a file whose name ends in {suffix}")
     if is_run(path.parent) and path.resolve() in map(Path.resolve, written_by_a_run(path.parent)):
@@ -1863,12 +1862,11 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
             points.append((maps.mean((2, 3)) if maps.ndim == 4 else maps).cpu())  # B×C
     features = torch.cat(points)
     if features.shape[1] > max(2**12, len(features)):  # as text, these would fill the disk
-        # In the coordinates of their own principal axes, of which there are no more than points:
-        # of V = U·S·Wᵀ these are U·S, with the same distances and angles, and V·Vᵀ = U·S²·Uᵀ.
-        squares, axes = torch.linalg.eigh(features.double() @ features.double().T)
-        features = axes.flip(1) * squares.flip(0).clamp(min=0).sqrt()
+        # Of Vᵀ = Q·R, where Q only turns, R's columns lie among each other as V's rows do, and have
+        # but as many coordinates as there are points.
+        features = torch.linalg.qr(features.T, mode="r").R.T
     sprites = data.resize(images.float() / 255, min(images.shape[3], 32)).clamp(0, 1)
-    for tag, vectors in (("features", features.float()), ("pixels", sprites.flatten(1))):
+    for tag, vectors in (("features", features), ("pixels", sprites.flatten(1))):
         board.add_embedding(vectors, labels, sprites, tag=tag, metadata_header=header)
 
 
