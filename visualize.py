@@ -513,8 +513,8 @@ def confusion_matrix(labels, predictions, classes):
 def precision_recall(scores, positive):
     """(precision, recall, average precision) for every threshold, from the highest score down.
 
-    `scores` N, `positive` N bool. Average precision is the sum of precision × rise in recall; it
-    is NaN where none is positive.
+    `scores` N, `positive` N bool. Average precision is the sum of precision × rise in recall;
+    where none is positive, there is no recall, and both are NaN.
     """
     scores, order = scores.sort(descending=True)
     hits = positive[order].double().cumsum(0)
@@ -522,10 +522,9 @@ def precision_recall(scores, positive):
     last = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])
     # Of the k images with the highest scores, hits[k − 1] are positive: precision hits / k.
     precision = (hits / torch.arange(1, len(order) + 1))[last]
-    recall = (hits / hits[-1].clamp(min=1))[last]
+    recall = (hits / hits[-1])[last]
     # Σ P·ΔR, the area below steps; that of trapezoids is too high (Davis & Goadrich 2006).
-    average = (precision * recall.diff(prepend=torch.zeros(1))).sum().item()
-    return precision, recall, average if positive.any() else math.nan
+    return precision, recall, (precision * recall.diff(prepend=torch.zeros(1))).sum().item()
 
 
 def group_runs(runs):
@@ -905,8 +904,6 @@ def draw_pr_curves(curves, classes, title):
     """One plot a class: its (precision, recall, average precision) before those of all others."""
     columns = min(5, len(classes)) if len(classes) <= 25 else 10
     rows = math.ceil(len(classes) / columns)
-    # A class without images has no curve.
-    curves = [((), (), math.nan) if math.isnan(curve[2]) else curve for curve in curves]
     figure = new_figure(1.9 * columns + 0.4, 1.9 * rows + 0.2, title)
     for index, (name, (precision, recall, average)) in enumerate(zip(classes, curves)):
         measured = NOTHING if math.isnan(average) else f"{average:.3f}"
