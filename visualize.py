@@ -327,13 +327,12 @@ def save_figure(figure, ckpt, name, out=None, format="png", **_others):
     """Write `figure` to its `figure_path`, which becomes `figure.path`, and return it."""
     path = figure_path(ckpt, name, out, format or "png")
     check_figure(path, "out=" if out else "")
-    # In memory first: a figure that fails, or a full disk, leaves the file before it as it was.
-    kind, content = path.suffix[1:].lower(), io.BytesIO()
+    kind = path.suffix[1:].lower()
     # By a name in the file `check_figure` knows what was made here.
     signed = ({"pil_kwargs": {"comment": SIGN}} if kind in ("jpg", "jpeg") else
               {"metadata": {"Software" if kind == "png" else "Creator": SIGN}})
-    figure.savefig(content, format=kind, dpi=DPI, facecolor="white", **signed)
-    write_atomically(path, content.getvalue())
+    write_atomically(path, lambda file: figure.savefig(
+        file, format=kind, dpi=DPI, facecolor="white", **signed))
     figure.path = path
     return figure
 
