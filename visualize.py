@@ -966,11 +966,9 @@ def draw_activations(statistics, title):
                     f"{numbers['std']:.2g}\n{numbers['zeros']:.0%} zeros, "
                     f"{len(numbers['dead'])} of {numbers['units']} units dead")
         axes.title.set_fontsize(8)
-        low, high = numbers["edges"]
-        width = (high - low) / len(numbers["counts"])
-        axes.bar([low + width * number for number in range(len(numbers["counts"]))],
-                 numbers["counts"] / numbers["counts"].sum().clamp(min=1), width, align="edge",
-                 color=COLORS[0])
+        counts = numbers["counts"]
+        axes.stairs(counts / counts.sum().clamp(min=1), spaced(*numbers["edges"], len(counts) + 1),
+                    fill=True, color=COLORS[0])
         axes.set_ylim(bottom=0)
         percent(axes.yaxis)
     figure.supxlabel("output", fontsize=9)
