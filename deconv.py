@@ -89,11 +89,9 @@ class BackwardRule(TorchFunctionMode):
     its own derivative.
     """
 
-    def __init__(self, rule="deconvnet", bn="through"):
+    def __init__(self, rule: Rule = "deconvnet", bn: BatchNorm = "through"):
         super().__init__()
-        for name, value, allowed in (("rule", rule, RULES), ("bn", bn, BATCH_NORMS)):
-            if value not in allowed:
-                raise ValueError(f"{name}={value}: must be one of {', '.join(allowed)}")
+        check_words(self.__init__, rule=rule, bn=bn)
         self.rectify, self.normalize = RULES[rule], BATCH_NORMS[bn]
         self.replaced = False  # whether what is called follows `rule`
         self.hidden = []  # operators that rectified unseen
