@@ -121,20 +121,17 @@ def fonts_for(letters, families):
     from matplotlib.font_manager import FontProperties, findfont, fontManager
     from matplotlib.ft2font import FT2Font
 
-    def lacking(path):
-        return {letter for letter in left if not FT2Font(path).get_char_index(ord(letter))}
-
-    left, names = {letter for letter in letters if letter.isprintable()}, [*families]
-    for family in families:
-        left = lacking(findfont(FontProperties(family=[family])))
-    for font in fontManager.ttflist if left else ():
+    left, names = {ord(letter) for letter in letters if letter.isprintable()}, [*families]
+    own = [(family, findfont(FontProperties(family=[family]))) for family in families]
+    for name, path in [*own, *((font.name, font.fname) for font in fontManager.ttflist)]:
         with contextlib.suppress(OSError, RuntimeError):  # its file is damaged, or gone
-            still = lacking(font.fname)
-            if still < left and "Last Resort" not in font.name:  # which has boxes alone
-                names, left = [*names, font.name], still
+            drawn = left and left & FT2Font(path).get_charmap().keys()
+            if drawn and "Last Resort" not in name:  # which has boxes alone
+                names, left = [*names, name], left - drawn
     if left:
-        train.say_once(f"no font here draws {''.join(sorted(left))}: figures have boxes instead")
-    return names
+        train.say_once(f"no font here draws {''.join(map(chr, sorted(left)))}: figures have boxes "
+                       f"instead")
+    return [*dict.fromkeys(names)]
 
 
 def plot(figure, position, title, xlabel="", ylabel=""):
