@@ -691,7 +691,7 @@ def test_a_sweep_goes_on_where_a_run_fails_and_says_so(tmp_path, monkeypatch, ca
     never_replaced(folder / "sweep.md", again)
     (folder / "sweep.md").unlink()
     (folder / "curves.png").write_text("my curves")
-    with pytest.raises(FileExistsError, match=r"curves\.png: is there already"):
+    with pytest.raises(FileExistsError, match=r"curves\.png: is no figure made here"):
         again()
     assert (folder / "curves.png").read_text() == "my curves" and not (folder / "sweep.md").exists()
 
