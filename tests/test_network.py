@@ -205,8 +205,9 @@ def test_a_compressed_archive_is_refused(tmp_path):
         for entry in source.namelist():
             target.writestr(entry, source.read(entry))
     (tmp_path / "a.pth").write_bytes(signed(packed.getvalue()))
-    with pytest.raises(ValueError, match="compressed"):
+    with pytest.raises(ValueError, match="put together wrongly") as refused:
         network.load(tmp_path / "a.pth")
+    assert str(refused.value.__cause__) == "it is compressed"  # not its folder's name
 
 
 def test_a_disk_error_leaves_the_file_before_it(tmp_path, monkeypatch):
