@@ -75,8 +75,9 @@ MAX_PIXELS = 1 << 26
 
 
 class Rows:
-    """Some images of a tensor, by their `numbers`: used like a tensor, and nothing is copied before
-    it is asked for. So the training images of a large folder stay a part of a mapped file."""
+    """Some images of a tensor, by their `numbers`: indexed like a tensor, and nothing is copied
+    before it is asked for; `rows[:]` is the tensor. So the training images of a large folder stay a
+    part of a mapped file."""
 
     def __init__(self, images, numbers):
         if isinstance(images, Rows):
@@ -184,6 +185,9 @@ def load_split(part, data="cifar10", root="data", image_size=None, seed=0, limit
 
     A file of arrays, `….npy`, is a test set of CIFAR-10's classes; see `read_arrays`.
     """
+    if part not in ("train", "test"):
+        raise ValueError(f"part={part}: must be train or test; what is held out for validation is "
+                         f"in `load`")
     if str(data).endswith(".npy"):
         return CIFAR10, read_arrays(data)
     classes, labels, read, _ = _source((part,), data, root, image_size, skip_bad, writes, known)
@@ -263,6 +267,7 @@ def mean_of_image_stds(images):
 
 def generator(*keys):
     """A CPU random generator whose stream is a pure function of `keys`."""
+    keys = tuple(key.item() if hasattr(key, "item") else key for key in keys)  # NumPy's 3 is 3
     # Not `hash`, which differs from process to process for text.
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -302,7 +307,9 @@ def _source(parts, data, root, image_size, skip_bad, writes, known):
         return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes, known)
     if data == "shapes":
         sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed
-        classes, splits = SHAPES, {part: draw_shapes(*sizes[part]) for part in parts}
+        # They are drawn once; whoever changes them has a copy.
+        classes, splits = SHAPES, {part: Split(*map(torch.clone, draw_shapes(*sizes[part])))
+                                   for part in parts}
     else:
         classes, splits = _cifar(data, root, parts, writes)
     return (tuple(classes), {part: split.labels for part, split in splits.items()},
@@ -853,15 +860,23 @@ class Preprocessing:
         """uint8 N×3×H×W images as the network takes them: normalised, (pixel / 255 − mean) / std,
         float32 N×3×S×S, channels-last in memory, on `device`."""
         images = images.to(device or images.device)
+        check_bytes(images)
         # float32 before the scale, not bf16: a pixel has 8 bits, and bf16 7 behind the first.
         pixels = images.permute(0, 2, 3, 1).flatten(2).float()  # rows of W·3 values
-        scale, shift = _row_constants(self.mean, self.std, images.shape[3], images.device)
+        scale, shift = _row_constants(tuple(self.mean), tuple(self.std), images.shape[3],
+                                      images.device)
         pixels = pixels.mul_(scale).add_(shift).unflatten(2, (-1, 3))
         return resize(_channels_last(pixels), self.image_size)
 
     def pictures(self, images):
         """uint8 images as the network sees them, for people: floats 0…1, N×3×S×S."""
         return resize(images.float() / 255, self.image_size).clamp(0, 1)
+
+
+def check_bytes(images):
+    """ValueError for pixels that are floating-point numbers, whose white may be 1 or 255."""
+    if images.is_floating_point():
+        raise ValueError(f"images of {images.dtype}: must be bytes (torch.uint8), from 0 to 255")
 
 
 @functools.lru_cache(maxsize=8)
@@ -926,7 +941,7 @@ class Batches:
     All random choices of an epoch are drawn before it begins from (seed, epoch), so that any
     step can be made without the ones before it. An incomplete last batch is left out; every
     epoch shuffles anew, so no image is left out for good. With `world` processes, number `rank`
-    gets every world-th image of the same global batch.
+    gets every world-th image of the same global batch. Mixup and cutmix are left to `mix`.
 
     The batches are the same on every `way`, of which the first is taken that leaves half of the
     free memory free: "store", all images with their margins and their mirror images on the device;
@@ -948,7 +963,11 @@ class Batches:
         self.device, self.rank, self.world = torch.device(device), rank, world
         self.labels = split.labels.to(self.device)
         self.mean, self.std = tuple(mean), tuple(std)
-        self.size = split.images.shape[3]
+        check_bytes(split.images[:1])
+        height, self.size = split.images.shape[2:]
+        if height != self.size:
+            raise ValueError(f"images of {self.size}×{height} pixels: must be square, as "
+                             f"`image_size=N` makes them")
         self.margin = round(self.size * CROP) if "crop" in augment else 0
         # A crop is as large as the image was: it has 2·margin + 1 places in each direction.
         self.side = self.size + 2 * self.margin

@@ -223,6 +223,11 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
     evaluation mode and is afterwards as it was, also after an exception.
     """
     networks.refuse_opaque(network)
+    if isinstance(unit, Tensor) and not unit.ndim:
+        unit = unit.item()
+    if isinstance(unit, Tensor) and unit.shape != (len(images),):
+        raise ValueError(f"unit={unit.tolist()}: must be one number, or as many positions as "
+                         f"images, {len(images)}")
     images = images.detach().to(torch.promote_types(images.dtype, torch.float32), copy=True)
     images.requires_grad_()
     with networks.evaluation(network), torch.enable_grad(), BackwardRule(rule, bn) as mode:

@@ -419,8 +419,8 @@ def check_options(name, options):
         values[option] = value = parse_value(option, text_of(value), known[option][0])
         if option in OPTION_LIMITS and value is not None:
             low, high = OPTION_LIMITS[option]
-            numbers = value if isinstance(value, tuple) else (value,)
-            if len(numbers) > 19 or not all(low <= number <= high for number in numbers):
+            parts = value if isinstance(value, tuple) else (value,)
+            if len(parts) > 19 or not all(low <= part <= high for part in parts):
                 raise ValueError(f"{option}={text_of(value)}: must be from {low} to {high}"
                                  f"{', at most 19 of them' * isinstance(value, tuple)}")
     return values
@@ -435,11 +435,11 @@ def build(name, classes=10, image_size=None, **options):
     options = check_options(name, options)
     image_size = image_size_of(name) if image_size is None else image_size
     for what, value, most in (("image_size", image_size, 1024), ("classes", classes, 100_000)):
-        if not (isinstance(value, int) and 1 <= value <= most):
+        if not (hasattr(value, "__index__") and 1 <= value <= most):  # NumPy's count too
             raise ValueError(f"{what}={value}: must be a whole number from 1 to {most}")
     try:
         # Images that are too small show as a layer without outputs: PyTorch's error is passed on.
-        return NETWORKS[name](classes=classes, image_size=image_size, **options)
+        return NETWORKS[name](classes=int(classes), image_size=int(image_size), **options)
     except (RuntimeError, ValueError) as error:
         given = ", ".join(f"{option}={value}" for option, value in options.items())
         raise ValueError(f"{name} cannot take {image_size}×{image_size} images"
@@ -807,6 +807,7 @@ def exact_type(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+@torch.enable_grad()
 def receptive_fields(network, layer, image_size):
     """The exact receptive field of every unit of `layer`, C×H×W×4: top, left, bottom, right.
 
@@ -823,7 +824,7 @@ def receptive_fields(network, layer, image_size):
     # All three colour channels are one leaf, so that a field has no channels.
     noise = 1 + torch.rand(1, 1, image_size, image_size, generator=generator("fields"))
     noise = noise.to(device, dtype).requires_grad_()
-    with (evaluation(network), torch.enable_grad(), Connections(network) as mode,
+    with (evaluation(network), Connections(network) as mode,
           capture(network, [layer], stop=True) as outputs):
         forward(network, noise.expand(-1, 3, -1, -1), dtype)
     if mode.choosing:
@@ -858,21 +859,23 @@ def receptive_fields(network, layer, image_size):
 
 
 def class_scores(network, images, label, layers=()):
-    """(The logit of class number `label` for each of normalised N×3×S×S images, these as what they
-    are leaves of, the outputs of `layers`), from which gradients lead back."""
+    """(The logit of class number `label`, one for all or one each, of normalised N×3×S×S images,
+    these as what they are leaves of, the outputs of `layers`), from which gradients lead back."""
     refuse_opaque(network)
     images = images.detach().clone().requires_grad_()
-    with (evaluation(network), torch.enable_grad(),
-          capture(network, layers) as outputs):
+    with evaluation(network), capture(network, layers) as outputs:
         # A clone, as a network may work in place from the start.
-        scores = logits_of(network, images.clone())[:, label]
-        if not scores.requires_grad:
-            raise ValueError("no gradient leads from the network's outputs to what they depend on")
-        return scores, images, outputs
+        logits = logits_of(network, images.clone())
+    if not logits.requires_grad:
+        raise ValueError("no gradient leads from the network's outputs to what they depend on")
+    labels = torch.as_tensor(label, device=logits.device).expand(len(images))
+    return logits.gather(1, labels[:, None])[:, 0], images, outputs
 
 
+@torch.enable_grad()
 def class_gradient(network, images, label):
-    """The gradient of class number `label`'s logit at normalised images N×3×S×S: N×3×S×S."""
+    """The gradient of class number `label`'s logit (see `class_scores`) at normalised images
+    N×3×S×S: N×3×S×S."""
     scores, images, _ = class_scores(network, images, label)
     return torch.autograd.grad(scores.sum(), images, materialize_grads=True)[0]
 
@@ -891,10 +894,12 @@ def integrated_gradients(network, images, label, steps=100):
     """How much each value adds to the class's logit, on the way from 0, the mean colour, to the
     images: N×3×S×S, whose sum is the difference of the logits (Sundararajan et al. 2017, section
     3). The midpoint rule with `steps` points stands for the integral."""
+    images = images.detach()
     return images * sum(class_gradient(network, images * ((step + 0.5) / steps), label)
                         for step in range(steps)) / steps
 
 
+@torch.enable_grad()
 def grad_cam(network, images, label, layer=None):
     """Grad-CAM (Selvaraju et al. 2017, section 3): (N×H×W, the layer).
 

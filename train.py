@@ -364,6 +364,8 @@ class Muon(torch.optim.Optimizer):
             # Filters of one shape step together: a GPU has half as many kernels to start.
             alike = collections.defaultdict(list)
             for parameter in group["params"]:
+                if parameter.grad is None:  # it takes no part
+                    continue
                 if not self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 alike[parameter.shape if parameter.ndim == 4 else None].append(parameter)
@@ -435,7 +437,8 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
 
     `resume` goes on with the run in `config.folder` if there is one; `overwrite` starts it anew;
     `changed_data` goes on though files of its data set are others now.
-    Raises FileExistsError for a run that exists when neither is asked for.
+    Raises FileExistsError for a run that exists when neither is asked for. Ctrl-C saves the run
+    and then raises SystemExit, in a notebook too.
     """
     for name, value in (("resume", resume), ("overwrite", overwrite),
                         ("changed_data", changed_data)):
@@ -765,7 +768,6 @@ def prepare(config, dataset, device, workers, resume, changed_data):
 @contextlib.contextmanager
 def repeatable(config, device):
     """A context that seeds the weights and chooses between speed and repeatability on a GPU."""
-    torch.manual_seed(config.seed)
     enabled, tuned = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     if device.type == "cuda":
@@ -775,7 +777,9 @@ def repeatable(config, device):
     if changes:
         torch.use_deterministic_algorithms(config.deterministic)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):  # the random numbers of who calls are not touched
+            torch.manual_seed(config.seed)
+            yield
     finally:
         torch.backends.cudnn.benchmark = tuned
         if changes:  # figures use what a GPU cannot repeat

@@ -343,7 +343,7 @@ def feature_maps(network, layers, images):
 
     Nothing behind the layers is computed. See `network.captured_maps` for what else there is.
     """
-    with networks.capture(network, layers, stop=True) as outputs:
+    with networks.evaluation(network), networks.capture(network, layers, stop=True) as outputs:
         networks.forward(network, images)
     found = {layer: networks.captured_maps(network, outputs, layer, len(images))
              for layer in layers}
@@ -503,7 +503,8 @@ def relevance(network, images, label, method, layer=None):
 def confusion_matrix(labels, predictions, classes):
     """How many images of class i were taken for class j, at row i and column j."""
     # Each pair (i, j) is one number, i·classes + j, and the matrix a histogram of these.
-    return torch.bincount(labels * classes + predictions, minlength=classes**2).view(classes, -1)
+    pairs = labels.long() * classes + predictions
+    return torch.bincount(pairs, minlength=classes**2).view(classes, -1)
 
 
 def precision_recall(scores, positive):
@@ -676,15 +677,17 @@ def measure_batch_norm(network, images, preprocessing):
     return len(norms)
 
 
-def hessian_eigenvalues(losses, weights, count=2, steps=30, tolerance=1e-4):
+@torch.enable_grad()
+def hessian_eigenvalues(losses, weights, count=2, steps=30):
     """The `count` eigenvalues of largest size of the Hessian, at the dictionary of tensors
     `weights`, of the sum of `losses`, functions of such a dictionary.
 
     By Lanczos iteration with Hessian-vector products (Pearlmutter 1994; Yao et al. 2020, section
     3): the gradient's product with a vector, differentiated again. Power iteration would find
-    neither of two eigenvalues that differ in their sign alone. It keeps up to `steps` vectors, each
-    as large as all the weights; where no eigenvalue stands out, these may leave the second some per
-    cent off.
+    neither of two eigenvalues that differ in their sign alone; of equal ones this finds but one. It
+    keeps up to `steps` vectors, each as large as all the weights; where no eigenvalue stands out,
+    these may leave the second some per cent off. All steps are taken: an eigenvalue that has long
+    seemed to be the second may still turn out to be the third.
     """
     point = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
 
@@ -697,7 +700,7 @@ def hessian_eigenvalues(losses, weights, count=2, steps=30, tolerance=1e-4):
         return sum(flat(torch.autograd.grad(slope @ vector, [*point.values()],
                                             materialize_grads=True)) for slope in slopes)
 
-    start, basis, values = flat(point.values()).detach(), [], []
+    start, basis = flat(point.values()).detach(), []
     ahead, matrix = torch.randn(start.shape, generator=generator("hessian")).to(start), torch.zeros(
         steps, steps, dtype=torch.float64)
     for step in progress(range(min(steps, len(start))), "eigenvalues of the Hessian"):
@@ -705,16 +708,12 @@ def hessian_eigenvalues(losses, weights, count=2, steps=30, tolerance=1e-4):
         ahead = product(basis[-1])
         # The Hessian as far as these vectors reach; only what is below its diagonal is read.
         matrix[step, :step + 1] = torch.stack([ahead @ other for other in basis]).cpu()
-        before, values = values, sorted(
-            torch.linalg.eigvalsh(matrix[:step + 1, :step + 1]).tolist(), key=abs)[:-count - 1:-1]
-        if len(before) == count and all(abs(new - old) <= tolerance * abs(new)
-                                        for new, old in zip(values, before)):
-            break
         for other in basis * 2:  # at right angles to all; once would leave rounding errors
             ahead = ahead - (ahead @ other) * other
-        if ahead.norm() <= 1e-6 * abs(values[0]):  # they reach everything
+        if ahead.norm() <= 1e-6 * matrix.abs().max():  # they reach everything
             break
-    return values
+    values = torch.linalg.eigvalsh(matrix[:len(basis), :len(basis)]).tolist()
+    return sorted(values, key=abs)[:-count - 1:-1]
 
 
 def plane_of(network, ckpt, directions, seed, span, points):
@@ -1343,6 +1342,7 @@ def where(ckpt: str | None = None,
     """
     check_words(where, method=method)
     name = flags.pop("class", None)
+    name = name if name is None else str(name)  # 3 from Python is class "3"
     network, about, picture, _, source = open_picture(ckpt, image, index, **flags)
     shares = train.finite_logits(network, picture, about.preprocessing)[0].softmax(0)
     classes = about.class_names(len(shares))

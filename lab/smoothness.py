@@ -20,6 +20,7 @@ from data import Batches, load, name_of, progress
 MEASURES = ("loss_low", "loss_high", "change_low", "change_high", "beta")
 
 
+@torch.enable_grad()
 def along_gradient(loss_of, weights, sizes):
     """How smooth the loss is ahead, along its gradient (Santurkar et al. 2018, figure 4).
 

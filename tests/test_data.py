@@ -16,6 +16,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,37 @@ def test_normalize_by_hand():
     assert torch.allclose(out[0, :, 0, 0], torch.tensor([1.0, -1.0, 0.0]), atol=1e-6)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert data.Preprocessing(4, (0.5,) * 3, (0.5,) * 3)(images).shape == (1, 3, 4, 4)
+
+
+def test_pixels_are_bytes_and_batches_square():
+    split = split_of_noise()
+    floats = data.Split(split.images.float().contiguous(memory_format=torch.channels_last),
+                        split.labels)
+    before = floats.images.clone()
+    for use in (data.Preprocessing(16, [0.5] * 3, [0.5] * 3), lambda _: batches_of(floats)):
+        with pytest.raises(ValueError, match=r"torch\.float32: must be bytes"):
+            use(floats.images)
+    assert torch.equal(floats.images, before)
+    assert data.Preprocessing(16, [0.5] * 3, [0.5] * 3)(split.images).shape == (20, 3, 16, 16)
+    with pytest.raises(ValueError, match="16×12 pixels: must be square"):
+        batches_of(data.Split(split.images[:, :, :12], split.labels))
+
+
+def test_numbers_of_numpy_and_of_tensors_are_numbers():
+    first = torch.rand(3, generator=data.generator(0, "a", 3))
+    for three in (np.int64(3), torch.tensor(3)):
+        assert torch.equal(first, torch.rand(3, generator=data.generator(0, "a", three)))
+    assert not torch.equal(first, torch.rand(3, generator=data.generator(0, "a", 4)))
+    assert network.build("lenet", torch.tensor(2) + 1)(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_whoever_changes_the_shapes_changes_a_copy():
+    _, before = data.load_split("test", "shapes")
+    kept = before.images.clone()
+    before.images.zero_()
+    assert torch.equal(data.load_split("test", "shapes")[1].images, kept)
+    with pytest.raises(ValueError, match="part=val: must be train or test"):
+        data.load_split("val", "shapes")
 
 
 def split_of_noise(count=20, size=16):

@@ -44,6 +44,14 @@ def unit_signal(activations, unit):
     return start
 
 
+def test_a_unit_may_be_a_tensor_and_positions_are_one_for_each_image():
+    lenet, x = network.build("lenet"), torch.randn(2, 3, 32, 32)
+    assert torch.equal(deconv.project(lenet, "conv2", x, torch.tensor(3)),
+                       deconv.project(lenet, "conv2", x, 3))
+    with pytest.raises(ValueError, match=r"unit=\[3\]: must be one number, or as many"):
+        deconv.project(lenet, "conv2", x, torch.tensor([3]))
+
+
 def test_one_convolution_by_hand():
     layer = nn.Conv2d(1, 1, 2, bias=True)
     layer.weight.data = torch.tensor([[[[1.0, 2.0], [-3.0, 4.0]]]])

@@ -777,6 +777,7 @@ def test_what_must_be_repeatable_is_so_while_it_trains_alone(tmp_path, own, monk
     monkeypatch.setattr(train, "train_step", lambda *given: (
         seen.append(torch.are_deterministic_algorithms_enabled()), step(*given)))
     torch.use_deterministic_algorithms(own, warn_only=own)
+    before = torch.get_rng_state()
     try:
         for wanted in (True, False):
             seen.clear()
@@ -784,6 +785,7 @@ def test_what_must_be_repeatable_is_so_while_it_trains_alone(tmp_path, own, monk
             assert {*seen} == {wanted or always}
             assert torch.are_deterministic_algorithms_enabled() is own
             assert torch.is_deterministic_algorithms_warn_only_enabled() is own
+            assert torch.equal(torch.get_rng_state(), before)  # nor are the caller's numbers
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -820,7 +822,8 @@ def test_muon_moves_filters_by_a_share_of_their_norm_and_all_else_as_nesterov_sg
     filters, bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 3, 2, 2), (8,)))
     twin = torch.nn.Parameter(bias.detach().clone())
     free = torch.nn.Parameter(filters.detach().clone())  # without weight decay
-    without = train.Muon([free], lr=0.1, momentum=0.9, weight_decay=0.0)
+    idle = torch.nn.Parameter(torch.ones(8, 3, 2, 2))  # without a gradient it stays
+    without = train.Muon([free, idle], lr=0.1, momentum=0.9, weight_decay=0.0)
     muon = train.Muon([filters, bias], lr=0.1, momentum=0.9, weight_decay=0.01)
     sgd = torch.optim.SGD([twin], lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
     for _ in range(3):
@@ -834,7 +837,7 @@ def test_muon_moves_filters_by_a_share_of_their_norm_and_all_else_as_nesterov_sg
         assert filters.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
         moved = (filters - before).norm() / before.norm()
         assert 0.09 < moved < 0.11
-    assert torch.allclose(bias, twin) and torch.equal(filters, free)
+    assert torch.allclose(bias, twin) and torch.equal(filters, free) and idle.min() == 1
 
 
 def test_speednet_sees_small_images_first_and_goes_on_where_it_stopped(tmp_path, monkeypatch):

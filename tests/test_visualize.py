@@ -490,6 +490,8 @@ def test_only_figures_made_here_are_replaced(run, tmp_path):
 
 
 def test_confusion_matrix_by_hand():
+    labels = torch.tensor([199], dtype=torch.uint8)  # whose pairs have no room in a byte
+    assert visualize.confusion_matrix(labels, labels, 200)[199, 199] == 1
     matrix = visualize.confusion_matrix(torch.tensor([0, 0, 1, 2, 2, 2]),
                                         torch.tensor([0, 1, 1, 0, 2, 2]), 3)
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
@@ -681,6 +683,28 @@ def test_grad_cam_of_tokens_and_of_channels_that_come_last(tokens):
     # The logit adds up map 2 over all positions: its gradient is 1 there, or 1/17 beside itself.
     assert torch.allclose(cam, maps[:, 2].clamp(min=0) / (17 if tokens else 1), atol=1e-6)
     assert network.grad_cam(model, images, 2)[1] == "layer"
+
+
+def test_each_image_may_have_a_class_of_its_own_and_gradients_are_switched_on():
+    model, images = network.build("lenet"), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for explain in (network.class_gradient, network.integrated_gradients,
+                        lambda *given: network.grad_cam(*given, "conv2")[0]):
+            both = explain(model, images, torch.tensor([3, 5]))
+            for number, label in enumerate((3, 5)):
+                alone = explain(model, images[number:number + 1], label)[0]
+                assert torch.allclose(both[number], alone, atol=1e-6) and not alone.requires_grad
+        assert network.receptive_fields(model, "conv1", 32)[0, 0, 0].tolist() == [0, 0, 6, 6]
+        assert visualize.hessian_eigenvalues(
+            [lambda weights: weights["a"].square().sum()], {"a": torch.ones(1)}, 1) == [2]
+
+
+def test_looking_inside_changes_nothing_in_a_network_that_trains():
+    model = network.build("resnet20").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    maps = visualize.feature_maps(model, ["conv2_x"], torch.randn(4, 3, 32, 32))["conv2_x"]
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    assert model.training and maps.shape == (4, 16, 32, 32)
 
 
 def test_the_default_layer_of_grad_cam():
@@ -918,8 +942,25 @@ def test_the_largest_eigenvalues_of_a_quadratics_hessian():
         return point @ hessian @ point / 4
 
     weights = {"a": torch.randn(2), "b": torch.randn(3, 1)}
-    values = visualize.hessian_eigenvalues([half_of_the_loss] * 2, weights, 3, tolerance=1e-7)
+    values = visualize.hessian_eigenvalues([half_of_the_loss] * 2, weights, 3)
     assert values == pytest.approx([-7, 3, 1], rel=1e-4)
+    # Long before all is found a step may add nothing: the matrix itself tells, of a small network.
+    torch.manual_seed(8)
+    small = nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 3))
+    inputs, labels = torch.randn(40, 12), torch.randint(0, 3, (40,))
+    flat = nn.utils.parameters_to_vector(small.parameters()).detach()
+    names, sizes = zip(*((name, value.shape) for name, value in small.named_parameters()))
+
+    def loss_of(weights):
+        return F.cross_entropy(torch.func.functional_call(small, weights, inputs), labels)
+
+    def loss_at(vector):
+        parts = vector.split([size.numel() for size in sizes])
+        return loss_of({name: part.view(size) for name, part, size in zip(names, parts, sizes)})
+
+    exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss_at, flat))
+    values = visualize.hessian_eigenvalues([loss_of], dict(small.named_parameters()))
+    assert values == pytest.approx(sorted(exact.tolist(), key=abs)[:-3:-1], rel=1e-2)
     # Two that differ in their sign alone, in more dimensions than steps are taken.
     sizes = torch.cat([torch.tensor([5.0, -5.0]), torch.linspace(-4, 4, 98)])
     values = visualize.hessian_eigenvalues(
