@@ -604,7 +604,8 @@ def _images_of(items, image_size, skip_bad, title, cache, writes):
         except BadImage:
             raise
         except OSError as error:
-            reason = str(error).partition("; ")[0]  # without advice for flags, which are not here
+            reason = (f"{cache}: cannot be written ({error.strerror})" if error.strerror else
+                      str(error).partition("; ")[0])  # without advice for flags, not taken here
             print(f"{reason}; the images are held in memory and will be read again the next time",
                   file=sys.stderr)
     if found is None:

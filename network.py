@@ -71,7 +71,7 @@ OPTION_MEANINGS = {
     "hidden": "widths of the linear layers before the last, separated by commas",
     "width": "feature maps of the first stage, doubled from stage to stage; none: the paper's",
 }
-OPTION_LIMITS = {"dropout": (0, 0.99), "width": (1, 256), "channels": (1, 2048),
+OPTION_LIMITS = {"dropout": (0, 0.9999), "width": (1, 256), "channels": (1, 2048),
                  "hidden": (1, 2048)}
 
 

@@ -189,7 +189,7 @@ class Config:
             raise ValueError("tta=full: moves images, which must be at least 2×2")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: needs a momentum above 0")
-        networks.check_options(self.model, self.options)
+        object.__setattr__(self, "options", networks.check_options(self.model, self.options))
 
     @classmethod
     def create(cls, model="lenet", **values):
@@ -204,7 +204,7 @@ class Config:
                                  f"option of {model}{closest(name, [*fields, *known])}; its "
                                  f"options are {', '.join(known)}")
             (settings if name in fields else options)[name] = as_setting(value)
-        options = networks.check_options(model, {**settings.pop("options", {}), **options})
+        options = {**settings.pop("options", {}), **options}
         return cls(**{"model": model, **RECIPES.get(model, {}), "options": options, **settings})
 
     @classmethod
@@ -216,7 +216,6 @@ class Config:
         try:
             values = {RENAMED.get(name, name): listed(value) for name, value in values.items()
                       if name != EMPTYING}
-            values["options"] = {name: listed(value) for name, value in values["options"].items()}
             return cls(**values)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not the settings of a run: {error}") from error
@@ -1761,10 +1760,11 @@ MEASURED = {"epoch": (int, (0, 1e6)), "epochs": (int, (0, 1e6)), "parameters": (
 
 def checked(result):
     """What a result.json holds, its texts in one line each: none can end the block of code that it
-    is shown in. ValueError or TypeError for what is not as in `MEASURED`."""
-    result = dict(result)
+    is shown in, and None for what may lack. ValueError or TypeError for what is not as in
+    `MEASURED`."""
+    result = {**dict.fromkeys(MEASURED), **dict(result)}
     for name, (kind, allowed) in MEASURED.items():
-        check_setting(name, result.get(name), kind, allowed)
+        check_setting(name, result[name], kind, allowed)
     for text in result["versions"].values():
         check_setting("versions", text, str, None)
     for accuracy in result["per_class"].values():

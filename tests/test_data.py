@@ -348,7 +348,9 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path, monke
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=70_000))
     assert torch.equal(pixels_of(folder, tmp_path / "small"), whole)
     assert not (tmp_path / "full").exists() and not (tmp_path / "small").exists()
-    assert capsys.readouterr().err.count("are held in memory") == 6
+    said = capsys.readouterr().err
+    assert said.count("are held in memory") == 6
+    assert re.search(r"file/folder-\w+\.cache: cannot be written \(File exists\); ", said)
     monkeypatch.setattr(data, "free_memory", lambda: 70_000)
     with pytest.raises(OSError, match="GB are free"):
         pixels_of(folder, tmp_path / "small")

@@ -1433,6 +1433,21 @@ def test_nothing_is_exported_with_a_result_that_is_damaged(tmp_path):
         with pytest.raises(ValueError, match=f"result.json: damaged.*{name}"):
             train.export(str(config.folder), str(tmp_path / "given.pth"))
     assert not (tmp_path / "given.pth").exists()
+    del result["commit"], result["val/accuracy"]  # what may be None may lack
+    (config.folder / "result.json").write_text(json.dumps(result))
+    train.export(str(config.folder), str(tmp_path / "given.pth"))
+    assert network.read(tmp_path / "given.pth")["made"]["commit"] is None
+    assert train.finished(config.folder)["val/accuracy"] is None
+
+
+def test_options_are_of_their_types_however_they_are_given():
+    config = train.Config(model="simple_cnn", options={"dropout": numpy.float32(0.25),
+                                                       "channels": ["8", 16]})
+    assert config.options == {"dropout": 0.25, "channels": (8, 16)}
+    assert train.Config.from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert train.Config.create("simple_cnn", dropout=0.995).options == {"dropout": 0.995}
+    with pytest.raises(ValueError, match=r"dropout=1\.0: must be from 0 to 0\.9999"):
+        train.Config(model="simple_cnn", options={"dropout": 1})
 
 
 def test_a_file_to_write_is_neither_a_picture_nor_a_file_of_a_run(tmp_path):
