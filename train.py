@@ -285,9 +285,10 @@ def parse_flags(flags):
     text = os.environ.get("TRAIN_FLAGS", "")
     try:  # which network they are for is not known yet
         _, more = data.canonical(shlex.split(text), settings_flags(["--resume"]), None, None)
+        more = typed(more)
     except ValueError as error:
         raise ValueError(f"TRAIN_FLAGS={text}: {error}") from error
-    return typed({**flags, **more})
+    return {**typed(flags), **more}
 
 
 def typed(flags):

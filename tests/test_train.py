@@ -115,7 +115,7 @@ def test_flags_of_the_environment_are_added_and_win(monkeypatch):
         "epochs": 2, "lr": 0.1, "data": "shapes", "batch_size": 8,
         "out": os.path.expanduser("~/runs")}
     for flags in ("--limit", "--model", "--limit=8 '", "hello", "--nonsense=3",
-                  "--epochs=2 --epochs=3"):
+                  "--epochs=2 --epochs=3", "--epochs=abc"):
         monkeypatch.setenv("TRAIN_FLAGS", flags)
         with pytest.raises(ValueError, match=f"TRAIN_FLAGS={flags}: "):
             train.parse_flags({})
