@@ -757,14 +757,15 @@ def _free_of_process():
     with untold:  # what Linux could free for us
         found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
         known.append(int(found[1]) << 10)
-    for names in (("memory.max", "memory.current", "memory.stat"),
-                  ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
-                   "memory/memory.stat")):
+    for folder, *names in (("/sys/fs/cgroup", "memory.max", "memory.current"),
+                           ("/sys/fs/cgroup/memory", "memory.limit_in_bytes",
+                            "memory.usage_in_bytes")):
         with untold:
-            limit, used, about = (Path("/sys/fs/cgroup", name).read_text() for name in names)
+            limit, used = (int(Path(folder, name).read_text()) for name in names)
+            known.append(limit - used)
+            about = Path(folder, "memory.stat").read_text()
             # Files in memory are let go of when it is needed.
-            files = re.search(r"^inactive_file (\d+)", about, re.MULTILINE)
-            known.append(int(limit) - int(used) + int(files[1]))
+            known[-1] += int(re.search(r"^inactive_file (\d+)", about, re.MULTILINE)[1])
     with untold:
         import resource
 

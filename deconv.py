@@ -223,17 +223,12 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
     evaluation mode and is afterwards as it was, also after an exception.
     """
     networks.refuse_opaque(network)
-    if isinstance(unit, Tensor) and not unit.ndim:
-        unit = unit.item()
-    if isinstance(unit, Tensor) and unit.shape != (len(images),):
-        raise ValueError(f"unit={unit.tolist()}: must be one number, or as many positions as "
-                         f"images, {len(images)}")
     images = images.detach().to(torch.promote_types(images.dtype, torch.float32), copy=True)
     images.requires_grad_()
     with networks.evaluation(network), torch.enable_grad(), BackwardRule(rule, bn) as mode:
         outputs, found = forward_to(network, layer, images, mode, rule, watch)
         start = found.detach().flatten(1)
-        positions = unit if isinstance(unit, Tensor) else strongest(found.detach(), unit)
+        positions = strongest(found.detach(), unit)
         if positions is not None:
             # All of the layer becomes 0 but for one value of each image: N×C·H·W.
             start = start * torch.nn.functional.one_hot(positions, start.shape[1])
@@ -281,8 +276,14 @@ def forward_to(network, layer, images, mode, rule, watch):
 
 
 def strongest(activations, unit="strongest"):
-    """N indices into C·H·W: where in N×C×H×W or N×C the largest is (of `unit`); "all": None."""
+    """N indices into C·H·W: where in N×C×H×W or N×C the largest is (of `unit`); "all": None. A
+    tensor of N has them already."""
     maps = activations.flatten(2) if activations.ndim == 4 else activations[:, :, None]
+    if isinstance(unit, Tensor) and unit.ndim:
+        if unit.shape != (len(maps),):
+            raise ValueError(f"unit={unit.tolist()}: must be one number, or as many positions as "
+                             f"images, {len(maps)}")
+        return unit
     if unit in ("strongest", "all"):
         return maps.flatten(1).argmax(1) if unit == "strongest" else None
     if isinstance(unit, str) or not 0 <= unit < maps.shape[1]:

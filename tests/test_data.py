@@ -270,6 +270,21 @@ def test_the_way_is_chosen_by_what_is_free(free, way, monkeypatch):
     assert batches_of(split, augment).way == "host"
 
 
+@pytest.mark.parametrize("names", [("memory.max", "memory.current", "memory.stat"), (
+    "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")])
+@pytest.mark.parametrize("about, free", [("inactive_file 100\n", 500), ("", 400), (None, 400)])
+def test_a_containers_limit_holds_whatever_it_tells_of_its_files(names, about, free, monkeypatch):
+    said = dict(zip((Path("/sys/fs/cgroup", name) for name in names), ("1000\n", "600\n", about)))
+
+    def read(path):
+        if said.get(path) is None:
+            raise FileNotFoundError
+        return said[path]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert data.free_memory() == free
+
+
 def test_nobody_need_tell_what_is_free(monkeypatch):
     assert 1 << 20 < data.free_memory() < 1 << 50
     monkeypatch.setattr(Path, "read_text", lambda _path: "")
