@@ -773,6 +773,8 @@ def repeatable(config, device):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what a process seeds, and where it meets the others
         torch.backends.cudnn.benchmark = not config.deterministic  # the quickest may vary
+        if config.deterministic:  # cuBLAS reads it once, before the process's first product
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     changes = config.deterministic != enabled  # a change imports for a second
     if changes:
         torch.use_deterministic_algorithms(config.deterministic)
@@ -991,8 +993,6 @@ def choose_device(name="auto"):
                          f"are {torch.cuda.device_count()} GPUs")
     # Convolutions would compute in TF32, with 10 bits after the point, where fp32 is asked for.
     torch.backends.cudnn.allow_tf32 = False
-    # Without it cuBLAS is not deterministic; it is read once, before the first matrix product.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device(name, local)
 
 

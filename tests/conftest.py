@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs --slow"))
 
 
-def pytest_configure():
+def pytest_configure(config):
     torch.set_num_threads(1)  # quicker for networks this small, and steady on a busy machine
+    if config.getoption("--device") == "cuda":  # read once, before the first matrix product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

@@ -790,6 +790,16 @@ def test_what_must_be_repeatable_is_so_while_it_trains_alone(tmp_path, own, monk
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_only_what_must_be_repeatable_on_a_gpu_pays_for_it(deterministic, monkeypatch, request):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    always = request.config.getoption("--device") != "cpu"
+    with train.repeatable(train.Config(deterministic=deterministic), torch.device("cuda")):
+        assert torch.backends.cudnn.benchmark is not (deterministic or always)
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is (deterministic or always)
+
+
 def test_a_compiler_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     missing = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _: None)
