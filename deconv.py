@@ -175,8 +175,18 @@ def tensors_in(values):
 
 
 def keeps_less(x, value):
-    """Whether `value` is a function of `x` alone, place by place, nearer to 0 at −a than at a."""
-    if x.shape != value.shape or x.numel() < 64:  # too few to tell
+    """Whether `value` is a function of `x` alone, place by place, nearer to 0 at −a than at a, for
+    all channels or for one, which may have a slope of its own."""
+    if x.shape != value.shape:
+        return False
+    channels = zip(x.unbind(1), value.unbind(1)) if x.ndim > 2 else ()
+    return one_keeps_less(x, value) or any(
+        one_keeps_less(*pair) for pair in itertools.islice(channels, 8))
+
+
+def one_keeps_less(x, value):
+    """What `keeps_less` says, for all values together."""
+    if x.numel() < 64:  # too few to tell
         return False
     x, value = (part.flatten()[::1 + x.numel() // 4096].float() for part in (x, value))
     x, order = x.sort()
@@ -246,9 +256,12 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
                          f"depend on them, or something on the way computes none)")
     if not signal.isfinite().all():
         raise ValueError(f"layer={layer}: the signal overflows {str(found.dtype)[6:]} on its way")
-    # What the layer does not look at has no signal.
+    # What the layer does not look at has no signal; and what has no maps or vectors for each image
+    # has none of theirs.
     norms = {name: part.flatten(1).float().norm(dim=1)
-             for name, part in zip([*below, "image"], [*signals, signal]) if part is not None}
+             for name, part in zip([*below, "image"], [*signals, signal])
+             if part is not None and part.ndim > 1 and len(part) == len(images)
+             and "parametrizations." not in name}
     return Descent(signal, found.detach(), positions, norms)
 
 
@@ -271,7 +284,7 @@ def forward_to(network, layer, images, mode, rule, watch):
         raise ValueError(f"{mode.hidden[0]} rectifies where rule={rule} cannot replace it (made by "
                          f"hand, in place, in an autograd.Function, a scripted function, vmap, "
                          f"checkpointing or without gradients): call a function of torch for it, "
-                         f"such as torch.relu, or take rule=gradient")
+                         f"such as torch.relu; `rule=gradient` needs none")
     return outputs, networks.captured_maps(network, reached, layer, len(images))
 
 
@@ -280,13 +293,14 @@ def strongest(activations, unit="strongest"):
     tensor of N has them already."""
     maps = activations.flatten(2) if activations.ndim == 4 else activations[:, :, None]
     if isinstance(unit, Tensor) and unit.ndim:
-        if unit.shape != (len(maps),):
+        most = maps[0].numel() - 1
+        if unit.shape != (len(maps),) or not ((unit >= 0) & (unit <= most)).all():
             raise ValueError(f"unit={unit.tolist()}: must be one number, or as many positions as "
-                             f"images, {len(maps)}")
+                             f"images, {len(maps)}, from 0 to {most}")
         return unit
     if unit in ("strongest", "all"):
         return maps.flatten(1).argmax(1) if unit == "strongest" else None
-    if isinstance(unit, str) or not 0 <= unit < maps.shape[1]:
+    if not hasattr(unit, "__index__") or not 0 <= unit < maps.shape[1]:
         raise ValueError(f"unit={unit}: must be strongest, all, or from 0 to {maps.shape[1] - 1}")
     return unit * maps.shape[2] + maps[:, unit].argmax(1)  # map `unit` begins at unit·H·W
 

@@ -456,7 +456,7 @@ def check_size(network, size):
 
 def find_layer(network, layer):
     """The module with the dotted path `layer`; ValueError lists the paths there are."""
-    modules = dict(network.named_modules())
+    modules = dict(network.named_modules(remove_duplicate=False))  # one may have two names
     if not layer or layer not in modules:
         top = [name for name, _ in network.named_children()]
         raise ValueError(f"layer={layer}: the network has no such layer; it has " + (
@@ -522,7 +522,8 @@ def forward(network, images, dtype=None, compiled=True, weights=None):
     with told(f"the network cannot take one batch of images, {shape} of {str(dtype)[6:]}"):
         if weights is not None:
             return torch.func.functional_call(network, weights, (images.to(dtype),))
-        return (network if compiled else network.forward)(images.to(dtype))
+        was_compiled = getattr(network, "_compiled_call_impl", None) is not None
+        return (network.forward if was_compiled and not compiled else network)(images.to(dtype))
 
 
 def logits_of(network, images, weights=None):
@@ -558,14 +559,21 @@ def capture(network, layers, stop=False, inputs=False):
     block, quietly, as soon as all the layers have been reached; then it may be their `inputs`
     that are kept. The hooks come off whatever happens.
     """
-    outputs = {}
+    outputs, shared = {}, []
 
-    def keep(layer, output):
-        outputs.setdefault(layer, output)
+    def keep(module, layer, given, output):
+        handed = output.clone() if isinstance(output, Tensor) else output
+        if given and hands_on(module, given[0], output):
+            # Others hold it too, and what an activation in place makes of it is meant for all of
+            # them. Where there is one, the copy is what the layer gave.
+            copy, output = handed, output.view_as(output)
+            shared.append((layer, output, output.is_inference() or output._version, copy))
+            handed = output
+        outputs.setdefault(layer, given[0] if inputs else output)
         # An exception is the only way out of a forward pass that was written by somebody else.
         if stop and len(outputs) == len(layers):
             raise _Reached
-        return output.clone() if isinstance(output, Tensor) else output
+        return handed
 
     with contextlib.ExitStack() as hooks:
         for layer in layers:
@@ -574,10 +582,23 @@ def capture(network, layers, stop=False, inputs=False):
                 raise ValueError(f"layer={layer}: is scripted, and cannot be looked into: give the "
                                  f"network it was made of")
             hooks.enter_context(module.register_forward_hook(
-                lambda _module, given, output, layer=layer: keep(
-                    layer, given[0] if inputs else output)))
+                lambda module, given, output, layer=layer: keep(module, layer, given, output)))
         with contextlib.suppress(_Reached):
             yield outputs
+        for layer, output, version, copy in shared:
+            if outputs[layer] is output and (
+                    output.is_inference() or output._version != version):
+                outputs[layer] = copy
+
+
+def hands_on(module, given, output):
+    """Whether a module gave its input back or a view of it, as an identity does and dropout that is
+    off: not what has worked on it in place."""
+    if not (isinstance(given, Tensor) and isinstance(output, Tensor)):
+        return False
+    whole = [x if x._base is None else x._base for x in (given, output)]  # of a view
+    return whole[0] is whole[1] and not any(
+        getattr(part, "inplace", False) for part in module.modules())
 
 
 def channels_come_first(module):
@@ -592,7 +613,8 @@ def channels_come_first(module):
     kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm,
              nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
              nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
-    first = isinstance(module, kinds) or (isinstance(module, nn.Flatten) and module.start_dim == 2)
+    first = isinstance(module, (*kinds, nn.Unfold)) or (
+        isinstance(module, nn.Flatten) and module.start_dim == 2)
     return first or None
 
 
@@ -601,9 +623,10 @@ def captured_maps(network, outputs, layer, count):
     N×C; ValueError for any other.
 
     Where the layer's kind does not tell (see `channels_come_first`), channels that come last are
-    told by square maps, N×S×S×C, and three dimensions are tokens N×T×C. Tokens become N×C×S×S with
-    the largest square S·S there is in T; those before it, such as the class token, are left out.
-    Of N×C×L, L is as many rows as columns, or one row.
+    told by square maps, N×S×S×C, and in N×S×S×S by the kinds of what is inside the layer; three
+    dimensions are tokens N×T×C. Tokens become N×C×S×S with the largest square S·S there is in T;
+    those before it, such as the class token, are left out. Of N×C×L, L is as many rows as columns,
+    or one row.
     """
     if layer not in outputs:
         raise ValueError(f"layer={layer}: is not called when the network runs (in a network that "
@@ -618,9 +641,12 @@ def captured_maps(network, outputs, layer, count):
     if len(maps) != count:
         raise ValueError(f"layer={layer}: returns {len(maps)} maps or vectors for {count} images, "
                          f"which must come first (in a transformer, batch_first=True)")
-    first = channels_come_first(find_layer(network, layer) if layer else network)
+    module = find_layer(network, layer) if layer else network
+    first = channels_come_first(module)
     if first is None and maps.ndim == 4:
-        first = not maps.shape[1] == maps.shape[2] != maps.shape[3]
+        rows, columns, last = maps.shape[1:]
+        inside = {channels_come_first(part) for part in module.modules()} - {None}
+        first = inside != {False} if rows == columns == last else rows != columns
     if maps.ndim == 3 and first:
         side = math.isqrt(maps.shape[2])
         return maps.unflatten(2, (side, -1) if side**2 == maps.shape[2] else (1, -1))
@@ -712,8 +738,11 @@ def _largest(_function, x, other=None, keepdim=False, dim=None):
         (x.mean(dim, keepdim), x.argmax(dim, keepdim)))
 
 
-def _added(_function, x, other, *_others, **_named):
-    """A difference or a quotient, which may cancel where all weights are equal: the sum."""
+def _added(function, x, other, *others, **named):
+    """A difference or a quotient, which may cancel where all weights are equal: the sum. What does
+    not depend on the images, such as a mask, is computed as it is."""
+    if not any(getattr(value, "requires_grad", False) for value in (x, other)):
+        return function(x, other, *others, **named)
     return _scaled(None, x + other if isinstance(other, Tensor) else x)
 
 
@@ -724,11 +753,18 @@ def _grouped(_function, x, groups, *_others, **_named):
     return _scaled(None, x + means.view(*means.shape, *[1] * (x.ndim - 2)))
 
 
+def _gate(_function, x, *_others, **_named):
+    """What multiplies, such as a sigmoid: near ½ for all values, and not alike for others."""
+    return 0.5 + 1e-3 * _scaled(None, x)
+
+
 def _shared(_function, x, dim=1, *_others, **_named):
     """Softmax: each value looks at all along `dim`, and all are near ½. Of equal ones, as here,
-    the derivatives would cancel."""
-    x = x + x.mean(1 if dim is None else dim, keepdim=True)
-    return 0.5 + 1e-3 * (x - x.detach())
+    the derivatives would cancel. What a mask has made far smaller is 0, and nobody looks at it."""
+    dim = 1 if dim is None else dim
+    seen = x.detach() > x.detach().amax(dim, keepdim=True) - 50  # Swin's masks are −100
+    x = x.where(seen, 0)
+    return _gate(None, x + x.mean(dim, keepdim=True)).where(seen, 0)
 
 
 def _batch_norm(_function, x, *others, **named):
@@ -742,9 +778,8 @@ CONNECTIONS = {
     **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "sign", "round", "floor", "ceil",
                      "trunc", "neg"], _scaled),
     **dict.fromkeys(["sub", "rsub", "div", "rdiv"], _added),  # the names of the operators, too
-    **dict.fromkeys(["sigmoid", "hardsigmoid"],  # gates, which multiply: near ½ for all values
-                    lambda _, x, *others, **named: 0.5 + 1e-3 * (x - x.detach())),
-    **dict.fromkeys(["softmax", "log_softmax"], _shared),
+    **dict.fromkeys(["sigmoid", "hardsigmoid"], _gate),
+    **dict.fromkeys(["softmax", "log_softmax", "softmin"], _shared),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d", "conv_transpose2d"], _averaged),
     "linear": lambda _, x, weight, bias=None: x.mean(-1, True).repeat_interleave(
         weight.shape[0], -1),
@@ -768,7 +803,8 @@ CONNECTIONS = {
 # What chooses some of its inputs, with which a gradient would say nothing of the others.
 CHOOSING = {"fractional_max_pool2d", "max_pool1d", "max_pool3d", "adaptive_max_pool1d",
             "adaptive_max_pool3d", "median", "nanmedian", "quantile", "nanquantile", "mode", "topk",
-            "kthvalue", "sort", "msort", "cummax", "cummin", "aminmax", "take_along_dim"}
+            "kthvalue", "sort", "msort", "cummax", "cummin", "aminmax", "take_along_dim", "argmax",
+            "argmin", "argsort"}
 
 
 class Connections(TorchFunctionMode):
@@ -837,22 +873,30 @@ def receptive_fields(network, layer, image_size):
     height, width = maps.shape[1:]
     # Channels with the same values look at the same pixels: one of each kind is asked.
     kinds, kind = maps.detach().flatten(1).unique(dim=0, return_inverse=True)
+
+    def box_of(*unit):
+        gradient, = torch.autograd.grad(maps[unit], noise, retain_graph=True)
+        seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
+        return torch.cat([seen.amin(0), seen.amax(0) + 1]) if len(seen) else torch.zeros(4).long()
+
     # A box's top and bottom depend on the unit's row alone, left and right on its column: so the
-    # units of the diagonal tell all.
-    fields, sizes = torch.zeros(len(kinds), max(height, width), 4, dtype=torch.long), []
+    # units of the diagonal tell all, and where one looks at nothing, another of its row or column.
+    fields = torch.zeros(len(kinds), height, width, 4, dtype=torch.long)
     for number, boxes in enumerate(fields):
-        channel = (kind == number).nonzero()[0, 0]
-        for index, box in enumerate(boxes):
-            unit = maps[channel, min(index, height - 1), min(index, width - 1)]
-            gradient, = torch.autograd.grad(unit, noise, retain_graph=True)
-            seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
-            sizes.append(len(seen))
-            if len(seen):
-                box[:2], box[2:] = seen.amin(0), seen.amax(0) + 1
-    if not any(sizes):
+        channel = (kind == number).nonzero()[0, 0].item()
+        for index in range(max(height, width)):
+            row, column = min(index, height - 1), min(index, width - 1)
+            box = across = along = box_of(channel, row, column)
+            if not box.any():
+                across = next(filter(torch.any, (
+                    box_of(channel, row, other) for other in range(width))), box)
+                along = next(filter(torch.any, (
+                    box_of(channel, other, column) for other in range(height))), box)
+            boxes[row, :, ::2], boxes[:, column, 1::2] = across[::2], along[1::2]
+    fields[(fields[..., 2:] <= fields[..., :2]).any(-1)] = 0
+    if not fields.any():
         raise ValueError(f"layer={layer}: what it computes hides which pixels it looks at")
-    of_row = torch.tensor([True, False, True, False])
-    return torch.where(of_row, fields[:, :height, None], fields[:, None, :width])[kind.cpu()]
+    return fields[kind.cpu()]
 
 
 # ---------------------------------------------------------------------------- a class's reasons
@@ -953,7 +997,8 @@ def shapes_and_counts(network, names, image_size):
     for name, output in outputs.items():
         parts = output if isinstance(output, (tuple, list)) else (output,)
         shapes[name] = next((tuple(part.shape[1:]) for part in parts if torch.is_tensor(part)), ())
-    # The counter says Sequential.conv1.0 for our conv1.0, and counts a multiply-add as two.
+    # The counter says Sequential.conv1.0 for our conv1.0 and Sequential for the network, our "", and
+    # counts a multiply-add as two.
     return shapes, {name.partition(".")[2]: sum(kinds.values()) // 2
                     for name, kinds in counter.get_flop_counts().items()}
 
@@ -962,7 +1007,7 @@ def stages(network, image_size):
     """One row a stage: (name, output shape C×H×W, parameters, multiply-adds an image)."""
     children = dict(network.named_children())
     shapes, counts = shapes_and_counts(network, children, image_size)
-    return [(name, shapes[name], count_parameters(stage), counts.get(name, 0))
+    return [(name, shapes.get(name, ()), count_parameters(stage), counts.get(name, 0))
             for name, stage in children.items()]
 
 
@@ -1025,7 +1070,7 @@ def batch_norms(network):
 
 def multiply_adds(network, image_size):
     """Multiply-adds of one image's forward pass."""
-    return sum(row[3] for row in stages(network, image_size))
+    return shapes_and_counts(network, [], image_size)[1].get("", 0)
 
 
 # ---------------------------------------------------------------------------- checkpoints

@@ -230,6 +230,8 @@ HIDDEN = {
     "foreach": lambda x: torch._foreach_clamp_min([x], 0)[0],
     "leaky": lambda x: torch.max(x, 0.1 * x), "leaky by where": lambda x: x.where(x > 0, 0.1 * x),
     "leaky by minimum": lambda x: F.relu(x) + 0.1 * torch.minimum(x, torch.zeros(())),
+    "leaky, a slope a channel": lambda x: x.where(
+        x > 0, x * torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None]),
     "swish": lambda x: x * x.sigmoid(), "swish in place": lambda x: x.clone().mul_(x.sigmoid()),
     "hard swish": lambda x: x * F.relu6(x + 3) / 6, "mish": lambda x: x * F.softplus(x).tanh(),
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
@@ -396,8 +398,34 @@ def test_norms_leave_out_what_has_no_signal_and_take_a_modules_first_call():
     torch.testing.assert_close(norms["act"], F.relu(at_act).flatten(1).norm(dim=1))
 
 
+def test_norms_are_those_of_each_images_maps_and_vectors():
+    class Mean(nn.Module):
+        def __init__(self, dims):
+            super().__init__()
+            self.dims = dims
+
+        def forward(self, x):
+            return x.mean(self.dims)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 3))
+            self.mean, self.all, self.b = Mean((1, 2, 3)), Mean((0, 1, 2, 3)), nn.Conv2d(2, 4, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x * self.mean(x)[:, None, None, None] * self.all(x))
+
+    descent = deconv.descend(Scaled(), "b", images())
+    assert list(descent.norms) == ["b", "a", "image"]
+    torch.testing.assert_close(descent.norms["image"], descent.signal.flatten(1).norm(dim=1))
+
+
 @pytest.mark.parametrize("changes, word", [
     ({"layer": "conv9"}, "conv1"), ({"unit": 64}, "63"), ({"unit": "best"}, "strongest"),
+    ({"unit": torch.tensor([10**6])}, "from 0 to"), ({"unit": 1.5}, "strongest"),
+    ({"unit": torch.tensor([-1])}, "from 0 to"), ({"unit": None}, "strongest"),
     ({"rule": "guess"}, "guided"), ({"bn": "both"}, "skip")])
 def test_a_wrong_setting_is_named_with_what_is_allowed(changes, word):
     settings = {"network": network.build("convnet"), "layer": "conv2", "images": images(1, 32)}

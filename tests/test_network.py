@@ -135,9 +135,25 @@ def test_build_errors_say_what_is_allowed(arguments, complaint):
         network.build(**arguments)
 
 
+def test_a_networks_own_operations_and_lists_of_modules_count():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Conv2d(3, 2, 1)])
+            self.weight = nn.Parameter(torch.randn(10, 2 * 8 * 8))
+
+        def forward(self, x):
+            return F.linear(self.blocks[0](x).flatten(1), self.weight)
+
+    assert network.multiply_adds(Functional(), 8) == 3 * 2 * 8 * 8 + 10 * 2 * 8 * 8
+    assert network.stages(Functional(), 8) == [("blocks", (), 8, 0)]
+
+
 def test_find_layer():
     lenet = on_meta("lenet")
     assert network.find_layer(lenet, "conv1.0") is lenet.conv1[0]
+    lenet.again = lenet.conv1  # a second name of one module
+    assert network.find_layer(lenet, "again.0") is lenet.conv1[0]
     with pytest.raises(ValueError, match="conv1, conv2"):
         network.find_layer(lenet, "conv9")
 
@@ -268,6 +284,13 @@ def test_images_a_network_cannot_take_are_one_line(built, message):
     with pytest.raises(ValueError, match=message) as failed:
         network.forward(built, torch.rand(2, 3, 8, 8))
     assert "\n" not in str(failed.value)
+
+
+def test_what_a_network_does_before_its_forward_is_done():
+    hooked = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    hooked.register_forward_pre_hook(lambda _, given: (F.avg_pool2d(given[0], 2),))
+    assert network.forward(hooked, torch.rand(2, 3, 16, 16), compiled=False).shape == (2, 2)
+    assert network.largest_output(hooked, 16) == 3 * 16 * 16
 
 
 def test_an_output_that_is_no_logits_is_said():
@@ -531,6 +554,50 @@ def test_what_a_module_does_with_its_parts_they_do_not_tell():
         network.forward(layers, torch.rand(2, 3, 16, 16))
     maps = network.captured_maps(layers, outputs, "0", 2)
     assert torch.equal(maps, outputs["0.patcher"])
+
+
+def test_square_maps_of_as_many_channels_as_rows_are_told_by_what_is_inside():
+    class Block(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) + 1
+
+    last = nn.Sequential(nn.Conv2d(3, 8, 2, 2), torchvision.ops.Permute([0, 2, 3, 1]),
+                         Block(nn.Linear(8, 8)))
+    first = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Identity(), Block(nn.Conv2d(8, 8, 1)))
+    for layers, turned in ((last, True), (first, False)):
+        with network.capture(layers, ["2"]) as outputs:
+            layers(torch.rand(2, 3, 16, 16))
+        maps = network.captured_maps(layers, outputs, "2", 2)
+        kept = outputs["2"]
+        assert torch.equal(maps, kept.permute(0, 3, 1, 2) if turned else kept)
+
+
+@pytest.mark.parametrize("shortcut", [nn.Identity(), nn.Sequential(), nn.Dropout()])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_look_at_what_hands_its_input_on_changes_nothing(shortcut, in_place):
+    class Preactivated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shortcut, self.act = shortcut, nn.ReLU(in_place)
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            kept = self.shortcut(x)
+            return self.conv(self.act(x)) + kept  # which the activation may have changed
+
+    block, images = Preactivated().eval(), torch.randn(2, 3, 8, 8)
+    expected, kept = block(images.clone()), images.requires_grad_()
+    with network.capture(block, ["shortcut", "act"]) as outputs:
+        found = block(kept.clone())
+    assert torch.equal(found, expected)
+    assert torch.equal(outputs["shortcut"], images)  # as it was when the layer gave it
+    assert torch.equal(outputs["act"], images.relu())
+    if not in_place:  # and gradients reach it
+        assert torch.autograd.grad(found.sum(), outputs["shortcut"])[0].eq(1).all()
 
 
 @pytest.mark.parametrize("wish, said", [

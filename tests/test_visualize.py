@@ -111,6 +111,29 @@ def test_channels_of_one_layer_may_have_different_fields():
     assert fields[:, 5, 1].tolist() == 2 * [[5, 1, 6, 2]] + 2 * [[3, 0, 8, 4]] + 3 * [[5, 1, 6, 2]]
 
 
+@pytest.mark.parametrize("gate", [
+    torch.sigmoid, F.hardsigmoid, nn.Softmax2d(), lambda x: F.softmin(x, 1)])
+def test_behind_a_gate_channels_keep_their_own_fields(gate):
+    small, large = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 5, padding=2)
+    branches = Lambda(lambda x: torch.cat([gate(small(x)), gate(large(x))], 1))
+    fields = network.receptive_fields(nn.Sequential(branches, nn.MaxPool2d(2)), "1", 12)
+    assert fields[:, 2, 1].tolist() == 2 * [[4, 2, 6, 4]] + 2 * [[2, 0, 8, 6]]
+
+
+def test_what_a_mask_of_attention_hides_is_not_seen():
+    class HalfAttention(nn.Module):
+        def forward(self, x):
+            x = x.flatten(2).mT  # 16 tokens, those of either half for each other alone
+            half = x.new_zeros(16)
+            half[8:] = 1
+            mask = (half[:, None] - half).masked_fill(half[:, None] - half != 0, -100.0)
+            return ((x @ x.mT + mask).softmax(2) @ x).mT.unflatten(2, (4, 4))
+
+    stack = nn.Sequential(nn.Conv2d(3, 4, 2, 2), HalfAttention())
+    fields = network.receptive_fields(stack, "1", 8)
+    assert fields[0, :, 1].tolist() == [[0, 0, 4, 8]] * 2 + [[4, 0, 8, 8]] * 2
+
+
 class AddedInPlace(nn.Module):
     """A block of a pre-activation ResNet, and a matrix product by hand behind it."""
 
@@ -140,6 +163,11 @@ def test_receptive_fields_where_the_border_breaks_the_formula():
     pools = nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2, 1, dilation=2))
     fields = network.receptive_fields(pools, "1", 10)  # windows at 0, 2, 4, 6 and, cut off, 8
     assert fields[0, :, 0].tolist() == [[0, 0, 7, 7], [2, 0, 9, 7], [4, 0, 10, 7]]
+    # The corner units look at padding alone, which says nothing of their rows and columns.
+    padded = nn.Sequential(nn.Conv2d(3, 2, 1, padding=(0, 1)))
+    assert network.receptive_fields(padded, "0", 3)[0].tolist() == [
+        [[0] * 4, *[[row, column, row + 1, column + 1] for column in range(3)], [0] * 4]
+        for row in range(3)]
     up = nn.Sequential(nn.AvgPool2d(4), nn.Upsample(scale_factor=2))  # two units see the same
     assert network.receptive_fields(up, "1", 32)[0, :, 0, 0].tolist() == [
         4 * (row // 2) for row in range(16)]
@@ -163,7 +191,7 @@ def test_receptive_fields_behind_a_pool_that_gives_its_places_too(pool):
 
 @pytest.mark.parametrize("choose", [
     nn.FractionalMaxPool2d(2, 4), lambda x: x.median(1, True)[0], lambda x: x.topk(2, 1)[0],
-    lambda x: x.quantile(0.5, 1, True)])
+    lambda x: x.quantile(0.5, 1, True), lambda x: x.gather(3, x.argsort(3))])
 def test_where_one_value_is_chosen_no_receptive_field_is_told(choose):
     with pytest.raises(ValueError, match=r"layer=1: behind .* no receptive field can be found"):
         network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(choose)), "1", 12)
