@@ -44,7 +44,7 @@ from torch import distributed, nn
 
 import data
 import network as networks
-from data import AUGMENTATIONS, Made, Table, closest, fingerprint_of, folder_of, load_split, text_of
+from data import AUGMENTATIONS, Made, Table, closest, load_split, text_of
 
 # The columns of metrics.csv as TensorBoard groups them: what is compared stands side by side.
 TAGS = {"train/loss": "loss/train", "train/accuracy": "accuracy/train", "val/loss": "loss/val",
@@ -1606,9 +1606,10 @@ class Elsewhere(typing.TypedDict, total=False):
     std: tuple[float, ...] | None
 
 
-def open_network(source, device="auto", weights=None, **wishes):
+def open_network(source, device="auto", weights=None, moved=None, **wishes):
     """The network that `source` means, in evaluation mode on the chosen device, and its
-    `Description`. See `network.load`; `wishes` are how it wants its images."""
+    `Description`. See `network.load`; `wishes` are how it wants its images. `moved` is where the
+    data set that it was trained on is now."""
     network, description = networks.load(source, weights, choose_device(device), **wishes)
     if not networks.finite(network.state_dict()):
         raise ValueError(f"{source}: holds weights that are not finite numbers")
@@ -1623,11 +1624,14 @@ def open_network(source, device="auto", weights=None, **wishes):
             now = read_config(Path(source) / "config.json")
             description = dataclasses.replace(description, settings={
                 **description.settings, "data": now.data, "root": now.root})
+        if moved is not None:
+            description = dataclasses.replace(description, settings={
+                **description.settings, "data": as_setting(moved)})
     return network, description
 
 
 def open_dataset(description, data=None, root=None):
-    """The data set that a network was trained on, split as it was then, or another, `data`.
+    """The data set that a network was trained on, split as it was then, or all of another, `data`.
 
     `root` takes the place of the data set's folder; without it nothing is written or downloaded,
     for where the checkpoint says is for its author to say. Classes are told by their names:
@@ -1653,19 +1657,15 @@ def run_settings(description, data=None, root=None):
     """The `Config` of the run that a network comes from, with `data` and `root` in place of its
     own, and the fingerprint that its own data must have still, None for other data.
 
-    What was held out or left out of its own data is not of other data, but of the same files in
-    another folder.
+    Of `data` that is named all is taken, whatever its path, also where it is the run's own: nothing
+    is held out and no limit kept.
     """
     if not description.settings and data is None:
         raise ValueError("a network from elsewhere comes without images; give `data=NAME`; or give "
                          "`image=FILE`")
     config = Config.from_json(description.settings) if description.settings else Config()
     if data is not None:
-        folder = folder_of(as_setting(data))  # None for a built-in set
-        moved = (description.fingerprint and folder and folder != folder_of(config.data)
-                 and folder.is_dir() and fingerprint_of(folder) == description.fingerprint)
-        config = dataclasses.replace(config, data=as_setting(data), **(
-            {} if moved else {"val": 0, "limit": None}))
+        config = dataclasses.replace(config, data=as_setting(data), val=0, limit=None)
     config = dataclasses.replace(config, root=as_setting(root or config.root),
                                  image_size=description.preprocessing.image_size)
     return config, description.fingerprint if data is None else None
@@ -1931,11 +1931,11 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
     """Measure the network in CKPT (a file or a run folder) on the test images of its data set.
 
     Accuracy, also of the five likeliest of more than ten classes, loss, and expected calibration
-    error (Guo et al. 2017, section 2). `--data` takes another data set of the same classes, the
-    images of CIFAR-10.1 (the file cifar10.1_v6_data.npy, its labels beside it; Recht et al. 2018)
-    or the folder of CIFAR-10-C (Hendrycks & Dietterich 2019, section 4), for a table of
-    corruptions and severities, and the mean of the 15 that count. `--tta=flip` and `--tta=full`
-    average the logits of several views.
+    error (Guo et al. 2017, section 2). `--data` takes another data set of the same classes, all of
+    it, whatever the run's --limit; the images of CIFAR-10.1 (the file cifar10.1_v6_data.npy, its
+    labels beside it; Recht et al. 2018); or the folder of CIFAR-10-C (Hendrycks & Dietterich 2019,
+    section 4), for a table of corruptions and severities, and the mean of the 15 that count.
+    `--tta=flip` and `--tta=full` average the logits of several views.
     A network from elsewhere is torchvision:NAME or module:function; its classes are numbers.
     """
     network, description = open_network(ckpt, device, **elsewhere)
@@ -1949,7 +1949,8 @@ def evaluate(ckpt: str, data: str | None = None, root: str | None = None,
     if not description.classes:  # which of its thousand are in other data only the labels say
         result["per_class"] = {name: accuracy for name, accuracy in result["per_class"].items()
                                if accuracy is not None}
-    return Made(shown_result(result))
+    table, line = shown_result(result)
+    return Made([table, f"{line}; {len(test.labels)} images"])
 
 
 def corruption_table(network, description, folder, tta):
@@ -2108,7 +2109,8 @@ MEANINGS = {"resume": "go on with the run, or start it if there is none; a RUN's
             "top": "how many classes of each",
             "out": "the file to write",
             "run": "the folder of a run",
-            "data": "other images of the same classes",
+            "data": "other images of the same classes, all of them; none: the run's own, with its "
+                    "limit",
             "root": "where data sets are downloaded to and cached",
             "tta": "views of a test image whose logits are averaged:",
             "device": "auto | cpu | cuda | mps"}

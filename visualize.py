@@ -1623,7 +1623,8 @@ MEANINGS = {
     **{name: train.MEANINGS[name] for name in ("weights", "mean", "std", "root", "device")},
     "image_size": f"{train.MEANINGS['image_size']} (samples: of all pictures; none: as they are)",
     "skip_bad": "leave out image files that cannot be read",
-    "data": "cifar10, cifar100, shapes, or a folder; none: the run's own",
+    "data": "cifar10, cifar100, shapes, or a folder, all of it; none: the run's own, with its "
+            "limit",
     "out": "file or folder; none: figures/ beside the checkpoint",
     "format": "of the figures, where --out is no file (none: png):",
     "seed": "of what is drawn at random",

@@ -43,7 +43,7 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     WHAT is the folder of a finished run; or a report or an id of experiments.toml, for a table of
     what was reported beside what the runs in the folder RUNS measured, and their figures. It goes
     to the run's folder, to RUNS/WHAT, or to OUT. `--data` and `--root` say where a run's images
-    are if they have moved.
+    are if they have moved: its page tells of those that it was measured on, with its --limit.
     """
     if out and Path(out).suffix.lower() in (".html", ".md", ".pdf"):
         raise ValueError(f"out={out}: must be a folder; {' and '.join(PAGES)} are written there")
@@ -158,11 +158,11 @@ def report_of_run(run, folder, given):
     if not result:
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
                          f"with one that was stopped)")
-    network, description = train.open_network(run, given["device"])
-    # The checkpoint says where its images were when it was trained.
-    moved = {name: given[name] for name in ("data", "root") if given[name] is not None}
-    dataset = train.open_dataset(dataclasses.replace(  # split as it was, wherever the images are
-        description, settings={**description.settings, **moved}))
+    # Not `data`, of which all would be taken: split as it was, wherever the images are. The figures
+    # look at them the same way.
+    given = {"moved": given["data"], "root": given["root"], "device": given["device"]}
+    network, description = train.open_network(run, given["device"], moved=given["moved"])
+    dataset = train.open_dataset(description, root=given["root"])
     test, config = dataset.test, train.Config.from_json(result["settings"])
     logits = train.predict(network, test.images, description.preprocessing,
                            bar=f"predicting {len(test.labels)} images")

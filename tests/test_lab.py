@@ -443,6 +443,17 @@ def test_the_report_of_a_run_has_every_section_and_needs_no_other_file(finished,
     assert "| momentum |" not in first + layers and "| momentum | 0.9 |" in folded
 
 
+def test_a_report_s_figures_are_of_the_images_that_its_text_tells_of(finished, tmp_path,
+                                                                    coarse_figures, monkeypatch):
+    looked, open_test = [], train.open_test
+    monkeypatch.setattr(train, "open_test", lambda *given: looked.append(open_test(*given))
+                        or looked[-1])
+    report.report(str(finished), out=str(tmp_path), data="shapes")
+    assert "of 40 test images of shapes correctly" in (tmp_path / "report.md").read_text()
+    own = data.load("shapes", limit=40).test.images
+    assert looked and all(torch.equal(test.images, own) for test in looked)
+
+
 def test_a_report_means_nothing_but_what_is_in_it():
     assert data.plain("`x` *1* a|b <i> a_b _c_\n# d") == (
         r"\`x\` \*1\* a\|b &lt;i&gt; a_b \_c\_ \# d")

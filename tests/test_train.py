@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -675,17 +676,24 @@ def test_after_images_have_changed_the_best_epoch_is_one_on_the_new(tmp_path):
     assert train.finished(more.folder, more)["epochs"] == 3
 
 
-def test_a_limited_run_is_measured_alike_where_its_images_were_moved(tmp_path):
+def test_a_limited_run_s_images_are_the_same_where_they_were_moved(tmp_path):
     pets, cache = image_folder(tmp_path / "pets", ("cat", "dog")), str(tmp_path / "cache")
     train.train(config := tiny(tmp_path / "runs", data=pets, val=2, limit=4, batch_size=4,
                                image_size=32, root=cache))
     _, about = train.open_network(config.folder)
     before = train.open_dataset(about, root=cache)
+    copy = shutil.copytree(pets, tmp_path / "copy")
+    for data_set in (pets, str(copy)):  # one that is named is taken whole, whatever its path
+        assert len(train.open_test(about, data_set, cache).labels) == 8
+        assert len(train.open_dataset(about, data_set, cache).train.labels) == 8
+        _, line = train.evaluate(str(config.folder), data_set, cache)
+        assert line.endswith("; 8 images")
+    assert train.evaluate(str(config.folder), root=cache)[1].endswith("; 4 images")
     moved = Path(pets).rename(tmp_path / "moved")
-    after = train.open_dataset(about, str(moved), cache)
+    _, about = train.open_network(config.folder, moved=moved)
+    after = train.open_dataset(about, root=cache)
     for part in ("train", "val", "test"):
         assert torch.equal(getattr(before, part).images[:], getattr(after, part).images[:])
-    assert len(train.open_test(about, moved, cache).labels) == 4
 
 
 def test_an_earlier_split_of_unequal_classes_is_not_gone_on_with(tmp_path):
