@@ -656,6 +656,8 @@ def end_epoch(state, dataset, batches, folder):
     if dataset.val:
         logits = predict(state.evaluated, dataset.val.images, folder.preprocessing)
         validation = score(logits, dataset.val.labels, len(dataset.classes))
+        if not logits.isfinite().all():  # answers that say nothing, not wrong ones
+            validation["accuracy"] = None
     state.epoch += 1
     row = {"epoch": state.epoch, "step": state.step, "train/loss": loss / count,
            "train/accuracy": correct / count, "val/loss": validation["loss"],
@@ -667,9 +669,10 @@ def end_epoch(state, dataset, batches, folder):
     state.metrics += line
     folder.row(row, line, histograms(state.network))
     # Of epochs that do equally well the first stays, the one with less training.
-    best = dataset.val is not None and validation["accuracy"] > state.best_accuracy
+    accuracy = validation["accuracy"]
+    best = accuracy is not None and accuracy > state.best_accuracy
     if best:
-        state.best_accuracy, state.best_epoch = validation["accuracy"], state.epoch
+        state.best_accuracy, state.best_epoch = accuracy, state.epoch
     state.seconds += state.epoch_seconds
     state.epoch_seconds, state.totals, state.logged = 0.0, (0.0,) * 4, (0.0,) * 4
     folder.save(state, best, state.epoch in snapshot_epochs(config, state.network))
@@ -1717,7 +1720,8 @@ def finish(state, dataset, folder, workers):
     # Which epoch that is was chosen by validation images; the test set has no say in anything.
     kept = networks.find_checkpoint(folder.path) if dataset.val else folder.path / "last.pth"
     if dataset.val and kept.name != "best.pth":
-        folder.say(f"{folder.path}: best.pth is gone; the last epoch is measured")
+        why = "best.pth is gone" if state.best_accuracy >= 0 else "no epoch is known to be the best"
+        folder.say(f"{folder.path}: {why}; the last epoch is measured")
     network, about = open_network(kept, config.device)
     logits = finite_logits(network, dataset.test.images, prep)
     last = dict(zip(COLUMNS, state.metrics.rstrip().rpartition("\n")[2].split(",")))

@@ -632,6 +632,27 @@ def test_points_stay_in_order_where_the_clock_was_set_back(tmp_path, monkeypatch
     assert last.name.endswith(".000000012") and first.name.endswith(".000000000")
 
 
+@pytest.mark.parametrize("diverged", [(1,), (2,), (1, 2)])
+def test_an_epoch_whose_outputs_are_not_finite_has_no_accuracy(diverged, tmp_path, monkeypatch,
+                                                               capsys):
+    epochs, predict, one = itertools.count(1), train.predict, (0, 1)
+
+    def predicted(network, images, *more):
+        logits = predict(network, images, *more)
+        if len(images) == 8 and next(epochs) in diverged:  # the validation images
+            logits[one] = math.inf
+        return logits
+
+    monkeypatch.setattr(train, "predict", predicted)
+    result = train.train(tiny(tmp_path, val=8, on_nan="skip"))
+    rows = train.read_rows(tmp_path / "run")
+    assert [math.isnan(row["val/accuracy"]) for row in rows] == [n in diverged for n in (1, 2)]
+    assert (tmp_path / "run" / "best.pth").exists() == (len(diverged) < 2)
+    assert result["epoch"] == (1 if 1 not in diverged else 2)
+    assert (result["val/accuracy"] is None) == (len(diverged) == 2)
+    assert ("no epoch is known to be the best" in capsys.readouterr().out) == (len(diverged) == 2)
+
+
 def test_images_that_changed_since_the_run_began_are_refused(tmp_path):
     pets = image_folder(tmp_path / "pets", ("cat", "dog"))
     values = {"data": pets, "val": 0, "limit": None, "batch_size": 4, "image_size": 32,
