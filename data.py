@@ -898,7 +898,8 @@ def resize(images, size):
     if size is None or tuple(images.shape[2:]) == (size, size):
         return images
     # Made smaller without antialiasing, a picture would lose the pixels between those it reads.
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=size < images.shape[3])
+    return F.interpolate(images, (size, size), mode="bilinear",
+                         antialias=size < max(images.shape[2:]))
 
 
 def crops_of(pixels, first, size):

@@ -553,6 +553,15 @@ def test_grey_of_16_bits_is_rounded_and_damaged_exif_does_no_harm(tmp_path):
     assert (data.read_image(tmp_path / "a.png") == 9).all()
 
 
+@pytest.mark.parametrize("tall", [False, True])
+def test_an_image_is_made_smaller_with_all_its_pixels(tall):
+    images = torch.zeros(1, 3, 16, 4)
+    images[:, :, ::4] = 4.0  # every fourth line: their mean is 1
+    images = images if tall else images.mT
+    assert torch.allclose(data.resize(images, 4)[:, :, 1:3, 1:3], torch.ones(1, 3, 2, 2), atol=0.2)
+    assert data.resize(images, 4).mean() == pytest.approx(1, abs=0.2)
+
+
 def test_names_that_look_the_same_are_told_apart(tmp_path):
     for part, name in (("train", "caf\u00e9"), ("test", "cafe\u0301")):
         (tmp_path / part / name).mkdir(parents=True)
