@@ -1126,13 +1126,14 @@ def mix(images, labels, augment, seed, step):
     else:
         # A rectangle of the images' form that covers a share 1 − share of them; at the border it is
         # cut off, and the share is what is left.
-        size = images.shape[3]
-        half = size * (1 - share) ** 0.5 / 2
-        top, bottom, left, right = (round(min(max(size * middle + side, 0), size))
-                                    for middle in (y, x) for side in (-half, half))
+        height, width = images.shape[2:]
+        half = (1 - share) ** 0.5 / 2  # of either side
+        top, bottom, left, right = (
+            round(min(max(size * middle + size * end, 0), size))
+            for size, middle in ((height, y), (width, x)) for end in (-half, half))
         images = images.clone()
         images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
-        share = 1 - (bottom - top) * (right - left) / size**2
+        share = 1 - (bottom - top) * (right - left) / (height * width)
     return images, [(labels, share), (labels.flip(0), 1 - share)]
 
 

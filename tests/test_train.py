@@ -155,11 +155,13 @@ def test_mixed_images_by_hand():
     low, high = math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))
     assert objective.item() == pytest.approx(low + high) and sums[2] == 2
     assert sums[1] == pytest.approx(0.75 + 0.25)
-    images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
-    for step in range(20):
+    sides = ((8, 8), (4, 8), (12, 8))
+    for step, (height, width) in itertools.product(range(20), sides):
+        zeros, ones = torch.zeros(3, height, width), torch.ones(3, height, width)
+        images = torch.stack([zeros, ones])
         mixed, ((_, share), (others, rest)) = data.mix(images, labels, ("mixup",), 0, step)
-        assert torch.allclose(mixed[0], torch.full((3, 8, 8), rest)) and share + rest == 1
-        assert torch.allclose(mixed[1], torch.full((3, 8, 8), share))
+        assert torch.allclose(mixed[0], ones * rest) and share + rest == 1
+        assert torch.allclose(mixed[1], ones * share)
         mixed, ((_, share), (others, rest)) = data.mix(images, labels, ("cutmix",), 0, step)
         assert mixed[0].mean() == pytest.approx(rest) and set(mixed.unique().tolist()) <= {0, 1}
         assert others.tolist() == [1, 0]
