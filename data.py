@@ -307,9 +307,7 @@ def _source(parts, data, root, image_size, skip_bad, writes, known):
         return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes, known)
     if data == "shapes":
         sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed
-        # They are drawn once; whoever changes them has a copy.
-        classes, splits = SHAPES, {part: Split(*map(torch.clone, draw_shapes(*sizes[part])))
-                                   for part in parts}
+        classes, splits = SHAPES, {part: draw_shapes(*sizes[part]) for part in parts}
     else:
         classes, splits = _cifar(data, root, parts, writes)
     return (tuple(classes), {part: split.labels for part, split in splits.items()},
@@ -776,13 +774,18 @@ def _free_of_process():
     return max(0, min(known))
 
 
-@functools.lru_cache(maxsize=4)
 def draw_shapes(count, seed):
     """Draw `count` 32×32 RGB images of ten shapes: a task that needs shape, not colour or place.
 
     Position, size, rotation, both colours, background clutter and noise vary at random; labels
     index `SHAPES`. The same `count` and `seed` give the same images everywhere.
     """
+    # They are drawn once; whoever changes them has a copy.
+    return Split(*map(torch.clone, _drawn(count, seed)))
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn(count, seed):
     parts = [_draw_chunk(torch.arange(start, min(start + 2_000, count)) % 10,
                          generator("shapes", seed, start)) for start in range(0, count, 2_000)]
     return Split(_channels_last(torch.cat([images for images, _ in parts])),

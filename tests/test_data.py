@@ -96,8 +96,14 @@ def test_validation_split_out_of_range(count):
 
 
 def test_shapes_are_the_same_every_time_and_balanced():
-    shapes = data.draw_shapes.__wrapped__(200, seed=1)
+    shapes = data._drawn.__wrapped__(200, seed=1)
     assert torch.equal(shapes.images, data.draw_shapes(200, seed=1).images)
+    for drawn in (data.draw_shapes(200, seed=1), data.load("shapes", limit=20, val=0).train):
+        drawn.images[:] = 0  # a copy: those of the next are not changed
+        drawn.labels[:] = 0
+    assert torch.equal(shapes.images, data.draw_shapes(200, seed=1).images)
+    assert torch.equal(shapes.labels, data.draw_shapes(200, seed=1).labels)
+    assert data.load("shapes", limit=20, val=0).train.images.any()
     assert shapes.images.shape == (200, 3, 32, 32) and shapes.images.dtype == torch.uint8
     assert torch.bincount(shapes.labels).tolist() == [20] * 10
 
