@@ -47,6 +47,7 @@ def along_gradient(loss_of, weights, sizes):
     return dict(zip(MEASURES, (min(losses), max(losses), min(changes), max(changes), max(betas))))
 
 
+@torch.random.fork_rng(devices=[])  # the random numbers of who calls are not touched
 def short_run(model, lr, dataset, device, steps, batch_size, seed, every=0):
     """Train `model` for `steps` with SGD (momentum 0.9, constant `lr`): a row for each step.
 

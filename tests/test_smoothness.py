@@ -46,6 +46,14 @@ def test_filters_of_the_images_are_fitted_as_in_training(few_shapes):
     assert torch.equal(seen["weight"][:12], -seen["weight"][12:])
 
 
+def test_a_short_run_leaves_the_random_numbers_of_who_calls_alone(few_shapes):
+    dataset, before = data.load("shapes", limit=16), torch.get_rng_state()
+    first, again = (smoothness.short_run("lenet", 0.01, dataset, torch.device("cpu"), 2, 8, 0)
+                    for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [row["loss"] for row in first] == [row["loss"] for row in again]
+
+
 def test_the_command_keeps_what_it_measured_and_names_are_literal(tmp_path, monkeypatch,
                                                                   few_shapes, coarse_figures):
     flags = {"models": "lenet", "data": "shapes", "steps": 2, "every": 1, "lrs": (0.1, 0.2),
