@@ -663,17 +663,19 @@ def measure_batch_norm(network, images, preprocessing):
     norms = networks.batch_norms(network)
     momenta = [norm.momentum for norm in norms]
     # Halfway between two networks, outputs have another mean and spread than either knows of. The
-    # rest of the network stays in evaluation mode: dropout would shift them as well.
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # the mean of all batches
-    # Of equal size, as each counts as much: of 257 images the last would weigh as much as 256.
-    for chunk in images.tensor_split(-(-len(images) // 256)) if norms else ():
-        networks.forward(network, preprocessing(chunk, networks.device_of(network)))
-    for norm, momentum in zip(norms, momenta):
-        norm.eval()
-        norm.momentum = momentum
+    # rest of the network is in evaluation mode: dropout would shift them as well.
+    with networks.evaluation(network):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train()
+                norm.momentum = None  # the mean of all batches
+            # Of equal size, as each counts as much: of 257 the last would weigh as much as 256.
+            for chunk in images.tensor_split(-(-len(images) // 256)) if norms else ():
+                networks.forward(network, preprocessing(chunk, networks.device_of(network)))
+        finally:
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
     return len(norms)
 
 

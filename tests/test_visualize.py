@@ -1071,6 +1071,14 @@ def test_batch_norms_statistics_measured_anew_are_those_of_the_images():
     visualize.measure_batch_norm(network_, images, prep)
     assert norm.running_mean.tolist() == pytest.approx([0.2 + 0.8 / 257] * 3, rel=0.01)
     assert visualize.measure_batch_norm(nn.Linear(1, 1), images, prep) == 0
+    network_.train()
+    visualize.measure_batch_norm(network_, images, prep)
+    assert norm.training and network_[1].training
+    norm.eval()
+    network_.append(Lambda(lambda _: 1 / 0))
+    with pytest.raises(ValueError, match="division by zero"):
+        visualize.measure_batch_norm(network_, images, prep)
+    assert norm.momentum == 0.3 and not norm.training and network_[1].training
 
 
 def test_principal_directions_of_a_path_in_a_plane():
