@@ -879,9 +879,12 @@ class Preprocessing:
 
 
 def check_bytes(images):
-    """ValueError for pixels that are floating-point numbers, whose white may be 1 or 255."""
-    if images.is_floating_point():
-        raise ValueError(f"images of {images.dtype}: must be bytes (torch.uint8), from 0 to 255")
+    """ValueError for what is no N×3×H×W images of bytes, or none at all: of floating-point numbers,
+    for one, white may be 1 or 255."""
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or shape[1:2] != (3,) or len(shape) != 4 or 0 in shape:
+        raise ValueError(f"images of {images.dtype}, {'×'.join(map(str, shape))}: must be bytes "
+                         f"(torch.uint8), N×3×H×W, N at least 1")
 
 
 @functools.lru_cache(maxsize=8)

@@ -136,7 +136,7 @@ def test_pixels_are_bytes_and_batches_square():
                         split.labels)
     before = floats.images.clone()
     for use in (data.Preprocessing(16, [0.5] * 3, [0.5] * 3), lambda _: batches_of(floats)):
-        with pytest.raises(ValueError, match=r"torch\.float32: must be bytes"):
+        with pytest.raises(ValueError, match=r"torch\.float32, \d+×3×16×16: must be bytes"):
             use(floats.images)
     assert torch.equal(floats.images, before)
     assert data.Preprocessing(16, [0.5] * 3, [0.5] * 3)(split.images).shape == (20, 3, 16, 16)

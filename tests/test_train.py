@@ -149,6 +149,16 @@ def test_calibration_by_hand():
     assert train.figures(torch.eye(2), torch.arange(2), "ab")["test/top5_accuracy"] is None
 
 
+@pytest.mark.parametrize("shape, dtype", [
+    ((3, 32, 32), "uint8"), ((2, 1, 32, 32), "uint8"), ((2, 4, 32, 32), "uint8"),
+    ((0, 3, 32, 32), "uint8"), ((2, 3, 32, 32), "int64"), ((2, 3, 32, 32), "bool")])
+def test_predictions_are_of_bytes_of_three_colours(shape, dtype):
+    images = torch.ones(shape, dtype=getattr(torch, dtype))
+    told = rf"torch\.{dtype}, {'×'.join(map(str, shape))}: must be bytes \(torch\.uint8\), N×3×H×W"
+    with pytest.raises(ValueError, match=told):
+        train.predict(network.build("lenet"), images, data.Preprocessing(32, (0.5,) * 3, (1,) * 3))
+
+
 def test_mixed_images_by_hand():
     logits, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])
     objective, sums = train.measure(logits, [(labels, 0.75), (labels.flip(0), 0.25)], 0.0)
