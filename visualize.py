@@ -71,6 +71,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 UNITS = {"loss": "cross-entropy", "accuracy": "of the images"}
 PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
 GREY = 0.85  # what lies outside the image
+ANEW = ", batch norm measured anew"
 NOTHING = "–"  # instead of a number where nothing was there to be measured
 
 
@@ -631,9 +632,14 @@ def loss_on(network, parts, preprocessing, what=""):
         logits = train.predict(network, split.images, preprocessing)
         result = train.score(logits, split.labels, logits.shape[1])
         measured = math.isfinite(result["loss"])  # of what is no number none is right or wrong
-        values |= {f"{name}{what}/{kind}": result[kind] if measured else math.nan
-                   for kind in UNITS}
+        values |= {column: result[kind] if measured else math.nan
+                   for column, kind in zip(names_on([name], what), UNITS)}
     return values
+
+
+def names_on(parts, what=""):
+    """The names of what `loss_on` measures."""
+    return [f"{name}{what}/{kind}" for name in parts for kind in UNITS]
 
 
 def loss_between(network, ends, share, parts):
@@ -653,7 +659,7 @@ def loss_between(network, ends, share, parts):
         for name in ("mean", "std")})
     values = loss_on(network, parts, preprocessing)
     if measure_batch_norm(network, parts["train"].images, preprocessing):
-        values |= loss_on(network, parts, preprocessing, ", batch norm measured anew")
+        values |= loss_on(network, parts, preprocessing, ANEW)
     return values
 
 
@@ -743,14 +749,18 @@ def plane_of(network, ckpt, directions, seed, span, points):
     return axes, *along, labels, trail.tolist()
 
 
-def read_table(path):
-    """The rows of the CSV file `path`, dictionaries of floats (and the text "model"), or []."""
+def read_table(path, columns=None):
+    """The rows of the CSV file `path`, dictionaries of floats (and the text "model"), or [].
+    ValueError for one that is damaged, or has not these `columns`."""
     if not path.is_file():
         return []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = csv.DictReader(file)
+            if columns and sorted(lines.fieldnames or ()) != sorted(columns):
+                raise ValueError(f"its columns are not {','.join(columns)}")
             return [{name: value if name == "model" else float(value) for name, value
-                     in row.items()} for row in csv.DictReader(file)]
+                     in row.items()} for row in lines]
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: damaged ({error}); without it all is computed anew") from error
 
@@ -761,13 +771,13 @@ def write_table(path, rows):
     write_atomically(path, Table(columns, [[row[name] for name in columns] for row in rows]).csv())
 
 
-def evaluate_points(path, points, evaluate, description):
-    """`evaluate(point)`, a dictionary, at each (x, y) of `points`; {(x, y): row}.
+def evaluate_points(path, points, evaluate, description, names):
+    """`evaluate(point)`, a dictionary of these `names`, at each (x, y) of `points`; {(x, y): row}.
 
     Rows are kept in the CSV file `path` as they come, and not computed when they are there.
     """
     def kept():  # found by their numbers: a file has all digits of a float
-        return {(row["x"], row["y"]): row for row in read_table(path)}
+        return {(row["x"], row["y"]): row for row in read_table(path, ["x", "y", *names])}
 
     rows = kept()
     for point in progress([point for point in points if point not in rows], description):
@@ -1527,7 +1537,8 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
             return loss_on(network, parts, about.preprocessing)
 
     def values_at(points):
-        return evaluate_points(table, points, loss_of, f"loss at {len(points)} points")
+        return evaluate_points(table, points, loss_of, f"loss at {len(points)} points",
+                               names_on(parts))
 
     # The network itself first: a diverged one ends here, before hours of other points.
     [centre] = values_at([(0.0, 0.0)]).values()
@@ -1580,7 +1591,8 @@ def line_to(to, ckpt, network, about, parts, points, title, **flags):
     between, thirds = copy.deepcopy(network), max(1, round(points / 6))  # 0 and 1 are points
     rows = evaluate_points(
         table, [(x, 0.0) for x in spaced(-0.25, 1.25, 6 * thirds + 1)],
-        lambda point: loss_between(between, ends, point[0], parts), f"loss on the way to {to}")
+        lambda point: loss_between(between, ends, point[0], parts), f"loss on the way to {to}",
+        [*names_on(parts), *(names_on(parts, ANEW) if networks.batch_norms(network) else ())])
     title = f"{title.removeprefix(f'{about.title}: ')}, on the straight line between two networks"
     figure = draw_landscape_line(rows.values(), title, f"from {about.title} (0) to {its.title} (1)")
     return Made([save_figure(figure, ckpt, "landscape-to", **flags), table])

@@ -143,7 +143,7 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
     dataset = load(data, root, val=0)
     key = visualize.fingerprint(*dataset.train, seed, steps, every, batch_size, lrs[0])
     table = visualize.figure_path(None, "smoothness", out).with_name(f"smoothness-{key}.csv")
-    rows = visualize.read_table(table)
+    rows = visualize.read_table(table, ["model", "lr", "step", "loss", *MEASURES])
     done = {(row["model"], row["lr"]) for row in rows}
     # Along the gradient one run of each is measured: each time that takes nine backward passes.
     for model, lr in (run for run in itertools.product(models, lrs) if run not in done):

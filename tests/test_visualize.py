@@ -1119,11 +1119,20 @@ def test_an_interrupted_grid_goes_on_and_computes_nothing_twice(tmp_path):
 
     points = [(0.0, 1.0), (0.1, 1.0), (0.2, 1.0), (0.3, 1.0)]
     with pytest.raises(KeyboardInterrupt):
-        visualize.evaluate_points(tmp_path / "grid.csv", points, evaluate, "")
-    rows = visualize.evaluate_points(tmp_path / "grid.csv", points, evaluate, "")
+        visualize.evaluate_points(tmp_path / "grid.csv", points, evaluate, "", ["loss"])
+    rows = visualize.evaluate_points(tmp_path / "grid.csv", points, evaluate, "", ["loss"])
     assert seen == [*points[:3], *points[2:]]
     assert rows[0.3, 1.0]["loss"] == pytest.approx(1.3)
-    visualize.evaluate_points(tmp_path / "grid.csv", points, None, "")
+    visualize.evaluate_points(tmp_path / "grid.csv", points, None, "", ["loss"])
+    written = (tmp_path / "grid.csv").read_text()
+    lines = written.splitlines()
+    for changed in (written.replace("loss", "lost"), written.replace("x", "u"), "",
+                    "\n".join(["z," + lines[0], *(f"1,{line}" for line in lines[1:])])):
+        (tmp_path / "grid.csv").write_text(changed)
+        for more in (points, [*points, (0.4, 1.0)]):
+            with pytest.raises(ValueError, match=r"grid\.csv: damaged \(its columns are not x,y,"):
+                visualize.evaluate_points(tmp_path / "grid.csv", more, evaluate, "", ["loss"])
+        assert (tmp_path / "grid.csv").read_text() == changed
 
 
 def test_a_class_may_be_called_none(run, tmp_path):
@@ -1205,9 +1214,11 @@ def test_a_saved_landscape_is_not_that_of_other_images(run, tmp_path, monkeypatc
     assert other not in tables
     monkeypatch.undo()
     monkeypatch.setattr(data, "draw_shapes", lambda _count, part: draw(60, 50 + part))
-    tables[0].write_text("x,y\n1,two\n")
-    with pytest.raises(ValueError, match="damaged"):
-        visualize.landscape(str(run), points=3, images=9, out=str(tmp_path))
+    renamed = tables[0].read_text().replace("test/loss", "lost")
+    for changed in ("x,y\n1,two\n", renamed):
+        tables[0].write_text(changed)
+        with pytest.raises(ValueError, match="damaged"):
+            visualize.landscape(str(run), points=3, images=9, out=str(tmp_path))
 
 
 def test_a_fingerprint_tells_tensors_and_settings_apart():
@@ -1554,10 +1565,12 @@ def test_two_landscapes_at_once_lose_none_of_their_points(tmp_path):
 
     def mine(point):
         if point == (1.0, 0.0):  # meanwhile somebody else computes others
-            visualize.evaluate_points(table, [(5.0, 0.0), (6.0, 0.0)], lambda _: {"loss": 5.0}, "")
+            visualize.evaluate_points(table, [(5.0, 0.0), (6.0, 0.0)], lambda _: {"loss": 5.0}, "",
+                                      ["loss"])
         return {"loss": 1.0}
 
-    found = visualize.evaluate_points(table, [(0.0, 0.0), (1.0, 0.0), (2.0, 0.0)], mine, "")
+    found = visualize.evaluate_points(table, [(0.0, 0.0), (1.0, 0.0), (2.0, 0.0)], mine, "",
+                                      ["loss"])
     assert [*found] == [(0.0, 0.0), (1.0, 0.0), (2.0, 0.0)]
     assert {row["x"]: row["loss"] for row in visualize.read_table(table)} == {
         0.0: 1.0, 1.0: 1.0, 2.0: 1.0, 5.0: 5.0, 6.0: 5.0}
