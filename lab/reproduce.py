@@ -392,8 +392,12 @@ SEAL = re.compile("(<!-- Written by python -m lab [a-z]+)(: [0-9a-f]{16})? -->")
 def sealed(text):
     """A text with a digest of itself, which tells whether it was changed since it was written."""
     bare = SEAL.sub(r"\1 -->", text, count=1)
-    digest = hashlib.blake2b(bare.encode(), digest_size=8).hexdigest()
-    return SEAL.sub(rf"\1: {digest} -->", bare, count=1)
+    return SEAL.sub(rf"\1: {digest_of(bare.encode())} -->", bare, count=1)
+
+
+def digest_of(content):
+    """The digest of bytes that a seal has."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def check_unchanged(path, sign):

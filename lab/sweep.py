@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import time
 import typing
 
@@ -17,7 +18,7 @@ from data import (
     value_in,
     write_atomically,
 )
-from lab.reproduce import RESULT, changed_since, check_unchanged, replace
+from lab.reproduce import RESULT, changed_since, check_unchanged, digest_of, replace
 
 SIGN = " | ".join(RESULT[-2:])  # a sweep.md without it is somebody else's
 
@@ -37,7 +38,7 @@ def sweep(**flags):
     page, sheet = folder / "sweep.md", folder / "sweep.csv"
     columns = [*choices[0], *RESULT, "state"]
     check_unchanged(page, SIGN)  # before anything is trained
-    check_columns(sheet, columns)
+    check_sheet(sheet, page, columns)
     visualize.file_of(folder / "curves.png")  # complains of one that is none of ours
     while len(done) < len(configs):  # again and again: another process may hold a run, and die
         for number, config in enumerate(configs):
@@ -56,9 +57,11 @@ def sweep(**flags):
     rows = [[*choice.values(), *row_of(done[number], told, now)]
             for number, choice in enumerate(choices)]
     table = Table([*choices[0], *told, "state"], rows, str(folder), len(choices[0]))
-    check_columns(sheet, columns)
-    write_atomically(sheet, table.csv())
-    replace(page, f"{table.markdown()}\n<!-- Written by python -m lab sweep -->\n", SIGN)
+    content = table.csv().encode("utf-8", "surrogateescape")
+    check_sheet(sheet, page, columns, content)
+    write_atomically(sheet, content)
+    replace(page, f"{table.markdown()}\n<!-- sweep.csv: {digest_of(content)} -->\n"
+                  f"<!-- Written by python -m lab sweep -->\n", SIGN)
     made = [table, sheet, page]
     if drawn := [config.folder for config in configs if train.read_rows(config.folder)]:
         curves = visualize.draw_curves(visualize.group_runs(drawn))
@@ -67,6 +70,18 @@ def sweep(**flags):
         show(made)
         raise ValueError(f"{failed} of {len(configs)} runs failed; {page} says why")
     return made
+
+
+def check_sheet(sheet, page, columns, new=None):
+    """FileExistsError if the file `sheet` is no table of these `columns`, or was changed since
+    `page` was written, which has its digest. It may be the `new` one: another sweep's."""
+    check_columns(sheet, columns)
+    told = page.exists() and re.search("<!-- sweep.csv: ([0-9a-f]{16}) -->",
+                                       page.read_text("utf-8", "replace"))
+    content = sheet.read_bytes() if told and sheet.exists() else new
+    if content != new and digest_of(content) != told[1]:
+        raise FileExistsError(f"{sheet}: was changed since it was written and stays as it is; move "
+                              f"it away or choose another `name`")
 
 
 def row_of(result, told, now):

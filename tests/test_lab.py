@@ -673,7 +673,15 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     with pytest.raises(FileExistsError, match=r"sweep\.csv: is no table of lr, augment"):
         sweep.sweep(**flags)
     assert (folder / "sweep.csv").read_text() == noted
-    (folder / "sweep.csv").write_text(table)
+    (folder / "sweep.csv").write_text(longer := f"{table}1,none,0.9,,1,mine\n")
+    with pytest.raises(FileExistsError, match=r"sweep\.csv: was changed since it was written"):
+        sweep.sweep(**flags)
+    assert (folder / "sweep.csv").read_text() == longer
+    page = (folder / "sweep.md").read_text()  # as earlier versions wrote it
+    (folder / "sweep.md").write_text(reproduce.sealed(re.sub("<!-- sweep.csv.*\n", "", page)))
+    sweep.sweep(**flags)
+    assert (folder / "sweep.md").read_text() == page
+    assert (folder / "sweep.csv").read_text() == table
     before = os.path.getmtime(folder / "lr=0.1_augment=none" / "last.pth")
     capsys.readouterr()
     lab("sweep", *(f"--{name}={text}" for name, text in flags.items()))
