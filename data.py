@@ -950,7 +950,8 @@ class Batches:
     All random choices of an epoch are drawn before it begins from (seed, epoch), so that any
     step can be made without the ones before it. An incomplete last batch is left out; every
     epoch shuffles anew, so no image is left out for good. With `world` processes, number `rank`
-    gets every world-th image of the same global batch. Mixup and cutmix are left to `mix`.
+    gets every world-th image of the same global batch. Mixup and cutmix are left to `mix`, which
+    pairs images within each process's share: with these, two processes train otherwise than one.
 
     The batches are the same on every `way`, of which the first is taken that leaves half of the
     free memory free: "store", all images with their margins and their mirror images on the device;
@@ -1119,7 +1120,8 @@ def mix(images, labels, augment, seed, step):
 
     By mixup (Zhang et al. 2018, section 2) as a weighted mean, by cutmix (Yun et al. 2019, section
     3.1) a rectangle is that of the other; one of the two at random if `augment` names both. The
-    share is uniform between 0 and 1 (Beta(1, 1) in both papers), and one for the batch.
+    share is uniform between 0 and 1 (Beta(1, 1) in both papers), and one for the batch. Images are
+    paired within `images`: of several processes each mixes its own share of a batch.
     """
     random = generator(seed, "mix", step)
     kinds = [name for name in MIXTURES if name in augment]
