@@ -997,8 +997,8 @@ def shapes_and_counts(network, names, image_size):
     for name, output in outputs.items():
         parts = output if isinstance(output, (tuple, list)) else (output,)
         shapes[name] = next((tuple(part.shape[1:]) for part in parts if torch.is_tensor(part)), ())
-    # The counter says Sequential.conv1.0 for our conv1.0 and Sequential for the network, our "", and
-    # counts a multiply-add as two.
+    # The counter says Sequential.conv1.0 for our conv1.0, and Sequential for the network, our "";
+    # it counts a multiply-add as two.
     return shapes, {name.partition(".")[2]: sum(kinds.values()) // 2
                     for name, kinds in counter.get_flop_counts().items()}
 
