@@ -1193,15 +1193,16 @@ def check_ours(path, sign, said="is not from here", flag=""):
                               f"it away or choose another place")
 
 
-def check_columns(path, columns):
-    """FileExistsError if there is a file `path` that is no CSV table of some of these `columns`:
-    somebody else's, or one that somebody has added to. It is never replaced."""
+def check_columns(path, columns, some=False):
+    """FileExistsError if there is a file `path` that is no CSV table of these `columns`, or of
+    `some` of them: somebody else's, or one that somebody has added to. It is never replaced."""
     path = Path(path)
     if not path.exists():
         return
     with contextlib.suppress(OSError, ValueError, csv.Error):
         header, *rows = csv.reader(io.StringIO(read_text(path)), strict=True)
-        if {*header} <= {*columns} and all(len(row) == len(header) for row in rows):
+        ours = {*header} <= {*columns} if some else header == [*columns]
+        if ours and all(len(row) == len(header) for row in rows):
             return
     raise FileExistsError(f"{path}: is no table of {', '.join(columns)} alone and stays as it is; "
                           f"move it away or choose another place")

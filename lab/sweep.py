@@ -75,7 +75,7 @@ def sweep(**flags):
 def check_sheet(sheet, page, columns, new=None):
     """FileExistsError if the file `sheet` is no table of these `columns`, or was changed since
     `page` was written, which has its digest. It may be the `new` one: another sweep's."""
-    check_columns(sheet, columns)
+    check_columns(sheet, columns, some=True)
     told = page.exists() and re.search("<!-- sweep.csv: ([0-9a-f]{16}) -->",
                                        page.read_text("utf-8", "replace"))
     content = sheet.read_bytes() if told and sheet.exists() else new

@@ -1649,7 +1649,8 @@ def test_predictions_to_which_somebody_has_added_are_never_replaced(tmp_path):
     predict()  # its own file is
     header, *rows = written.splitlines()
     for changed in (f"{header},note\n" + "".join(f"{row},mine\n" for row in rows),
-                    f"{written}a,b,c\n", f"{written}my notes\n", "", "a,b\n"):
+                    f"{written}a,b,c\n", f"{written}my notes\n", "", "a,b\n",
+                    "image,class\ncat.png,cat\n", "image\ncat.png\n"):
         out.write_text(changed)
         with pytest.raises(FileExistsError, match=r"table\.csv: is no table of image, rank"):
             predict()
