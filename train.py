@@ -1563,13 +1563,13 @@ def check_output(path, suffix):
 
 def remove_written(folder, chosen):
     """Remove those files of runs in `folder` whose names there are `chosen`, a function of the
-    name, and the folders of TensorBoard's board that are empty then."""
+    name, and the folders of TensorBoard's board that are empty by that."""
     for path in written_by_a_run(folder):
         if chosen(path.relative_to(folder).as_posix()):
             path.unlink()
-    for path in sorted(folder.glob("test/**"), reverse=True):  # folders only, inner ones first
-        with contextlib.suppress(OSError):  # not empty
-            path.rmdir()
+            for parent in path.relative_to(folder).parents[:-1]:  # inner ones first
+                with contextlib.suppress(OSError):  # not empty
+                    (folder / parent).rmdir()
 
 
 def newest_checkpoint(folder, say):

@@ -1073,6 +1073,21 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert len(steady_rows(config.folder)) == 1
 
 
+def test_empty_folders_of_others_stay_also_behind_a_link(tmp_path):
+    for config in (tiny(tmp_path, epochs=1), tiny(tmp_path, "linked", epochs=1)):
+        train.train(config)
+        mine = config.folder / "test" / "mine"
+        if config.name == "linked":
+            shutil.rmtree(config.folder / "test")
+            (tmp_path / "elsewhere").mkdir()
+            (config.folder / "test").symlink_to(tmp_path / "elsewhere")
+        mine.mkdir()
+        train.remove_written(config.folder, lambda name: name.startswith("test/"))
+        assert [*(config.folder / "test").iterdir()] == [mine]
+        train.train(config, overwrite=True)
+        assert mine.is_dir()
+
+
 @pytest.mark.parametrize("gone", [("last.pth", "step-*"), ("last.pth", "step-*", "result.json")])
 def test_weights_from_which_no_run_goes_on_are_not_removed(gone, tmp_path):
     config = tiny(tmp_path)
