@@ -2065,11 +2065,19 @@ def export(run: str, out: str):
     config = dataclasses.replace(config, name=None, out=Config.out, root=Config.root)
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
     if out.exists() and (epochs_before > made["epochs"] or differing(
-            config.all_settings(), Config.from_json(before["settings"]).all_settings())):
+            config.all_settings(), Config.from_json(before["settings"]).all_settings())
+            or other_images(before, checkpoint)):
         raise FileExistsError(f"out={out}: is there already, and was not exported from this run, "
                               f"or after more epochs; move it away or choose another place")
     networks.save(out, {**checkpoint, "made": made})
     return out
+
+
+def other_images(before, now):
+    """Whether two checkpoints know different classes, or were trained on different files, as far as
+    both tell."""
+    files = [one["fingerprint"] for one in (before, now) if one.get("fingerprint") is not None]
+    return [*before["classes"]] != [*now["classes"]] or files[:1] != files[-1:]
 
 
 def settings_flags(words, model=None):

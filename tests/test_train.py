@@ -1467,6 +1467,30 @@ def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_pat
     assert network.read(path)["made"] == made
 
 
+@pytest.mark.parametrize("change", [
+    lambda folder: [Path(folder, part, "b").rename(Path(folder, part, "c"))
+                    for part in ("train", "test")],
+    lambda folder: Path(folder, "train", "b", "3.png").unlink()])
+def test_no_network_takes_the_place_of_one_of_other_images(change, tmp_path):
+    ab, given = image_folder(tmp_path / "ab", "ab"), tmp_path / "given.pth"
+    config = tiny(tmp_path, data=ab, val=0, limit=None, epochs=1, image_size=32, batch_size=4,
+                  root=str(tmp_path / "cache"))
+    train.train(config)
+    for _ in range(2):
+        train.export(str(config.folder), str(given))
+    before = given.read_bytes()
+    change(ab)
+    train.train(config, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"given\.pth: .* was not exported from this run"):
+        train.export(str(config.folder), str(given))
+    assert given.read_bytes() == before
+    older = network.read(given)
+    del older["fingerprint"]  # as earlier versions wrote it
+    network.save(given, older)
+    if older["classes"] == network.read(config.folder / "last.pth")["classes"]:
+        train.export(str(config.folder), str(given))
+
+
 def test_no_network_is_exported_with_the_result_of_another(tmp_path):
     first = train.train(config := tiny(tmp_path))
     result = (config.folder / "result.json").read_text()
