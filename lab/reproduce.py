@@ -429,9 +429,12 @@ def read_results(path):
             rows = [Row(**{name: parse_value(name, text or "none", kind)
                            for (name, kind), text in zip(COLUMNS.items(), line)})
                     for line in lines]
+            keys = collections.Counter((row.id, row.run, row.accuracy) for row in rows)
+            if twice := ["/".join(map(str, key)) for key, count in keys.items() if count > 1]:
+                raise ValueError(f"several rows of {', '.join(twice)}")
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}: no table of measured results ({error})") from error
-    return {(row.id, row.run, row.accuracy): row for row in rows}
+    return dict(zip(keys, rows))
 
 
 def keep_results(path, rows):

@@ -277,6 +277,10 @@ def test_results_are_kept_in_place_of_older_ones_of_the_same_run(tmp_path):
     for less in ({"seeds": 1}, {"epochs": 1, "seeds": 5}, {"data": "shapes", "epochs": 9}):
         reproduce.keep_results(path, [dataclasses.replace(rows[0], **{"seeds": 2, **less})])
         assert path.read_bytes() == before
+    path.write_text(twice := path.read_text() + path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(ValueError, match=r"results\.csv: .*several rows of 1\.1/lenet/test\)"):
+        reproduce.keep_results(path, rows)
+    assert path.read_text() == twice
     for foreign in ("a,b\n1,2\n", "", ",".join(reproduce.COLUMNS) + "\n1.1,x\n", '"' + 9 * "a"):
         path.write_text(foreign)
         for change in (lambda: reproduce.keep_results(path, rows),
