@@ -333,8 +333,19 @@ def with_others(experiment):
 
 
 def with_seeds(folder):
-    """The folder of a run and those of its repetitions with other seeds."""
-    return [folder, *sorted(folder.parent.glob(f"{folder.name}-seed*"))]
+    """The folder of a run and those of its repetitions, which have another seed and otherwise the
+    same settings, wherever and on what they were run: those of them that have begun."""
+    seeds, first = {}, None
+    for path in [folder, *sorted(folder.parent.glob(f"{folder.name}-seed*"))]:
+        number = path.name.removeprefix(folder.name)  # a copy's name goes on behind it
+        if re.fullmatch("(-seed[0-9]+)?", number) and (path / "config.json").exists():
+            config = dataclasses.replace(
+                train.read_config(path / "config.json"), name=None, out=train.Config.out,
+                root=train.Config.root, device=train.Config.device)
+            first = first or config
+            if dataclasses.replace(config, seed=first.seed) == first:
+                seeds.setdefault(config.seed, path)
+    return [*seeds.values()]
 
 
 def results_of(run, runs):

@@ -545,6 +545,9 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
     # Of runs with different flags each experiment has its own line, also of what it only shows.
     for name, more in (("4.1-base-seed1", ""), ("1.1-lenet", "lenet-vgg")):
         shutil.copytree(tmp_path / "4.1-base" if not more else finished, tmp_path / name)
+    for name in ("config.json", "result.json"):
+        path = tmp_path / "4.1-base-seed1" / name
+        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
     lines = report.made_again("x", reproduce.choose("4.1") + reproduce.choose("lenet-vgg"),
                               tmp_path).replace("\\\n    ", "").split("\n")
     assert lines[:3] == ["python -m lab reproduce 4.1 --data=shapes --limit=40 --epochs=1 "
@@ -557,6 +560,29 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
         lines = report.made_again("cnn-trials", reproduce.choose("cnn-trials"), tmp_path)
     assert lines.split("\n")[:3] == ["python -m lab reproduce 4.1", "python -m lab reproduce 4.2 "
                                      "--limit=40", "python -m lab reproduce 4.3"]
+
+
+def test_a_mean_is_of_seeds_of_the_same_settings_each_once(finished, tmp_path):
+    def put(name, **changes):
+        shutil.copytree(finished, tmp_path / name)
+        for file in ("config.json", "result.json"):
+            content = json.loads((tmp_path / name / file).read_text())
+            content.get("settings", content).update(changes, name=name)
+            (tmp_path / name / file).write_text(json.dumps(content))
+        return tmp_path / name
+
+    folders = [put("4.1-base"), put("4.1-base-seed1", seed=1, root="x"),
+               put("4.1-base-seed12", seed=12, out="y", device="cpu")]
+    for name, changes in (("seed1-backup", {"seed": 1}), ("seed3", {"seed": 3, "epochs": 2}),
+                          ("seed4", {"seed": 4, "lr": 0.5}), ("seed5", {"seed": 1}),
+                          ("seeds", {"seed": 6}), ("seed0", {})):
+        put(f"4.1-base-{name}", **changes)
+    assert report.with_seeds(tmp_path / "4.1-base") == folders
+    entry, = reproduce.choose("4.1")
+    assert [result["settings"]["seed"] for result in report.results_of(
+        entry.runs["base"], tmp_path)] == [0, 1, 12]
+    shutil.rmtree(tmp_path / "4.1-base")  # the first that is there tells the settings
+    assert report.with_seeds(tmp_path / "4.1-base")[1:] == folders[1:]
 
 
 @pytest.mark.parametrize("words, message", [
