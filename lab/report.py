@@ -438,9 +438,12 @@ def figures_of(experiment, runs, folder):
     if folders:
         path, = keep_figures(folder, f"{experiment.id}-curves", draw_curves(folders))
         captions[path] = "loss and accuracy after each epoch"
+    files = collections.Counter(path.name for path in found)
     for path, name in found.items():
-        # A copy, so that the page stays whole where the runs are removed or made anew.
-        copy = folder / "figures" / f"report-{experiment.id}-{path.name}"
+        # A copy, so that the page stays whole where the runs are removed or made anew. Of several
+        # runs the same command draws files of one name.
+        file = path.name if files[path.name] == 1 else f"{name}-{path.name}"
+        copy = folder / "figures" / f"report-{experiment.id}-{file}"
         visualize.check_figure(copy)
         write_atomically(copy, path.read_bytes())
         captions[copy] = f"{path.stem}, {name}"

@@ -355,6 +355,15 @@ def test_an_experiment_shows_its_own_figures_and_structure(tmp_path):
     first = reproduce.book().experiments["5.6"]
     assert [path.name for path in report.figures_of(first, tmp_path, tmp_path / "page")] == [
         "report-5.6-reconstruct-a.png"]
+    other = tmp_path / "5.2-resnet18_imagenet" / "figures" / "5.6"
+    data.write_atomically(drawn / "5.6" / "reconstruct.png", b"Matplotlib 1")
+    data.write_atomically(other / "reconstruct.png", b"Matplotlib 2")  # the other network's
+    shown = report.figures_of(first, tmp_path, tmp_path / "page")
+    assert {path.name: (path.read_bytes(), caption) for path, caption in shown.items()} == {
+        "report-5.6-reconstruct-a.png": (b"Matplotlib", "reconstruct-a, 5.2-size64"),
+        "report-5.6-5.2-size64-reconstruct.png": (b"Matplotlib 1", "reconstruct, 5.2-size64"),
+        "report-5.6-5.2-resnet18_imagenet-reconstruct.png": (
+            b"Matplotlib 2", "reconstruct, 5.2-resnet18_imagenet")}
     tables = report.tables_of(reproduce.book().experiments["5.2"], tmp_path)
     assert tables["resnet18_imagenet, input 3×224×224"].rows[-1][2] == "11,181,642"
 
