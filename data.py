@@ -361,7 +361,7 @@ def read_arrays(path, labels=None):
     if labels == path:
         raise ValueError(f"{path}: its name must end in _data.npy, and its labels' in _labels.npy")
     found = []
-    for file, kind, shape in ((path, "u", (32, 32, 3)), (labels, "ui", ())):
+    for file, kinds, shape in ((path, "uint8", (32, 32, 3)), (labels, "whole numbers", ())):
         check_regular(file, 1 << 30)
         try:  # mapped: what claims to be huge takes no memory before its shape was looked at
             array = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -369,9 +369,11 @@ def read_arrays(path, labels=None):
             raise ValueError(f"{file}: not an array of NumPy ({error})") from error
         if not isinstance(array, np.ndarray):
             raise ValueError(f"{file}: is an archive of arrays, not a single one")
-        if array.dtype.kind not in kind or array.shape[1:] != shape or not array.ndim:
-            raise ValueError(f"{file}: must be N{''.join(f'×{side}' for side in shape)} whole "
-                             f"numbers, is {array.dtype} {array.shape}")
+        # Larger pixels would be cut to their last eight bits.
+        wrong = array.dtype.kind not in "ui" if file == labels else array.dtype != "uint8"
+        if wrong or array.shape[1:] != shape or not array.ndim:
+            raise ValueError(f"{file}: must be N{''.join(f'×{side}' for side in shape)} {kinds}, "
+                             f"is {array.dtype} {array.shape}")
         found.append(torch.from_numpy(array.astype("int64" if file == labels else "uint8")))
     images, numbers = found
     if len(images) != len(numbers) or not len(images) or (

@@ -422,6 +422,11 @@ def test_the_arrays_of_cifar_10_1_and_cifar_10_c_are_measured(tmp_path):
         numpy.savez(file, images)
     with pytest.raises(ValueError, match=r"archive_data\.npy: is an archive of arrays"):
         train.open_test(about, str(tmp_path / "archive_data.npy"))
+    for kind in ("uint16", "int64"):
+        numpy.save(tmp_path / "deep_data.npy", images.astype(kind))
+        numpy.save(tmp_path / "deep_labels.npy", labels)
+        with pytest.raises(ValueError, match=rf"deep_data\.npy: must be .*×3 uint8, is {kind}"):
+            train.open_test(about, str(tmp_path / "deep_data.npy"))
     for name, array in (("cifar10.1_v6_labels.npy", labels + 5), ("cifar10.1_v6_labels.npy",
                         labels[:3]), ("cifar10.1_v6_data.npy", images[:, :5])):
         numpy.save(tmp_path / name, array)
