@@ -1554,11 +1554,11 @@ def written_by_a_run(folder):
 
 def check_output(path, suffix):
     """ValueError unless a command may write a file of the kind `suffix` to `path`: a picture, say,
-    is not replaced, and no file of a run."""
+    is not replaced, and no file of a run, which would take it for its own."""
     if path.suffix.lower() != suffix:
         raise ValueError(f"out={path}: must be a file whose name ends in {suffix}")
-    if is_run(path.parent) and path.resolve() in map(Path.resolve, written_by_a_run(path.parent)):
-        raise ValueError(f"out={path}: is a file of a run; it stays as it is")
+    if WRITTEN.fullmatch(path.name) and is_run(path.parent):  # also one that is not there yet
+        raise ValueError(f"out={path}: is for a file that the run writes; choose another place")
 
 
 def remove_written(folder, chosen):

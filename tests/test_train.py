@@ -1552,7 +1552,8 @@ def test_a_file_to_write_is_neither_a_picture_nor_a_file_of_a_run(tmp_path):
     picture.write_bytes(b"a picture")
     before = last.read_bytes(), picture.read_bytes()
     (tmp_path / "link").symlink_to(config.folder)
-    for path in (last, tmp_path / "link" / "last.pth", picture):
+    absent = config.folder / "snapshot-00007.pth"  # one that a run may write
+    for path in (last, tmp_path / "link" / "last.pth", absent, picture):
         with pytest.raises(ValueError, match=f"out=.*{path.name}"):
             train.export(str(config.folder), str(path))
     for path in (picture, config.folder / "metrics.csv"):
@@ -1571,7 +1572,7 @@ def test_a_file_to_write_is_neither_a_picture_nor_a_file_of_a_run(tmp_path):
     assert (table.read_bytes(), weights.read_bytes()) == kept and pipe.is_fifo()
     for _ in range(2):  # what was made here may be made anew
         train.export(str(config.folder), str(tmp_path / "given.pth"))
-    assert (last.read_bytes(), picture.read_bytes()) == before
+    assert (last.read_bytes(), picture.read_bytes()) == before and not absent.exists()
     train.export(str(config.folder), str(config.folder / "given.pth"))
     train.export(str(config.folder), str(tmp_path / "new" / "folder" / "given.pth"))
 
