@@ -1680,6 +1680,10 @@ def as_named(split, classes, description, data):
     known = {name: number for number, name in enumerate(description.classes or classes)}
     if not description.classes and all(re.fullmatch("[0-9]{1,9}", name) for name in classes):
         known = {name: int(name) for name in classes}  # the classes of such a network are numbers
+        counts = collections.Counter(known.values())
+        if twice := [name for name in classes if counts[known[name]] > 1]:
+            raise ValueError(f"data={data}: its classes {', '.join(twice)[:200]} must be of "
+                             f"different numbers")
     elif not description.classes:
         say_once(f"{data}: the classes {', '.join(classes)[:200]} are taken for those that the "
                  f"network has at numbers 0 to {len(classes) - 1}")

@@ -1233,7 +1233,8 @@ def test_classes_are_told_by_their_names(tmp_path):
         train.train(dataclasses.replace(config, epochs=31), resume=True)
 
 
-@pytest.mark.parametrize("names, numbers", [(("10", "3"), [10, 3]), (("a", "b"), [0, 1])])
+@pytest.mark.parametrize("names, numbers", [
+    (("10", "3"), [10, 3]), (("10", "03"), [10, 3]), (("a", "b"), [0, 1])])
 def test_classes_called_by_numbers_are_these_of_a_network_from_elsewhere(names, numbers, capsys):
     elsewhere = network.Description("module:function", (), None)
     split = data.Split(torch.zeros(2, 3, 4, 4), torch.arange(2))
@@ -1241,6 +1242,8 @@ def test_classes_called_by_numbers_are_these_of_a_network_from_elsewhere(names, 
     assert train.as_named(None, names, elsewhere, "folder") is None
     assert capsys.readouterr().err == ("" if names[0] == "10" else (
         "folder: the classes a, b are taken for those that the network has at numbers 0 to 1\n"))
+    with pytest.raises(ValueError, match="data=pets: its classes 01, 1 must be of different num"):
+        train.as_named(split, ("01", "1", "2"), elsewhere, "pets")
 
 
 @pytest.mark.parametrize("source", ["folder", "cifar10"])
