@@ -1821,7 +1821,8 @@ def as_typed(error, commands, words, default):
 def wrapped(text, stream, indent=""):
     """`text` broken at words, as wide as the terminal is; as it is where `stream` is none."""
     stream = getattr(stream, "rich_proxied_file", stream)  # while a bar stands below
-    if not stream.isatty():
+    isatty = getattr(stream, "isatty", None)  # what stands in for one may only write
+    if not (isatty and isatty()):
         return text
     return textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent=indent,
                          break_long_words=False, break_on_hyphens=False)

@@ -742,6 +742,13 @@ def test_no_kind_of_standard_output_ends_a_run(line, tmp_path):
         assert "0 ?pochs ? ? ?" in out and "[/x]" in out and "[v1]" in out and ":cat:" in out
 
 
+def test_what_only_writes_is_no_terminal():
+    tee = types.SimpleNamespace(write=len, flush=list)
+    assert [data.wrapped(70 * "ab ", stream) for stream in (tee, None)] == [70 * "ab "] * 2
+    tee.isatty = lambda: True
+    assert "\n" in data.wrapped(70 * "ab ", tee)
+
+
 def test_a_table_in_markdown_means_nothing_but_its_text():
     table = data.Table(("a|b", "n"), [("<img src=x> [l](http://e) _c_", "1")])
     assert table.markdown(right=(1,)) == (
