@@ -48,10 +48,14 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     if out and Path(out).suffix.lower() in (".html", ".md", ".pdf"):
         raise ValueError(f"out={out}: must be a folder; {' and '.join(PAGES)} are written there")
     what, runs, out = (path and os.path.expanduser(path) for path in (what, runs, out))
-    folder = Path(out or (what if Path(what).is_dir() else Path(runs, what)))
+    # A page's folder may be called as the experiments that are on it.
+    known = {"all", *reproduce.book().experiments, *reproduce.book().reports}
+    one = train.is_run(Path(what)) or (
+        Path(what).is_dir() and what.partition("/")[0] not in known)
+    folder = Path(out or (what if one else Path(runs, what)))
     for name in PAGES:
         reproduce.check_unchanged(folder / name, PAGE_SIGN)  # before any work is done
-    if Path(what).is_dir():
+    if one:
         return report_of_run(Path(what), folder, {"data": data, "root": root, "device": device})
     return report_of_lab(what, runs, folder)
 

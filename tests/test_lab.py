@@ -523,6 +523,15 @@ def test_a_report_never_replaces_what_is_not_one(finished, tmp_path):
         never_replaced(tmp_path / "4.1" / name, lambda: report.report("4.1", runs=str(tmp_path)))
 
 
+def test_an_id_is_no_folder_unless_a_run_is_there(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert report.report("4.1", runs="rep", out="4.1")[0] == Path("4.1", "report.html")
+        assert "| 64.86 | not measured |" in Path("4.1", "report.md").read_text()
+    shutil.copytree(finished, "4.2")
+    assert report.report("4.2") == [Path("4.2", "report.html"), Path("4.2", "report.md")]
+
+
 def test_a_class_without_test_images_has_no_accuracy():
     table = report.per_class_table(torch.tensor([[3, 1], [0, 0]]), ["a", "b"])
     assert table.rows == [("a", "4", "3", "75.0%", "b (1)"), ("b", "0", "0", "–", "–")]
