@@ -141,7 +141,11 @@ def shell(*commands):
     def quoted(word):
         if word.isprintable():
             return shlex.quote(word)
-        return "$'" + word.encode("unicode_escape").decode().replace("'", "\\'") + "'"
+        # Beyond ASCII as bytes of UTF-8: what Python calls \xe9 is a single byte for a shell.
+        text = "".join(letter.encode("unicode_escape").decode() if letter.isascii() else "".join(
+            f"\\x{byte:02x}" for byte in letter.encode(errors="surrogateescape"))
+            for letter in word)
+        return "$'" + text.replace("'", "\\'") + "'"
 
     lines = [" ".join(map(quoted, words)) for words in commands]
     return "\n".join(text if "'" in text else " \\\n    ".join(textwrap.wrap(

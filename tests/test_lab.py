@@ -473,8 +473,10 @@ def test_a_report_means_nothing_but_what_is_in_it():
     assert data.plain("$1$ ~~2~~ http://x WWW.x a@b.c ![](y)") == (
         r"\$1\$ \~\~2\~\~ http\://x WWW\.x a\@b.c !\[\](y)")
     assert [report.fence(text) for text in ("", "`x`", "a\n````\nb")] == ["```", "```", "`````"]
-    words = ["ls", "my runs/a\\b", "x\ny'\x1b", "/a/b"]
-    assert report.shell(words) == r"ls 'my runs/a\b' $'x\ny\'\x1b' /a/b"
+    words = ["ls", "my runs/a\\b", "x\ny'\x1b", "/a/b", "\\xe9\n\xe9\xa0f\u200b\U0001f600"]
+    assert report.shell(words[:4]) == r"ls 'my runs/a\b' $'x\ny\'\x1b' /a/b"
+    assert report.shell(words[4:]) == (
+        r"$'\\xe9\n\xc3\xa9\xc2\xa0f\xe2\x80\x8b\xf0\x9f\x98\x80'")
     assert subprocess.run(["bash", "-c", report.shell(["printf", "%s", *words[1:]])], check=True,
                           capture_output=True, text=True).stdout == "".join(words[1:])
 
