@@ -105,6 +105,9 @@ def grid_of(flags):
     lists = {name for name, flag in known.items() if typing.get_origin(flag.kind) is tuple}
     flags = {name: value if isinstance(value, str) else text_of(value).replace(
         ",", "+" if name in lists else ",") for name, value in flags.items()}
+    for name in ("name", "out"):
+        if "," in flags.get(name, ""):
+            raise ValueError(f"{name}={flags[name]}: is of the whole grid and must have no comma")
     axes = {name: split(text) for name, text in flags.items() if "," in text}
     if not axes:
         raise ValueError("no flag has several values (for example `lr=0.1,0.01`)")

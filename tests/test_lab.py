@@ -613,6 +613,10 @@ def test_a_mean_is_of_seeds_of_the_same_settings_each_once(finished, tmp_path):
     (["reproduce", "4.1", "--epohcs=1"], "epohcs"),
     (["results", "--path=FOLDER/none.csv"], "none.csv"),
     (["sweep", "--lr=0.1"], "no flag has several values"),
+    (["sweep", "--lr=0.1,0.2", "--data=FOLDER", "--out=FOLDER", "--name=my,grid"],
+     "error: --name=my,grid: is of the whole grid and must have no comma"),
+    (["sweep", "--lr=0.1,0.2", "--data=FOLDER", "--out=FOLDER/a,b"],
+     r"error: --out=\S+a,b: is of the whole grid and must have no comma"),
     (["report", "FOLDER", "--out=FOLDER/page.html"], r"out=\S+page\.html: must be a folder"),
 ])
 def test_bad_input_is_one_line_and_exit_2(words, message, tmp_path, refused):
