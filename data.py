@@ -1266,28 +1266,50 @@ def lock(folder, name=".lock", waits=""):
     With `waits`, words for what the other process may be doing, wait until it has done that; such
     a lock is removed in any case.
     """
-    path, new = folder / name, [part for part in (folder, *folder.parents) if not part.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        check_regular(path)  # to open a pipe could take for ever
-    # The system's lock is on the open file: it goes with its process, also with one that is killed.
-    with open(path, "ab") as file:
-        for tries in itertools.count():
-            if lock_file(file):
-                break
-            if not waits:
-                raise Busy(f"{folder}: another process is training this run")
-            if tries == 1:
-                print(f"waiting for another process that is {waits}", file=sys.stderr)
-            time.sleep(0.1)
-        try:
-            yield
-        finally:
-            if waits or [*folder.iterdir()] == [path]:
+    path = folder / name
+    while True:
+        new = [part for part in (folder, *folder.parents) if not part.exists()]
+        # The system's lock is on the open file: it goes with its process, also with a killed one.
+        with _opened(path) as file:
+            for tries in itertools.count():
+                if lock_file(file):
+                    break
+                if not waits:
+                    raise Busy(f"{folder}: another process is training this run")
+                if tries == 1:
+                    print(f"waiting for another process that is {waits}", file=sys.stderr)
+                time.sleep(0.1)
+            if not _is_there(file, path):  # who had it removed it: the next one will make another
+                continue
+            try:
+                yield
+            finally:
                 with contextlib.suppress(OSError):  # not empty: of use to somebody else
-                    path.unlink()
-                    for part in new:
-                        part.rmdir()
+                    if _is_there(file, path) and (waits or [*folder.iterdir()] == [path]):
+                        path.unlink()
+                        for part in new:
+                            part.rmdir()
+            return
+
+
+def _opened(path):
+    """The file `path`, made with its folder, to be locked."""
+    for tries in itertools.count(1):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                check_regular(path)  # to open a pipe could take for ever
+            return open(path, "ab")
+        except (FileNotFoundError, FileExistsError):  # another process removes folders meanwhile
+            if tries == 100:
+                raise
+
+
+def _is_there(file, path):
+    """Whether an open file is still the one at `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def lock_file(file):

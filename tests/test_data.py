@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -785,6 +786,23 @@ def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatc
     with data.lock(tmp_path / "run"):
         (tmp_path / "run" / "a").touch()
     assert "no locks" in capsys.readouterr().err
+
+
+def test_a_lock_file_removed_before_it_was_locked_is_no_lock(tmp_path, monkeypatch):
+    folder, take = tmp_path / "run", data.lock_file
+
+    def late(file):  # who held it removes it after this process has opened it
+        monkeypatch.setattr(data, "lock_file", take)
+        shutil.rmtree(folder)
+        return take(file)
+    monkeypatch.setattr(data, "lock_file", late)
+    with data.lock(folder):
+        with pytest.raises(data.Busy), data.lock(folder):
+            raise AssertionError
+        assert (folder / ".lock").exists()
+    assert not folder.exists()
+    with data.lock(folder):
+        shutil.rmtree(folder)  # which leaves nothing to clean up
 
 
 def test_the_folder_is_synced_after_a_rename(tmp_path, monkeypatch):
