@@ -440,16 +440,19 @@ def read_results(path):
 def keep_results(path, rows):
     """Put `rows` into the CSV file of measured results, in place of older rows of the same runs
     that weigh no more."""
-    kept = read_results(path) if path.exists() else {}
-    for row in rows:
-        key = (row.id, row.run, row.accuracy)
-        if key in kept and kept[key].weight > row.weight:
-            print(f"{path}: the row of {row.id}/{row.run} stays as it is: it is of the report's "
-                  f"images, of more epochs or of more seeds")
-        else:
-            kept[key] = row
     # In the order of experiments.toml, so that a new row changes one place of the file.
     order = {name: number for number, name in enumerate(book().experiments)}
-    write_atomically(path, Table([*COLUMNS], [
-        ["" if (value := getattr(row, name)) is None else str(value) for name in COLUMNS]
-        for row in sorted(kept.values(), key=lambda row: order.get(row.id, len(order)))]).csv())
+    # Held from reading to writing: of two commands at once, one would drop the other's rows.
+    with data_module.lock(path.parent, f".{path.name}.lock", waits="writing results"):
+        kept = read_results(path) if path.exists() else {}
+        for row in rows:
+            key = (row.id, row.run, row.accuracy)
+            if key in kept and kept[key].weight > row.weight:
+                print(f"{path}: the row of {row.id}/{row.run} stays as it is: it is of the "
+                      f"report's images, of more epochs or of more seeds")
+            else:
+                kept[key] = row
+        write_atomically(path, Table([*COLUMNS], [
+            ["" if (value := getattr(row, name)) is None else str(value) for name in COLUMNS]
+            for row in sorted(kept.values(), key=lambda row: order.get(row.id, len(order)))
+        ]).csv())

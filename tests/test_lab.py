@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -211,6 +212,25 @@ def test_a_row_says_how_and_on_what_it_was_measured(tmp_path):
     assert reproduce.read_results(path) == {("1.1", "lenet", "test"): row}
     assert ("| 57.20 | 50.00 | −7.20 | 1 | 1 of 2 | 9.0 s | cifar10 | 1 | bf16 | abc |"
             in report.results_markdown(path))
+
+
+def test_results_of_two_commands_at_once_are_all_kept(tmp_path, monkeypatch):
+    path, read, others = tmp_path / "results.csv", reproduce.read_results, []
+    first, second, third = (reproduce.Row("4.2", "conv2_25", part) for part in "abc")
+    reproduce.keep_results(path, [first])
+
+    def while_another_comes(path):
+        rows = read(path)
+        if not others:
+            others.append(threading.Thread(target=reproduce.keep_results, args=(path, [third])))
+            others[0].start()
+            others[0].join(0.5)  # it would be done by then, if it did not wait
+        return rows
+    monkeypatch.setattr(reproduce, "read_results", while_another_comes)
+    reproduce.keep_results(path, [second])
+    others[0].join()
+    assert [*read(path).values()] == [first, second, third]
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_other_images_than_the_reports_are_not_compared(tmp_path):
