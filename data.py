@@ -1353,22 +1353,52 @@ def event_bytes(**event):
 
 def trim_events(paths, step):
     """Drop from TensorBoard's files `paths` what was logged after `step`, as those steps will be
-    taken again, and a torn last record."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-
+    taken again, and a torn last record, which a kill leaves. Of a file with any other damage what
+    can be read goes on; the file as it was stays beside it, under a name that TensorBoard does not
+    read."""
     for path in paths:
-        kept = []
-        path.read_bytes()  # raises where it cannot be read, which makes it no torn one
-        with contextlib.suppress(Exception):  # the loader raises at a torn record
-            for event in LegacyEventFileLoader(str(path)).Load():
-                if event.HasField("summary") and event.step <= step:
-                    kept.append(event_bytes(wall_time=event.wall_time, step=event.step,
-                                            summary=event.summary))
+        kept, damaged = [], False
+        for record, event in _event_records(path.read_bytes()):
+            damaged |= event is None
+            if event and event.HasField("summary") and event.step <= step:
+                kept.append(record)
+        aside = path.with_name(path.name.replace("events.out.tfevents", "damaged-events"))
+        if damaged:
+            print(f"{path}: damaged; its points that can be read stay, and the file as it was is "
+                  f"now {aside}", file=sys.stderr)
         if kept:
             kept.insert(0, event_bytes(file_version="brain.Event:2"))
-            write_atomically(path, b"".join(kept))
+            write_atomically(path, b"".join(kept), aside if damaged else None)
+        elif damaged:
+            os.replace(path, aside)
         else:
             path.unlink()
+
+
+def _event_records(content):
+    """Yield (bytes, event) of the records in TensorBoard's file, None for a damaged event: with the
+    length of a record damaged, that of all the rest. A torn last record is left out."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    def whole(part, checksum):
+        return masked_crc32c(bytes(part)).to_bytes(4, "little") == checksum
+
+    content = memoryview(content)  # whose rest is no copy
+    while len(content) >= 12:  # length, its checksum, the event, its checksum: 8 + 4 + n + 4 bytes
+        end = 12 + int.from_bytes(content[:8], "little")
+        if not whole(content[:8], content[8:12]):
+            yield content, None
+            return
+        if len(content) < end + 4:
+            return
+        event = None
+        if whole(content[12:end], content[end:end + 4]):
+            with contextlib.suppress(DecodeError):
+                event = Event.FromString(bytes(content[12:end]))
+        yield content[:end + 4], event
+        content = content[end + 4:]
 
 
 @dataclass(frozen=True)

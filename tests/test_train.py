@@ -1137,6 +1137,33 @@ def test_what_may_not_be_read_is_not_removed(tmp_path, monkeypatch):
     assert path.exists()
 
 
+def test_only_a_torn_last_record_is_cut_from_a_file_of_points(tmp_path, capsys):
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    value = Summary(value=[Summary.Value(tag="a", simple_value=1.0)])
+    path, aside = (tmp_path / f"{name}.1795648157.000000000"
+                   for name in ("events.out.tfevents", "damaged-events"))
+    first, *points = records = [data.event_bytes(file_version="brain.Event:2"), *(
+        data.event_bytes(step=step, summary=value) for step in range(4))]
+    whole, start = b"".join(records), len(first)
+
+    def steps_kept(content):
+        path.write_bytes(content)
+        data.trim_events([path], 2)
+        content = path.read_bytes() if path.exists() else b""
+        return [step for step, point in enumerate(points) if point in content]
+    for size in (1, 11, 12, len(points[3]) - 1):  # a kill leaves the first bytes of a record
+        assert steps_kept(whole[:-len(points[3])] + points[3][:size]) == [0, 1, 2]
+    assert steps_kept(whole) == [0, 1, 2] and not capsys.readouterr().err and not aside.exists()
+    assert steps_kept(first + points[3]) == [] and not path.exists()
+    # A byte of the event: that point is lost. One of its length: all behind it.
+    for place, kept in ((start + 20, [1, 2]), (start + len(points[0]), [0]), (start, []), (0, [])):
+        damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:]
+        assert steps_kept(damaged) == kept and path.exists() == bool(kept)
+        assert aside.read_bytes() == damaged
+        assert re.fullmatch(rf"{path}: damaged; .* {aside}\n", capsys.readouterr().err)
+
+
 def test_what_others_log_in_the_folder_of_a_run_stays(tmp_path):
     train.train(tiny(tmp_path))
     mine = tmp_path / "run" / "events.out.tfevents.1795648157.host.1544.0"
