@@ -1093,7 +1093,9 @@ def check_archive(path):
             file.seek(-min(size, 54), os.SEEK_END)
             tail = file.read()
     except OSError as error:
-        raise type(error)(f"{path}: {error.strerror}" if error.strerror else str(error)) from error
+        told = type(error)(f"{path}: {error.strerror}" if error.strerror else str(error))
+        told.errno = error.errno  # tells what will pass from a damaged file
+        raise told from error
     # A zip archive ends with 22 bytes, the last two of which are its comment's length: 32 here.
     if head == b"PK" and tail[:4] == b"PK\5\6" and tail[20:22] == b"\x20\0":
         return
@@ -1132,6 +1134,8 @@ def read(path):
                 raise ValueError("it is compressed")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler and the zip reader raise whatever they like
+        if out_of_memory(error):
+            raise
         raise ValueError(f"{path}: not a checkpoint of this package (it holds what is neither a "
                          f"tensor nor plain data, or is put together wrongly)") from error
     wrong = [name for name, kind in REQUIRED.items()

@@ -17,6 +17,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import errno
 import functools
 import importlib
 import io
@@ -1574,7 +1575,7 @@ def remove_written(folder, chosen):
 
 def newest_checkpoint(folder, say):
     """The newest checkpoint in `folder` to go on from, None if there is none: a damaged one is
-    named and the one before it taken. OSError when none is left."""
+    named and the one before it taken. OSError when none is left, or one cannot be read now."""
     with contextlib.suppress(FileNotFoundError):
         if data.read_json(folder / "config.json", lambda values: EMPTYING in values):
             return None  # what is left is of the run before
@@ -1586,6 +1587,10 @@ def newest_checkpoint(folder, say):
                 raise ValueError(f"{path}: holds no training state to go on from")
             return checkpoint
         except (OSError, ValueError) as error:
+            # An error of the disk, of rights or of open files may pass: it says nothing of the
+            # file, which the checkpoint before it would replace.
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise
             say(f"{error}; trying the checkpoint before it")
     # Without one the run starts anew, and all that is there goes. Killed before the first was
     # written, while the second epoch went on, a run has nothing to go on from anyway; one that came

@@ -1118,6 +1118,22 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     assert train.train(config, resume=True)["epochs"] == 2
 
 
+@pytest.mark.parametrize("place, name", [(Path, "read_bytes"), (network, "check_regular")])
+def test_an_error_that_may_pass_is_no_damaged_checkpoint(place, name, tmp_path, monkeypatch):
+    train.train(config := tiny(tmp_path))
+    before, usual = contents(config.folder), getattr(place, name)
+
+    def fails(path, *limit):
+        if path.name == "last.pth":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return usual(path, *limit)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, fails)
+        with pytest.raises(OSError, match=r"last\.pth") as caught:
+            train.train(config, resume=True)
+    assert caught.value.errno == errno.EIO and contents(config.folder) == before
+
+
 def test_what_a_run_measured_is_kept_where_its_weights_are_gone(tmp_path):
     train.train(config := tiny(tmp_path, epochs=3))
     for path in (*config.folder.glob("*.pth"), config.folder / "result.json"):
