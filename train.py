@@ -1455,11 +1455,22 @@ def check_folder(config, resume, overwrite):
             folder.is_dir() and all(BEGUN.fullmatch(path.name) for path in folder.iterdir())):
         raise FileExistsError(f"{folder}: is there and is not the folder of a run; a run needs a "
                               f"folder of its own (`name=NAME`, `out=FOLDER`)")
+    check_no_links([folder / ".lock", folder / "test", *folder.glob("test/**/*"),
+                    *folder.glob("events*"), *folder.glob("*.tmp")])
     if resume:
         check_same_run(config, moved=True)
     elif not overwrite and {path.name for path in written_by_a_run(folder)} - {".lock", MARKER}:
         raise FileExistsError(f"{folder}: a run is there already; go on with it (`resume`), take "
                               f"another name (`name=NAME`) or start it anew (`overwrite`)")
+
+
+def check_no_links(paths):
+    """FileExistsError for one of `paths` in a run's folder that is a link: the folder may be from
+    elsewhere, and what is written there would go to where its author says."""
+    for path in paths:
+        if path.is_symlink():
+            raise FileExistsError(f"{path}: is a link, and a run writes into its own folder alone; "
+                                  f"remove it")
 
 
 def check_apart(config, resume):

@@ -1057,6 +1057,26 @@ def test_a_folder_that_no_run_made_is_left_alone(changes, complaint, overwrite, 
     assert contents(tmp_path) == before and not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("name", [".lock", "test", "test/00000", "test/00000/pixels",
+                                  "events.out.tfevents.9999999999.000000012"])
+def test_links_in_the_folder_of_a_run_are_not_written_through(name, tmp_path):
+    train.train(tiny(tmp_path, "real"))
+    (tmp_path / "run").symlink_to("real")  # the folder itself may be one
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    link, mine = tmp_path / "run" / name, tmp_path / "mine"
+    for path in [link, *link.rglob("*")][::-1] if link.exists() else ():
+        path.rmdir() if path.is_dir() else path.unlink()
+    link.symlink_to(mine)
+    for there in (False, True):  # a link that leads nowhere, too
+        if there:
+            mine.touch() if link.suffix else mine.mkdir()
+        before = contents(tmp_path)
+        for how in ("resume", "overwrite"):
+            with pytest.raises(FileExistsError, match=f"{re.escape(str(link))}: is a link"):
+                train.train(tiny(tmp_path, epochs=4), **{how: True})
+        assert contents(tmp_path) == before and mine.exists() == there
+
+
 @pytest.mark.parametrize("name", ["..", "../x", "a/../../x", ".", ""])
 def test_a_name_does_not_lead_out_of_the_folder_of_all_runs(name):
     with pytest.raises(ValueError, match="name="):

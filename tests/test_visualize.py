@@ -1470,6 +1470,17 @@ def test_the_projector_leaves_a_runs_board_alone(run):
     (run / train.MARKER).unlink()
 
 
+def test_the_projector_does_not_write_through_links_in_the_folder_of_a_run(run, tmp_path):
+    for name in ("projector", "projector/features", "projector/features/00000"):
+        (link := run / name).parent.mkdir(exist_ok=True, parents=True)
+        link.symlink_to(tmp_path)
+        with pytest.raises(FileExistsError, match=f"{link}: is a link"):
+            visualize.projector(str(run), count=20)
+        link.unlink()
+    assert not [*tmp_path.iterdir()]
+    shutil.rmtree(run / "projector")
+
+
 def test_the_projector_needs_a_folder_of_its_own(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("my own")
