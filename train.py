@@ -488,9 +488,25 @@ def config_of(given, resume=False):
     saved = read_config(folder / "config.json")
     # Checked as a new run's would be, before the settings of the old one come in.
     config = Config.create(**{"model": saved.model, **given})
+    saved = saved if "root" in given else dataclasses.replace(saved, root=root_of(saved))
     return dataclasses.replace(saved, **{
         **{name: getattr(config, name) for name in given if name not in config.options},
         "out": config.out, "name": config.name, "options": {**saved.options, **config.options}})
+
+
+def root_of(saved):
+    """The folder of data sets of a run that goes on: what a config.json says is no place to write
+    to, so its root only where images or caches of this package are already, else the default."""
+    root = Path(saved.root).expanduser()
+    with contextlib.suppress(OSError):
+        if saved.root == Config.root or saved.data == "shapes" or any(root.glob("folder-*.cache")):
+            return saved.root
+        if not folder_of(saved.data):
+            load_split("test", saved.data, root, writes=False)  # whole, it is not written to
+            return saved.root
+    print(f"root={saved.root}: nothing of {saved.data} is there; it goes to {Config.root} (--root)",
+          file=sys.stderr)
+    return Config.root
 
 
 def is_over(config, epochs, best):

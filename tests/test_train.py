@@ -1296,6 +1296,27 @@ def test_classes_are_told_by_their_names(tmp_path):
         train.train(dataclasses.replace(config, epochs=31), resume=True)
 
 
+def test_a_saved_root_is_no_new_place_to_write_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = tiny(tmp_path, data=image_folder(tmp_path / "ab", "ab"), root=str(tmp_path / "cache"),
+                  image_size=32, limit=None, val=0, batch_size=4, epochs=1)
+    train.train(config)
+    again = {"resume": str(config.folder)}
+    train.train_command(**again, epochs="2")  # there, it is read
+    assert not Path("data").exists() and not capsys.readouterr().err
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    train.train_command(**again, epochs="3", root="mine")
+    assert [*Path("mine").glob("*.cache")] and not Path("data").exists()
+    Path("mine").rename("theirs")
+    capsys.readouterr()
+    train.train_command(**again, epochs="4")
+    assert [*Path("data").glob("*.cache")] and not Path("mine").exists()
+    assert capsys.readouterr().err.startswith("root=mine: nothing of ")
+    saved = {"data": "cifar10", "root": "nowhere"}
+    assert train.root_of(dataclasses.replace(config, **saved)) == "data"
+    assert not Path("nowhere").exists()
+
+
 @pytest.mark.parametrize("names, numbers", [
     (("10", "3"), [10, 3]), (("10", "03"), [10, 3]), (("a", "b"), [0, 1])])
 def test_classes_called_by_numbers_are_these_of_a_network_from_elsewhere(names, numbers, capsys):
