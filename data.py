@@ -1251,10 +1251,11 @@ def nested(value, depth=20, most=100_000):
     level = [value]  # all that stands at one depth: a loop, as a recursion would not come back
     for _ in range(depth):
         parts = (part.values() if isinstance(part, dict) else part for part in level
-                 if isinstance(part, (dict, list, tuple)))
-        level = [*itertools.islice(itertools.chain.from_iterable(parts), most)]
-        if not level:
-            return False
+                 if isinstance(part, (dict, list, tuple, set)))
+        # A list may stand in another many times over: it counts, as it is printed, each time.
+        level = [*itertools.islice(itertools.chain.from_iterable(parts), most + 1)]
+        if not level or len(level) > most:
+            return bool(level)
     return True
 
 

@@ -195,6 +195,7 @@ class Bomb:
 
 
 DEEP = reduce(lambda inner, _: {"a": inner}, range(150), {})
+BILLION = reduce(lambda inner, _: [inner] * 10, range(9), 0)  # ten lists in memory, 10⁹ in print
 
 
 @pytest.mark.parametrize("change, complaint", [
@@ -205,6 +206,8 @@ DEEP = reduce(lambda inner, _: {"a": inner}, range(150), {})
     ({"options": {"batch_norm": True}}, "weights"), ({"weights": {"conv1.0.weight": 3}}, "conv1"),
     ({"bomb": Bomb()}, "not a checkpoint"), ({"settings": DEEP}, r"a\.pth.*nested too deeply"),
     ({"options": DEEP}, r"a\.pth.*nested too deeply"),
+    ({"settings": {"epochs": BILLION}}, "nested too deeply"), ({"mean": BILLION}, "too deeply"),
+    ({"options": {"dropout": BILLION}}, r"a\.pth.*nested too deeply"),
 ])
 def test_a_checkpoint_that_lies_is_refused(change, complaint, tmp_path):
     network.save(tmp_path / "a.pth", {**checkpoint_of(), **change})
