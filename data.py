@@ -365,7 +365,9 @@ def read_arrays(path, labels=None):
         check_regular(file, 1 << 30)
         try:  # mapped: what claims to be huge takes no memory before its shape was looked at
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except Exception as error:  # NumPy's readers raise whatever they like on a damaged file
+            if out_of_memory(error) or getattr(error, "errno", None):
+                raise
             raise ValueError(f"{file}: not an array of NumPy ({error})") from error
         if not isinstance(array, np.ndarray):
             raise ValueError(f"{file}: is an archive of arrays, not a single one")

@@ -427,6 +427,15 @@ def test_the_arrays_of_cifar_10_1_and_cifar_10_c_are_measured(tmp_path):
         numpy.save(tmp_path / "deep_labels.npy", labels)
         with pytest.raises(ValueError, match=rf"deep_data\.npy: must be .*×3 uint8, is {kind}"):
             train.open_test(about, str(tmp_path / "deep_data.npy"))
+    head = "{'descr': '|u1', 'fortran_order': False, 'shape': "
+    for header in ("(", head + "(-1,)}", head + "(1 << 70,)}", head + "(99999999999999999999,)}",
+                   "{'descr': [('a',)], 'fortran_order': False, 'shape': (1,)}", "PK"):
+        text = header.encode()
+        (tmp_path / "archive_data.npy").write_bytes(
+            b"PK\3\4" if header == "PK" else
+            b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text + bytes(9))
+        with pytest.raises(ValueError, match=r"archive_data\.npy: not an array of NumPy"):
+            train.open_test(about, str(tmp_path / "archive_data.npy"))
     for name, array in (("cifar10.1_v6_labels.npy", labels + 5), ("cifar10.1_v6_labels.npy",
                         labels[:3]), ("cifar10.1_v6_data.npy", images[:, :5])):
         numpy.save(tmp_path / name, array)
