@@ -1795,8 +1795,8 @@ MEASURED = {"epoch": (int, (0, 1e6)), "epochs": (int, (0, 1e6)), "parameters": (
             "seconds": (float, (0, 1e12)), "test/accuracy": (float, (0, 1)),
             **dict.fromkeys(("train/accuracy", "val/accuracy", "test/accuracy_tta"),
                             (float | None, (0, 1))),
-            "device": (str, None), "commit": (str | None, None), "versions": (dict, None),
-            "per_class": (dict, None)}
+            "device": (str, None), "versions": (dict, None), "per_class": (dict, None),
+            **dict.fromkeys(("commit", "precision"), (str | None, None))}
 
 
 def checked(result):

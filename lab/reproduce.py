@@ -340,7 +340,7 @@ def compare(run, done):
     device, *threads = re.split(r", (\d+) threads?", done[0]["device"])  # name, number, name
     precision, device = config.precision, device + "".join(threads[1:])
     if precision == "auto":  # earlier versions did not say what that came to; on a CPU it is clear
-        precision = done[0].get("precision", "fp32" if threads else "auto")
+        precision = done[0].get("precision") or ("fp32" if threads else "auto")
     rows = []
     for row in claims(run, state="–"):
         name = "test/accuracy_tta" if row.accuracy == "tta" else f"{row.accuracy}/accuracy"
@@ -420,8 +420,8 @@ def replace(path, content, sign):
 
 def read_results(path):
     """{(id, run, accuracy): `Row`} of a CSV file of measured results; ValueError for another."""
-    data_module.check_regular(path)
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+    data_module.check_regular(path)  # Excel's files begin with a mark of their encoding
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         try:
             header, *lines = csv.reader(file, strict=True)
             if header != [*COLUMNS] or {len(line) for line in lines} - {len(header)}:

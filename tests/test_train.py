@@ -1617,14 +1617,15 @@ def test_no_weights_are_exported_that_are_no_numbers(value, tmp_path):
 
 def test_nothing_is_exported_with_a_result_that_is_damaged(tmp_path):
     result = train.train(config := tiny(tmp_path))
-    for name, value in (("seconds", None), ("device", ["x"]), ("test/accuracy", "1")):
+    for name, value in (("seconds", None), ("device", ["x"]), ("test/accuracy", "1"),
+                        ("precision", 16)):
         whole = {**result, name: value} if value else {
             key: kept for key, kept in result.items() if key != name}
         (config.folder / "result.json").write_text(json.dumps(whole))
         with pytest.raises(ValueError, match=f"result.json: damaged.*{name}"):
             train.export(str(config.folder), str(tmp_path / "given.pth"))
     assert not (tmp_path / "given.pth").exists()
-    del result["commit"], result["val/accuracy"]  # what may be None may lack
+    del result["commit"], result["precision"], result["val/accuracy"]  # what may be None may lack
     (config.folder / "result.json").write_text(json.dumps(result))
     train.export(str(config.folder), str(tmp_path / "given.pth"))
     assert network.read(tmp_path / "given.pth")["made"]["commit"] is None
