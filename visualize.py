@@ -55,6 +55,7 @@ from data import (
     progress,
     read_image,
     read_json,
+    read_text,
     resize,
     subset,
     write_atomically,
@@ -755,12 +756,11 @@ def read_table(path, columns=None):
     if not path.is_file():
         return []
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = csv.DictReader(file)
-            if columns and sorted(lines.fieldnames or ()) != sorted(columns):
-                raise ValueError(f"its columns are not {','.join(columns)}")
-            return [{name: value if name == "model" else float(value) for name, value
-                     in row.items()} for row in lines]
+        lines = csv.DictReader(io.StringIO(read_text(path, 1 << 28)))
+        if columns and sorted(lines.fieldnames or ()) != sorted(columns):
+            raise ValueError(f"its columns are not {','.join(columns)}")
+        return [{name: value if name == "model" else float(value) for name, value in row.items()}
+                for row in lines]
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: damaged ({error}); without it all is computed anew") from error
 

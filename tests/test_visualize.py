@@ -1573,6 +1573,11 @@ def test_bad_input_is_one_line_and_exit_2(words, message, run, refused):
 
 def test_two_landscapes_at_once_lose_none_of_their_points(tmp_path):
     table = tmp_path / "points.csv"
+    with open(table, "wb") as file:
+        file.truncate(100 << 30)
+    with pytest.raises(OSError, match=r"points\.csv: 107,374,182,400 bytes are too many"):
+        visualize.read_table(table)
+    table.unlink()
 
     def mine(point):
         if point == (1.0, 0.0):  # meanwhile somebody else computes others
