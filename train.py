@@ -944,7 +944,8 @@ def enough_memory(config):
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list that receives the first SIGINT or SIGTERM; a second one acts at once."""
+    """A list that receives the first SIGINT or SIGTERM; a second one acts at once. One that the
+    program ignored from the start stays ignored."""
     received = []
 
     def note(number, _frame):
@@ -954,7 +955,8 @@ def catch_signals():
 
     before = {}
     with contextlib.suppress(ValueError):  # not in the main thread: signals are not ours
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
+                  if signal.getsignal(number) != signal.SIG_IGN}  # as `nohup` and `&` ask for
     try:
         yield received
     finally:

@@ -1004,6 +1004,19 @@ def test_an_interrupted_run_ends_in_the_same_weights(step, number, read_steps, t
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_signal_that_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with train.catch_signals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, capsys):
     train.train(tiny(tmp_path, "whole", epochs=3))
     train.train(tiny(tmp_path, "cut", epochs=2))
