@@ -2087,7 +2087,8 @@ def export(run: str, out: str):
     before, epochs_before = None, math.inf
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # none of ours
         before = networks.read(out)
-        epochs_before = before["made"].get("epochs", before["epoch"])
+        epochs = before["made"].get("epochs", before["epoch"])
+        epochs_before = epochs if isinstance(epochs, int) else math.inf
     result = finished(run)  # of these very weights
     if not result:
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "

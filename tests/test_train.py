@@ -1579,6 +1579,11 @@ def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_pat
         with pytest.raises(FileExistsError, match="was not exported from this run"):
             train.export(str(run), str(path))
     assert network.read(path)["made"] == made
+    before = network.read(path)
+    for epochs in ("3", None, [3], math.nan):  # none of ours
+        network.save(path, {**before, "made": {**made, "epochs": epochs}})
+        with pytest.raises(FileExistsError, match="was not exported from this run"):
+            train.export(str(config.folder), str(path))
 
 
 @pytest.mark.parametrize("change", [
