@@ -1367,8 +1367,9 @@ def in_half(weights):
 
 
 def made_like(value, pattern):
-    """Whether `value` is made as `pattern` is: dictionaries with the same keys, tensors of the
-    same shape and type that fill the memory they claim, all else of the same type."""
+    """Whether `value` is made as `pattern` is: dictionaries with the same keys, tuples of the same
+    length, tensors of the same shape and type that fill the memory they claim, all else of the same
+    type."""
     if isinstance(pattern, dict):
         return (isinstance(value, dict) and value.keys() == pattern.keys()
                 and all(made_like(value[key], pattern[key]) for key in pattern))
@@ -1377,6 +1378,9 @@ def made_like(value, pattern):
                 and value.dtype == pattern.dtype and value.layout == torch.strided
                 and not value.is_meta
                 and value.untyped_storage().nbytes() >= value.nbytes)
+    if isinstance(pattern, tuple):
+        return (type(value) is type(pattern) and len(value) == len(pattern)
+                and all(map(made_like, value, pattern)))
     return type(value) is type(pattern)
 
 

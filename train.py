@@ -1554,8 +1554,11 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
     if others and not changed_data and known:
         raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
                          f"began; go on with them as they are now (`changed_data`)")
-    if checkpoint.get("commit") and checkpoint["commit"] != description["commit"]:
-        say(f"note: saved by the code of commit {checkpoint['commit']}; this is "
+    commit = checkpoint.get("commit")
+    if commit and commit != description["commit"]:
+        # From elsewhere it may be any text, also one that a terminal obeys.
+        shown = commit if commit.isprintable() and len(commit) <= 80 else "that cannot be shown"
+        say(f"note: saved by the code of commit {shown}; this is "
             f"{description['commit'] or 'another'}, whose steps may differ")
     return others and changed_data
 
@@ -1614,6 +1617,12 @@ def newest_checkpoint(folder, say):
             checkpoint = networks.read(path)
             if not isinstance(checkpoint.get("training"), dict):
                 raise ValueError(f"{path}: holds no training state to go on from")
+            if not isinstance(checkpoint.get("commit"), str | None):
+                raise ValueError(f"{path}: its commit is no text")
+            try:
+                networks.describe(checkpoint)
+            except ValueError as error:
+                raise ValueError(f"{path}: does not describe its network ({error})") from error
             return checkpoint
         except (OSError, ValueError) as error:
             # An error of the disk, of rights or of open files may pass: it says nothing of the

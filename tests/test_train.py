@@ -1027,6 +1027,31 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_taken(tmp_path
     assert len(steady_rows(tmp_path / "cut")) == 3
 
 
+@pytest.mark.parametrize("change, complaint", [
+    ({"classes": [["a"]] * 10}, "names of the classes"), ({"commit": torch.ones(3)}, "its commit"),
+    ({"classes": [*range(10)]}, "names of the classes"), ({"totals": ()}, "does not fit this run"),
+    ({"totals": ("x",) * 4}, "does not fit this run")])
+def test_a_checkpoint_of_other_kinds_is_not_gone_on_from(change, complaint, tmp_path, capsys):
+    train.train(config := tiny(tmp_path, keep=1))
+    path = config.folder / "last.pth"
+    checkpoint = network.read(path)
+    (checkpoint["training"] if "totals" in change else checkpoint).update(change)
+    network.save(path, checkpoint)
+    with pytest.raises((OSError, ValueError), match=r"no checkpoint to go on|does not fit") as said:
+        train.train(tiny(tmp_path, keep=1, epochs=3), resume=True)
+    assert complaint in f"{capsys.readouterr().out} {said.value}"
+
+
+@pytest.mark.parametrize("commit", ["\x1b[2Jabc", "abc\nerror: all is lost", "a" * 81])
+def test_a_commit_that_is_none_is_not_printed(commit, tmp_path, capsys):
+    train.train(config := tiny(tmp_path))
+    path = config.folder / "last.pth"
+    network.save(path, {**network.read(path), "commit": commit})
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    out = capsys.readouterr().out
+    assert "the code of commit that cannot be shown; this is" in out and commit not in out
+
+
 def test_epochs_may_grow_and_nothing_else_may_change(tmp_path):
     train.train(tiny(tmp_path))
     for changes, complaint in (({"lr": 0.5}, "lr=0.5"), ({"dropout": 0.3}, "dropout=0.3"),
