@@ -498,12 +498,9 @@ def root_of(saved):
     """The folder of data sets of a run that goes on: what a config.json says is no place to write
     to, so its root only where images or caches of this package are already, else the default."""
     root = Path(saved.root).expanduser()
-    with contextlib.suppress(OSError):
-        if saved.root == Config.root or saved.data == "shapes" or any(root.glob("folder-*.cache")):
-            return saved.root
-        if not folder_of(saved.data):
-            load_split("test", saved.data, root, writes=False)  # whole, it is not written to
-            return saved.root
+    there = itertools.chain(root.glob("folder-*.cache"), root.glob("cifar-*"))
+    if saved.root == Config.root or saved.data == "shapes" or any(there):
+        return saved.root
     print(f"root={saved.root}: nothing of {saved.data} is there; it goes to {Config.root} (--root)",
           file=sys.stderr)
     return Config.root
