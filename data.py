@@ -555,7 +555,9 @@ def _list_class(folder, label, left_out):
     with os.scandir(folder) as entries:  # which knows sizes and times without opening a file
         for entry in entries:
             suffix = Path(entry.name).suffix.lower()
-            if os.path.isdir(entry.path):
+            if entry.is_symlink() and os.path.isdir(entry.path):  # it may lead to all of the disk
+                left_out["links to folders within a class"] += 1
+            elif os.path.isdir(entry.path):
                 left_out["files in folders within a class"] += sum(
                     len(files) for _, _, files in os.walk(entry.path))
             elif entry.name.startswith("."):  # a Mac leaves ._cat.png beside cat.png

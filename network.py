@@ -396,8 +396,9 @@ def image_size_of(name):
 def options_of(name):
     """The options of network `name`: {option: (type, default)}."""
     if not isinstance(name, str) or name not in NETWORKS:
+        name = str(name)[:80]
         raise ValueError(f"model={name}: no such network"
-                         f"{closest(str(name), NETWORKS) or '; known: ' + ', '.join(NETWORKS)}")
+                         f"{closest(name, NETWORKS) or '; known: ' + ', '.join(NETWORKS)}")
     # A row of NETWORKS is a function, or a partial one whose `func` has the annotations.
     constructor = NETWORKS[name]
     function = getattr(constructor, "func", constructor)

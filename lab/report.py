@@ -26,7 +26,16 @@ import deconv
 import network as networks
 import train
 import visualize
-from data import Table, generator, name_of, parse, plain, text_of, write_atomically
+from data import (
+    Table,
+    check_regular,
+    generator,
+    name_of,
+    parse,
+    plain,
+    text_of,
+    write_atomically,
+)
 from lab import reproduce
 from lab.reproduce import duration
 
@@ -190,8 +199,8 @@ def report_of_run(run, folder, given):
                **draw_predictions(test, description, logits, right),
                **draw_commands(run, folder, layers, shown, given),
                "gallery": draw_gallery(network, layers[-1], test, description)}
-    hardware = {"device": result["device"], "time": duration(result["seconds"]),
-                **result["versions"], "commit": result["commit"] or "unknown"}
+    hardware = [("device", result["device"]), ("time", duration(result["seconds"])),
+                *result["versions"].items(), ("commit", result["commit"] or "unknown")]
     return write_report(
         folder, "run.j2", config=config, name=name, result=result, dataset=dataset,
         description=description, right=right.sum().item(), layers=layers,
@@ -203,7 +212,7 @@ def report_of_run(run, folder, given):
         settings=settings_tables(config, name, size), stages=networks.stages_table(network, size),
         structure=networks.layers_table(network, size),
         per_class=per_class_table(matrix, dataset.classes),
-        hardware=Table(("what", "value"), [*hardware.items()]), commands=commands_of(config))
+        hardware=Table(("what", "value"), hardware), commands=commands_of(config))
 
 
 def commands_of(config):
@@ -403,9 +412,9 @@ def flags_of(experiment, runs):
 
 def accuracies(result):
     """{images: accuracy} of a run's result: of each part of its data set, and of each class."""
-    return {"all for training": result["train/accuracy"],
-            "all for validation": result["val/accuracy"],
-            "all for test": result["test/accuracy"], **result["per_class"]}
+    whole = {"all for training": result["train/accuracy"],
+             "all for validation": result["val/accuracy"], "all for test": result["test/accuracy"]}
+    return {**whole, **result["per_class"], **whole}  # whatever a class is called
 
 
 def tables_of(experiment, runs):
@@ -440,8 +449,10 @@ def figures_of(experiment, runs, folder):
             plotted |= dict.fromkeys(folders)
         else:
             name = folders[0].name if folders else experiment.id
-            found |= dict.fromkeys(
-                sorted(figure.folder(runs).glob(f"{figure.command}*.png")), name)
+            # As the commands call them; the page would show whatever a link leads to.
+            found |= {path: name for path in sorted(figure.folder(runs).glob("*.png"))
+                      if re.fullmatch(rf"{figure.command}[\w.,=+-]*", path.name)
+                      and not path.is_symlink()}
     folders = [one for first in plotted for one in with_seeds(first) if train.read_rows(one)]
     if folders:
         path, = keep_figures(folder, f"{experiment.id}-curves", draw_curves(folders))
@@ -453,6 +464,7 @@ def figures_of(experiment, runs, folder):
         file = path.name if files[path.name] == 1 else f"{name}-{path.name}"
         copy = folder / "figures" / f"report-{experiment.id}-{file}"
         visualize.check_figure(copy)
+        check_regular(path)  # to open a pipe could take for ever
         write_atomically(copy, path.read_bytes())
         captions[copy] = f"{path.stem}, {name}"
     return captions

@@ -511,6 +511,7 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     (folder / "train" / "beside.png").touch()
     (folder / "test" / "fish").symlink_to(tmp_path / "nowhere")
+    (folder / "train" / "dog" / "all").symlink_to("/")  # which is not walked through
     (folder / "cover.jpg").touch()
     dataset = data.load(str(folder), tmp_path / "cache", val=0)
     assert dataset.test.images[:, 0, 0, 0].tolist() == [0, 0, 0, 50, 60, 100, 100, 100]
@@ -518,7 +519,7 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
         f"{folder}: left out files beside the classes (2), files in folders within a class (2), "
         "files of type .txt (1), files of type unknown (1), "
         "folders and images beside train and test (2), hidden files (1), "
-        "hidden folders beside the classes (1)\n")
+        "hidden folders beside the classes (1), links to folders within a class (1)\n")
     (folder / "train" / "two\nlines").mkdir()
     (folder / "test" / "two\nlines").mkdir()
     with pytest.raises(ValueError, match=r"two\\nlines"):

@@ -381,6 +381,9 @@ def test_an_experiment_shows_its_own_figures_and_structure(tmp_path):
     other = tmp_path / "5.2-resnet18_imagenet" / "figures" / "5.6"
     data.write_atomically(drawn / "5.6" / "reconstruct.png", b"Matplotlib 1")
     data.write_atomically(other / "reconstruct.png", b"Matplotlib 2")  # the other network's
+    data.write_atomically(other / "reconstruct> <img src=x>.png", b"Matplotlib 3")  # nobody's
+    data.write_atomically(tmp_path / "secret", b"Matplotlib 4")
+    (other / "reconstruct-b.png").symlink_to(tmp_path / "secret")
     shown = report.figures_of(first, tmp_path, tmp_path / "page")
     assert {path.name: (path.read_bytes(), caption) for path, caption in shown.items()} == {
         "report-5.6-reconstruct-a.png": (b"Matplotlib", "reconstruct-a, 5.2-size64"),
@@ -488,6 +491,13 @@ def test_a_report_s_figures_are_of_the_images_that_its_text_tells_of(finished, t
     assert "of 40 test images of shapes correctly" in (tmp_path / "report.md").read_text()
     own = data.load("shapes", limit=40).test.images
     assert looked and all(torch.equal(test.images, own) for test in looked)
+
+
+def test_a_class_may_be_called_as_the_whole_is():
+    result = {"train/accuracy": 0.5, "val/accuracy": None, "test/accuracy": 0.25,
+              "per_class": {"all for test": 1.0, "a": 0.0}}
+    assert report.accuracies(result) == {"all for training": 0.5, "all for validation": None,
+                                         "all for test": 0.25, "a": 0.0}
 
 
 def test_a_report_means_nothing_but_what_is_in_it():
