@@ -878,26 +878,32 @@ def receptive_fields(network, layer, image_size):
     def box_of(*unit):
         gradient, = torch.autograd.grad(maps[unit], noise, retain_graph=True)
         seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
-        return torch.cat([seen.amin(0), seen.amax(0) + 1]) if len(seen) else torch.zeros(4).long()
+        return torch.cat([seen.amin(0), seen.amax(0) + 1]) if len(seen) else None
+
+    def box_among(channel, rows, columns):
+        found = (box_of(channel, *place) for place in itertools.product(rows, columns))
+        return next((box for box in found if box is not None), None)
 
     # A box's top and bottom depend on the unit's row alone, left and right on its column: so the
     # units of the diagonal tell all, and where one looks at nothing, another of its row or column.
-    fields = torch.zeros(len(kinds), height, width, 4, dtype=torch.long)
+    fields, known = torch.zeros(len(kinds), height, width, 4, dtype=torch.long), 0
     for number, boxes in enumerate(fields):
-        channel = (kind == number).nonzero()[0, 0].item()
+        channel = (kind == number).nonzero()[0, 0]
         for index in range(max(height, width)):
             row, column = min(index, height - 1), min(index, width - 1)
-            box = across = along = box_of(channel, row, column)
-            if not box.any():
-                across = next(filter(torch.any, (
-                    box_of(channel, row, other) for other in range(width))), box)
-                along = next(filter(torch.any, (
-                    box_of(channel, other, column) for other in range(height))), box)
-            boxes[row, :, ::2], boxes[:, column, 1::2] = across[::2], along[1::2]
-    fields[(fields[..., 2:] <= fields[..., :2]).any(-1)] = 0
-    if not fields.any():
+            across = along = box_of(channel, row, column)
+            if across is None:
+                across = box_among(channel, [row], range(width))
+                along = box_among(channel, range(height), [column])
+            if across is not None:
+                boxes[row, :, ::2] = across[::2]
+            if along is not None:
+                boxes[:, column, 1::2] = along[1::2]
+            known += across is not None and along is not None
+    if not known:
         raise ValueError(f"layer={layer}: what it computes hides which pixels it looks at")
-    return fields[kind.cpu()]
+    seen = (fields[..., :2] < fields[..., 2:]).all(-1, keepdim=True)  # else its row sees nothing
+    return (fields * seen)[kind.cpu()]
 
 
 # ---------------------------------------------------------------------------- a class's reasons

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import signal
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of a command in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # quicker for networks this small, and steady on a busy machine
     if config.getoption("--device") == "cuda":  # read once, before the first matrix product
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
