@@ -257,7 +257,8 @@ def test_patience_ends_a_run_where_it_should(tmp_path, monkeypatch):
         assert_same_run(tmp_path / "run", tmp_path / f"cut{at}")
     few = image_folder(tmp_path / "few", "ab")  # of which a tenth is none
     for config in (tiny(tmp_path, "none", patience=2, val=0),
-                   tiny(tmp_path, "small", patience=2, data=few, val=None)):
+                   tiny(tmp_path, "small", patience=2, data=few, val=None,
+                        root=str(tmp_path / "root"))):
         with pytest.raises(ValueError, match="patience: needs images"):
             train.train(config)
         assert not config.folder.exists()
