@@ -1272,7 +1272,7 @@ def lock(folder, name=".lock", waits=""):
     a lock is removed in any case.
     """
     path = folder / name
-    while True:
+    for attempt in itertools.count():
         new = [part for part in (folder, *folder.parents) if not part.exists()]
         # The system's lock is on the open file: it goes with its process, also with a killed one.
         with _opened(path) as file:
@@ -1284,7 +1284,8 @@ def lock(folder, name=".lock", waits=""):
                 if tries == 1:
                     print(f"waiting for another process that is {waits}", file=sys.stderr)
                 time.sleep(0.1)
-            if not _is_there(file, path):  # who had it removed it: the next one will make another
+            # Who had it may have removed it: the next one makes another. (Not all disks can tell.)
+            if not _is_there(file, path) and attempt < 100:
                 continue
             try:
                 yield
@@ -1394,7 +1395,8 @@ def _event_records(content):
     while len(content) >= 12:  # length, its checksum, the event, its checksum: 8 + 4 + n + 4 bytes
         end = 12 + int.from_bytes(content[:8], "little")
         if not whole(content[:8], content[8:12]):
-            yield content, None
+            if any(content):  # zeros are a torn end, too
+                yield content, None
             return
         if len(content) < end + 4:
             return

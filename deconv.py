@@ -175,18 +175,17 @@ def tensors_in(values):
 
 
 def keeps_less(x, value):
-    """Whether `value` is a function of `x` alone, place by place, nearer to 0 at −a than at a, for
-    all channels or for one, which may have a slope of its own."""
+    """Whether `value` is a function of `x` alone, place by place, nearer to 0 at −a than at a: one
+    for all, or in maps N×C×H×W one for each channel, as far as eight of them tell."""
     if x.shape != value.shape:
         return False
-    channels = zip(x.unbind(1), value.unbind(1)) if x.ndim > 2 else ()
-    return one_keeps_less(x, value) or any(
-        one_keeps_less(*pair) for pair in itertools.islice(channels, 8))
+    return bends(x, value, 64) or (x.ndim == 4 and all(
+        bends(x[:, channel], value[:, channel], 256) for channel in range(min(8, x.shape[1]))))
 
 
-def one_keeps_less(x, value):
-    """What `keeps_less` says, for all values together."""
-    if x.numel() < 64:  # too few to tell
+def bends(x, value, least):
+    """What `keeps_less` asks, of one function, if there are at `least` so many values to tell."""
+    if x.numel() < least:
         return False
     x, value = (part.flatten()[::1 + x.numel() // 4096].float() for part in (x, value))
     x, order = x.sort()
@@ -248,8 +247,9 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
                  if isinstance(output, Tensor) and output.requires_grad}
         # Of checkpoints, and of a network without gradients, there is none.
         with networks.told(f"layer={layer}: there is no way back from it to the images"):
-            *signals, signal = torch.autograd.grad(found, [*below.values(), images],
-                                                   start.view(found.shape), allow_unused=True)
+            *signals, signal = torch.autograd.grad(
+                found, [*networks.gradient_places(below.values()), images],
+                start.view(found.shape), allow_unused=True)
     # `allow_unused` makes what is not on the way None, not an error.
     if signal is None:
         raise ValueError(f"layer={layer}: no gradient reaches the images from it (it does not "

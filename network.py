@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from data import (
@@ -566,10 +567,12 @@ def capture(network, layers, stop=False, inputs=False):
         handed = output.clone() if isinstance(output, Tensor) else output
         if given and hands_on(module, given[0], output):
             # Others hold it too, and what an activation in place makes of it is meant for all of
-            # them. Where there is one, the copy is what the layer gave.
-            copy, output = handed, output.view_as(output)
-            shared.append((layer, output, output.is_inference() or output._version, copy))
-            handed = output
+            # them. Where there is one, the copy is what the layer gave, and `edge` its place in the
+            # graph, see `gradient_places`.
+            copy, handed = handed, output.view_as(output)
+            copy.edge = get_gradient_edge(output) if output.requires_grad else None
+            shared.append((layer, handed, handed.is_inference() or handed._version, copy))
+            output = handed
         outputs.setdefault(layer, given[0] if inputs else output)
         # An exception is the only way out of a forward pass that was written by somebody else.
         if stop and len(outputs) == len(layers):
@@ -590,6 +593,12 @@ def capture(network, layers, stop=False, inputs=False):
             if outputs[layer] is output and (
                     output.is_inference() or output._version != version):
                 outputs[layer] = copy
+
+
+def gradient_places(outputs):
+    """Where `torch.autograd.grad` finds what arrives at `outputs` that `capture` kept: they
+    themselves, or, of one that was worked on in place after that, where it was in the graph."""
+    return [getattr(output, "edge", None) or output for output in outputs]
 
 
 def hands_on(module, given, output):
@@ -964,7 +973,8 @@ def grad_cam(network, images, label, layer=None):
     kept = {name: output for name, output in outputs.items()
             if isinstance(output, Tensor) and output.requires_grad}
     # Images do not mix, so the gradient of the sum is that of each image's own score.
-    slopes = torch.autograd.grad(scores.sum(), [*kept.values()], allow_unused=True) if kept else ()
+    slopes = torch.autograd.grad(scores.sum(), gradient_places(kept.values()),
+                                 allow_unused=True) if kept else ()
     for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
         with contextlib.suppress(ValueError):  # no output of its kind
             # Its rows and columns may be others than the output's; the same is done to the slopes.

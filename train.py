@@ -501,7 +501,7 @@ def root_of(saved):
     there = itertools.chain(root.glob("folder-*.cache"), root.glob("cifar-*"))
     if saved.root == Config.root or saved.data == "shapes" or any(there):
         return saved.root
-    print(f"root={saved.root}: nothing of {saved.data} is there; it goes to {Config.root} (--root)",
+    print(f"root={saved.root}: holds no data set or cache of ours; {Config.root} is taken (--root)",
           file=sys.stderr)
     return Config.root
 
@@ -1485,7 +1485,7 @@ def check_no_links(paths):
     for path in paths:
         if path.is_symlink():
             raise FileExistsError(f"{path}: is a link, and a run writes into its own folder alone; "
-                                  f"remove it")
+                                  f"put there what it leads to")
 
 
 def check_apart(config, resume):
@@ -2111,18 +2111,11 @@ def export(run: str, out: str):
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
     if out.exists() and (epochs_before > made["epochs"] or differing(
             config.all_settings(), Config.from_json(before["settings"]).all_settings())
-            or other_images(before, checkpoint)):
+            or [*before["classes"]] != [*checkpoint["classes"]]):
         raise FileExistsError(f"out={out}: is there already, and was not exported from this run, "
                               f"or after more epochs; move it away or choose another place")
     networks.save(out, {**checkpoint, "made": made})
     return out
-
-
-def other_images(before, now):
-    """Whether two checkpoints know different classes, or were trained on different files, as far as
-    both tell."""
-    files = [one["fingerprint"] for one in (before, now) if one.get("fingerprint") is not None]
-    return [*before["classes"]] != [*now["classes"]] or files[:1] != files[-1:]
 
 
 def settings_flags(words, model=None):

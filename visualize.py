@@ -1615,7 +1615,7 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
         raise ValueError(f"out={folder}: TensorBoard's files of a run are there; they stay as they "
                          f"are")
     if not flags.get("out"):  # one that is asked for may be where its user likes
-        train.check_no_links([folder.parent, folder, *folder.rglob("*")])
+        train.check_no_links([folder, *folder.rglob("*")])
     others = [path for path in folder.rglob("*") if path.is_file() and not train.WRITTEN.fullmatch(
         f"test/{path.relative_to(folder).as_posix()}")]
     if others:  # TensorBoard would write over some files

@@ -53,7 +53,6 @@ def gpu(device: str = "auto", data: str = "cifar10", root: str = "data",
             name = f"{model}, {precision}{', compiled' * compiled}"
             attempts[name] = partial(bench, model, precision, compiled, rounds, seconds,
                                      chosen.type)
-        # Last: what it asks of cuBLAS holds for the rest of the process, and may cost time.
         attempts["killed and resumed, bit for bit"] = partial(killed, base, Path(out))
         for name, attempt in attempts.items():
             started = time.perf_counter()
@@ -95,17 +94,21 @@ def killed(base, out):
     config = train.Config.create(
         "speednet", **{**base, "limit": min(base["limit"] or 4096, 4096)}, data="shapes",
         batch_size=64, epochs=3, save_minutes=0.0, deterministic=True, out=str(out), name="cut")
-    words = shlex.split(train.command_of(config))[2:]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words],
-                               stdout=subprocess.DEVNULL)
+
+    def line_of(config, *more):
+        return [sys.executable, str(ROOT / "train.py"),
+                *shlex.split(train.command_of(config))[2:], *more]
+
+    process = subprocess.Popen(line_of(config), stdout=subprocess.DEVNULL)
     # Its first row is there: the second epoch, with a checkpoint after each step, has begun.
     while process.poll() is None and len(train.read_rows(config.folder)) < 1:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     step = networks.read(config.folder / "last.pth")["step"]
-    train.train(config, resume=True)
-    train.train(dataclasses.replace(config, name="whole"))
+    # Each in a process of its own: what is asked of cuBLAS is read before its first product.
+    for line in (line_of(config, "--resume"), line_of(dataclasses.replace(config, name="whole"))):
+        subprocess.run(line, stdout=subprocess.DEVNULL, check=True)
     one, two = (networks.read(out / name / "last.pth")["weights"] for name in ("cut", "whole"))
     same = all(torch.equal(one[name], two[name]) for name in two)
     losses = [train.read_metrics(out / name)["train/loss"] for name in ("cut", "whole")]

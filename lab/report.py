@@ -356,11 +356,10 @@ def with_seeds(folder):
     for path in [folder, *sorted(folder.parent.glob(f"{folder.name}-seed*"))]:
         number = path.name.removeprefix(folder.name)  # a copy's name goes on behind it
         if re.fullmatch("(-seed[0-9]+)?", number) and (path / "config.json").exists():
-            config = dataclasses.replace(
-                train.read_config(path / "config.json"), name=None, out=train.Config.out,
-                root=train.Config.root, device=train.Config.device)
+            config = train.read_config(path / "config.json")
             first = first or config
-            if dataclasses.replace(config, seed=first.seed) == first:
+            others = train.differing(config.all_settings(), first.all_settings())
+            if {*others} <= {"seed"} and config.epochs == first.epochs:
                 seeds.setdefault(config.seed, path)
     return [*seeds.values()]
 

@@ -230,8 +230,6 @@ HIDDEN = {
     "foreach": lambda x: torch._foreach_clamp_min([x], 0)[0],
     "leaky": lambda x: torch.max(x, 0.1 * x), "leaky by where": lambda x: x.where(x > 0, 0.1 * x),
     "leaky by minimum": lambda x: F.relu(x) + 0.1 * torch.minimum(x, torch.zeros(())),
-    "leaky, a slope a channel": lambda x: x.where(
-        x > 0, x * torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None]),
     "swish": lambda x: x * x.sigmoid(), "swish in place": lambda x: x.clone().mul_(x.sigmoid()),
     "hard swish": lambda x: x * F.relu6(x + 3) / 6, "mish": lambda x: x * F.softplus(x).tanh(),
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
@@ -253,9 +251,16 @@ def test_a_rectifier_that_cannot_be_replaced_is_said(call):
                                    deconv.project(reference, "c", x, rule="gradient"))
 
 
+def test_a_hand_made_rectifier_with_a_slope_a_channel_is_said():
+    slopes = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None]
+    with pytest.raises(ValueError, match=r"where rectifies where rule=deconvnet"):
+        deconv.project(Called(lambda x: x.where(x > 0, x * slopes)), "c", images(4, 16))
+
+
 NO_RECTIFIERS = {
     "tanh": torch.tanh, "negative": lambda x: -x, "scale": lambda x: x * torch.rand(1, 4, 1, 1),
     "in place": lambda x: x.clone().add_(F.relu(x)), "norm": lambda x: F.normalize(x),
+    "scale of a place": lambda x: x * torch.linspace(0.7, 1.3, x[0, 0].numel()).view(x.shape[2:]),
     "gate": lambda x: x * x.mean((2, 3), True).tanh(), "softmax": lambda x: x.softmax(1),
     "last and back": lambda x: F.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous(),
     "halves": lambda x: torch.cat([part * 2 for part in F.relu(torch.cat(x.chunk(2))).chunk(2)]),

@@ -603,6 +603,25 @@ def test_a_look_at_what_hands_its_input_on_changes_nothing(shortcut, in_place):
         assert torch.autograd.grad(found.sum(), outputs["shortcut"])[0].eq(1).all()
 
 
+def test_gradients_reach_what_is_added_to_in_place_afterwards():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.drop, self.fc = nn.Conv2d(3, 3, 1), nn.Dropout(), nn.Linear(3, 2)
+
+        def forward(self, x):
+            y = self.drop(self.conv(x))
+            y += x  # as behind the stochastic depth of an EfficientNet
+            return self.fc(y.square().mean((2, 3)))
+
+    block, images = Residual().eval(), torch.randn(2, 3, 8, 8)
+    maps = block.conv(images)
+    slopes = (2 * (maps + images) * block.fc.weight[1, :, None, None] / 64).mean((2, 3), True)
+    found, layer = network.grad_cam(block, images, 1, "drop")
+    assert layer == "drop"
+    torch.testing.assert_close(found, (slopes * maps).sum(1).clamp(min=0).detach())
+
+
 @pytest.mark.parametrize("wish, said", [
     ({"mean": (0.5,)}, "mean=0.5: must be three numbers, one a colour$"),
     ({"std": (1.0, 1.0, 0.0)}, "std=1.0,1.0,0.0: must be three numbers, one a colour, above 0"),
