@@ -885,8 +885,8 @@ class Preprocessing:
 
 
 def check_bytes(images):
-    """ValueError for what is no N×3×H×W images of bytes, or none at all: of floating-point numbers,
-    for one, white may be 1 or 255."""
+    """ValueError unless `images` are bytes, N×3×H×W, at least one: the white of floating-point
+    numbers, for example, may be 1 or 255."""
     shape = tuple(images.shape)
     if images.dtype != torch.uint8 or shape[1:2] != (3,) or len(shape) != 4 or 0 in shape:
         raise ValueError(f"images of {images.dtype}, {'×'.join(map(str, shape))}: must be bytes "

@@ -655,8 +655,9 @@ def captured_maps(network, outputs, layer, count):
     first = channels_come_first(module)
     if first is None and maps.ndim == 4:
         rows, columns, last = maps.shape[1:]
-        inside = {channels_come_first(part) for part in module.modules()} - {None}
-        first = inside != {False} if rows == columns == last else rows != columns
+        first = rows != columns
+        if rows == columns == last:
+            first = {channels_come_first(part) for part in module.modules()} - {None} != {False}
     if maps.ndim == 3 and first:
         side = math.isqrt(maps.shape[2])
         return maps.unflatten(2, (side, -1) if side**2 == maps.shape[2] else (1, -1))
@@ -884,31 +885,20 @@ def receptive_fields(network, layer, image_size):
     # Channels with the same values look at the same pixels: one of each kind is asked.
     kinds, kind = maps.detach().flatten(1).unique(dim=0, return_inverse=True)
 
-    def box_of(*unit):
-        gradient, = torch.autograd.grad(maps[unit], noise, retain_graph=True)
-        seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
-        return torch.cat([seen.amin(0), seen.amax(0) + 1]) if len(seen) else None
-
-    def box_among(channel, rows, columns):
-        found = (box_of(channel, *place) for place in itertools.product(rows, columns))
-        return next((box for box in found if box is not None), None)
-
-    # A box's top and bottom depend on the unit's row alone, left and right on its column: so the
-    # units of the diagonal tell all, and where one looks at nothing, another of its row or column.
+    # A box's top and bottom depend on the unit's row alone, left and right on its column. All units
+    # of a row, of which some may look at nothing, tell of it together.
     fields, known = torch.zeros(len(kinds), height, width, 4, dtype=torch.long), 0
     for number, boxes in enumerate(fields):
-        channel = (kind == number).nonzero()[0, 0]
-        for index in range(max(height, width)):
-            row, column = min(index, height - 1), min(index, width - 1)
-            across = along = box_of(channel, row, column)
-            if across is None:
-                across = box_among(channel, [row], range(width))
-                along = box_among(channel, range(height), [column])
-            if across is not None:
-                boxes[row, :, ::2] = across[::2]
-            if along is not None:
-                boxes[:, column, 1::2] = along[1::2]
-            known += across is not None and along is not None
+        units = maps[(kind == number).nonzero()[0, 0]]
+        # Rows tell top and bottom, numbers 0 and 2 of a box; columns left and right, 1 and 3.
+        for lines, boxes_of_lines, part in ((units, boxes, slice(0, None, 2)),
+                                            (units.T, boxes.transpose(0, 1), slice(1, None, 2))):
+            for line, line_boxes in zip(lines, boxes_of_lines):
+                gradient, = torch.autograd.grad(line.sum(), noise, retain_graph=True)
+                seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
+                known += len(seen)
+                if len(seen):
+                    line_boxes[:, part] = torch.cat([seen.amin(0), seen.amax(0) + 1])[part]
     if not known:
         raise ValueError(f"layer={layer}: what it computes hides which pixels it looks at")
     seen = (fields[..., :2] < fields[..., 2:]).all(-1, keepdim=True)  # else its row sees nothing
@@ -1110,9 +1100,9 @@ def check_archive(path):
             file.seek(-min(size, 54), os.SEEK_END)
             tail = file.read()
     except OSError as error:
-        told = type(error)(f"{path}: {error.strerror}" if error.strerror else str(error))
-        told.errno = error.errno  # tells what will pass from a damaged file
-        raise told from error
+        again = type(error)(f"{path}: {error.strerror}" if error.strerror else str(error))
+        again.errno = error.errno  # tells what will pass from a damaged file
+        raise again from error
     # A zip archive ends with 22 bytes, the last two of which are its comment's length: 32 here.
     if head == b"PK" and tail[:4] == b"PK\5\6" and tail[20:22] == b"\x20\0":
         return

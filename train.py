@@ -1663,13 +1663,13 @@ def open_network(source, device="auto", weights=None, moved=None, **wishes):
             raise ValueError(f"{source}: {error}") from error
         network.to(memory_format=torch.channels_last)
         # Its images may have been moved since; a run that went on knows where to.
+        place = {}
         with contextlib.suppress(OSError, ValueError):
             now = read_config(Path(source) / "config.json")
-            description = dataclasses.replace(description, settings={
-                **description.settings, "data": now.data, "root": now.root})
+            place = {"data": now.data, "root": now.root}
         if moved is not None:
-            description = dataclasses.replace(description, settings={
-                **description.settings, "data": as_setting(moved)})
+            place["data"] = as_setting(moved)
+        description = dataclasses.replace(description, settings={**description.settings, **place})
     return network, description
 
 

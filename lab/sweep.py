@@ -78,8 +78,7 @@ def check_sheet(sheet, page, columns, new=None):
     check_columns(sheet, columns, some=True)
     told = page.exists() and re.search("<!-- sweep.csv: ([0-9a-f]{16}) -->",
                                        page.read_text("utf-8", "replace"))
-    content = sheet.read_bytes() if told and sheet.exists() else new
-    if content != new and digest_of(content) != told[1]:
+    if told and sheet.exists() and (now := sheet.read_bytes()) != new and digest_of(now) != told[1]:
         raise FileExistsError(f"{sheet}: was changed since it was written and stays as it is; move "
                               f"it away or choose another `name`")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_visualize import Lambda
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -404,19 +405,12 @@ def test_norms_leave_out_what_has_no_signal_and_take_a_modules_first_call():
 
 
 def test_norms_are_those_of_each_images_maps_and_vectors():
-    class Mean(nn.Module):
-        def __init__(self, dims):
-            super().__init__()
-            self.dims = dims
-
-        def forward(self, x):
-            return x.mean(self.dims)
-
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 3))
-            self.mean, self.all, self.b = Mean((1, 2, 3)), Mean((0, 1, 2, 3)), nn.Conv2d(2, 4, 1)
+            self.mean, self.all = Lambda(lambda x: x.mean((1, 2, 3))), Lambda(torch.mean)
+            self.b = nn.Conv2d(2, 4, 1)
 
         def forward(self, x):
             x = self.a(x)
