@@ -683,7 +683,7 @@ def test_benchmark_compares_the_loop_with_its_bounds(capsys):
         benchmark.benchmark(augment=("flip", "cutout"))
 
 
-def test_the_benchmark_compares_the_same_steps(monkeypatch):
+def test_the_benchmark_compares_the_same_steps(few_shapes, monkeypatch):
     seen = {"package": [], "others": []}
 
     def noting(name, step, place):
@@ -695,11 +695,11 @@ def test_the_benchmark_compares_the_same_steps(monkeypatch):
     assert {*seen["package"]} == {*seen["others"]} == {(4, 3, 32, 32)}
     for images in seen.values():
         images.clear()
-    table, _ = benchmark.benchmark("lenet", batch_size=20_000, rounds=1, seconds=0.01)
-    # All 10 000 are one batch, and an epoch one step: beside it a first one and three to time, and
+    table, _ = benchmark.benchmark("lenet", batch_size=1_000, rounds=1, seconds=0.01)
+    # All 500 are one batch, and an epoch one step: beside it a first one and three to time, and
     # two for the usual pipeline to be as warm.
     assert [len(images) for images in seen.values()] == [1, 4 + 2 + 2 + 1]
-    assert "batch 10000, flip,crop, 1 steps" in table.title
+    assert "batch 500, flip,crop, 1 steps" in table.title
 
 
 def test_the_usual_pipeline_has_a_network_of_its_own(monkeypatch):

@@ -1291,9 +1291,11 @@ def test_a_killed_overwrite_leaves_the_old_run_or_the_new(tmp_path, monkeypatch)
     train.train(new)
     expected = network.read(new.folder / "last.pth")["weights"]
     train.train(old, overwrite=True)
+    shutil.copytree(old.folder, tmp_path / "old")
     operations, seen = operations_of(new, monkeypatch), set()
     for fatal in range(1, operations):
-        train.train(old, overwrite=True)
+        shutil.rmtree(old.folder)
+        shutil.copytree(tmp_path / "old", old.folder)
         operations_of(new, monkeypatch, fatal)
         config = train.read_config(new.folder / "config.json")
         seen.add(config.lr)
