@@ -52,6 +52,7 @@ from data import (
     nested,
     out_of_memory,
     parse_value,
+    progress,
     text_of,
     value_in,
     write_atomically,
@@ -709,6 +710,27 @@ def _scaled(_function, x, *_others, **_named):
     return x / x.detach().abs().mean().clamp(min=1e-30)
 
 
+def _with_weights(x, weight):
+    """`x`, which looks at what `weight` does, where that is computed from the images."""
+    return x if weight.is_leaf or not weight.requires_grad else x + _scaled(None, weight.mean())
+
+
+def _linear(_function, x, weight, _bias=None):
+    """A linear layer, all of whose outputs look at all inputs."""
+    return _with_weights(x, weight).mean(-1, True).repeat_interleave(weight.shape[0], -1)
+
+
+def _attended(_function, query, key, value, *_others, attn_mask=None, **_named):
+    """Multi-head attention of T×N×C queries: each looks at all S×N×C keys and values but those
+    that a mask hides from it, T×S or one for each image and head: True, or far below 0."""
+    seen = key.mean(2) + value.mean(2)  # S×N
+    if attn_mask is None:
+        return query + seen.mean(0)[:, None], None
+    shown = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask > -50
+    shown = shown.flatten(0, -3).any(0) if shown.ndim == 3 else shown
+    return query + (shown.to(seen) @ seen / len(seen))[..., None], None
+
+
 def _averaged(function, x, weight, bias=None, *options, **named):
     """A convolution whose weights are all one positive constant: one kernel does for all."""
     options, groups = [*options], named.pop("groups", 1)
@@ -716,7 +738,8 @@ def _averaged(function, x, weight, bias=None, *options, **named):
         groups, options[3] = options[3], 1
     outputs = weight.shape[1] * groups if "transpose" in function.__name__ else weight.shape[0]
     # With equal weights a sum over channels may come first, and all outputs of a group are one.
-    means = x.unflatten(1, (groups, -1)).mean(2).flatten(0, 1)[:, None]  # N·groups×1×H×W
+    means = _with_weights(x, weight).unflatten(1, (groups, -1)).mean(2)
+    means = means.flatten(0, 1)[:, None]  # N·groups×1×H×W
     kernel = x.new_full((1, 1, *weight.shape[2:]), 1 / weight[0, 0].numel())
     maps = function(means, kernel, None, *options, **named).unflatten(0, (-1, groups))
     # Copies: what follows may add to them in place.
@@ -749,11 +772,8 @@ def _largest(_function, x, other=None, keepdim=False, dim=None):
         (x.mean(dim, keepdim), x.argmax(dim, keepdim)))
 
 
-def _added(function, x, other, *others, **named):
-    """A difference or a quotient, which may cancel where all weights are equal: the sum. What does
-    not depend on the images, such as a mask, is computed as it is."""
-    if not any(getattr(value, "requires_grad", False) for value in (x, other)):
-        return function(x, other, *others, **named)
+def _added(_function, x, other, *_others, **_named):
+    """A difference or a quotient, which may cancel where all weights are equal: the sum."""
     return _scaled(None, x + other if isinstance(other, Tensor) else x)
 
 
@@ -786,14 +806,13 @@ def _batch_norm(_function, x, *others, **named):
 
 # What takes the place of a function, given it and its arguments, in `Connections`.
 CONNECTIONS = {
-    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "sign", "round", "floor", "ceil",
-                     "trunc", "neg"], _scaled),
-    **dict.fromkeys(["sub", "rsub", "div", "rdiv"], _added),  # the names of the operators, too
+    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "sign", "round", "floor", "ceil", "trunc",
+                     "neg", "negative", "reciprocal", "pow"], _scaled),
+    **dict.fromkeys(["sub", "rsub", "subtract", "div", "rdiv", "divide", "true_divide"], _added),
     **dict.fromkeys(["sigmoid", "hardsigmoid"], _gate),
     **dict.fromkeys(["softmax", "log_softmax", "softmin"], _shared),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d", "conv_transpose2d"], _averaged),
-    "linear": lambda _, x, weight, bias=None: x.mean(-1, True).repeat_interleave(
-        weight.shape[0], -1),
+    "linear": _linear, "multi_head_attention_forward": _attended,
     **dict.fromkeys(["max_pool2d", "max_pool2d_with_indices"], _pooled),
     "max_unpool2d": lambda function, x, *others, **named: F.interpolate(  # any place of a window
         x, function(x.detach(), *others, **named).shape[2:]),
@@ -807,9 +826,6 @@ CONNECTIONS = {
     "layer_norm": lambda _, x, shape, *others, **named: _scaled(
         None, x + x.mean([*range(-len(shape), 0)], True)),
     "normalize": lambda _, x, p=2, dim=1, **named: _scaled(None, x + x.mean(dim, True)),
-    # Queries T×N×C and values; the weights of attention are positive.
-    "multi_head_attention_forward": lambda _, query, key, value, *others, **named: (
-        query + value.mean(0, True), None),
 }
 # What chooses some of its inputs, with which a gradient would say nothing of the others.
 CHOOSING = {"fractional_max_pool2d", "max_pool1d", "max_pool3d", "adaptive_max_pool1d",
@@ -823,30 +839,41 @@ class Connections(TorchFunctionMode):
 
     All weights are one positive constant, maxima are means, activations the identity, and a
     normalisation adds the mean of what it looks at (see `CONNECTIONS`). What has no such stand-in,
-    because it chooses, is noted in `choosing`.
+    because it chooses or has weights of either sign, as Fourier's transform, is noted in `opaque`.
     """
 
     def __init__(self, network):
         super().__init__()
-        self.choosing = []
-        # Frozen weights are buffers; a mask of attention is one too, but not finite.
+        self.opaque = []
         self.weights = {id(value) for value in (*network.parameters(), *network.buffers())
-                        if value.is_floating_point() and value.isfinite().all()}
+                        if value.is_floating_point() and value.numel()}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", "").split(".")[0].strip("_")  # relu_, relu.default
         given = args or [kwargs.get("input")]
-        if name in CONNECTIONS and isinstance(given[0], Tensor) and given[0].is_floating_point():
+        # What does not depend on the images or on weights, such as a mask, is computed as it is.
+        depends = any(getattr(value, "requires_grad", False) for value in given)
+        if depends and name in CONNECTIONS and isinstance(given[0], Tensor):
             return CONNECTIONS[name](function, *given, **{
                 key: value for key, value in kwargs.items() if key != "input"})
-        chooses = name.removesuffix("_with_indices") in CHOOSING
-        if chooses and getattr(given[0], "requires_grad", False):
-            self.choosing.append(name)
-        # Weights that are no layer's, such as an embedding or the scale of a channel.
-        args = [torch.ones_like(value, dtype=exact_type(value.device))
-                if id(value) in self.weights else value for value in args]
+        opaque = name.removesuffix("_with_indices") in CHOOSING or name.startswith("fft_")
+        if opaque and depends:
+            self.opaque.append(name)
+        if name not in ("grid_sample", "grid_sampler"):  # whose grid has places, and no weights
+            args = [constant(value) if id(value) in self.weights else value for value in args]
         return function(*args, **kwargs)
+
+
+def constant(weight):
+    """What stands in for a weight that is no layer's, such as an embedding, or for a buffer."""
+    kind = exact_type(weight.device)
+    if isinstance(weight, nn.Parameter):
+        return torch.ones_like(weight, dtype=kind)
+    # Frozen weights are buffers; so are masks: what hides by 0 shall, and what is added to hide
+    # something from softmax is far below 0, or no number.
+    hides = not weight.isfinite().all() or weight.min() < -50
+    return weight.to(kind) if hides else (weight != 0).to(kind)
 
 
 def exact_type(device):
@@ -874,35 +901,46 @@ def receptive_fields(network, layer, image_size):
     with (evaluation(network), Connections(network) as mode,
           capture(network, [layer], stop=True) as outputs):
         forward(network, noise.expand(-1, 3, -1, -1), dtype)
-    if mode.choosing:
-        raise ValueError(f"layer={layer}: behind {mode.choosing[0]}, which chooses some of its "
-                         f"inputs, no receptive field can be found")
+    if mode.opaque:
+        raise ValueError(f"layer={layer}: behind {mode.opaque[0]} no receptive field can be found")
     maps = captured_maps(network, outputs, layer, 1)[0]  # C×H×W, or C for a linear layer
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
     maps = maps if maps.ndim == 3 else maps[:, None, None]
-    height, width = maps.shape[1:]
     # Channels with the same values look at the same pixels: one of each kind is asked.
     kinds, kind = maps.detach().flatten(1).unique(dim=0, return_inverse=True)
 
-    # A box's top and bottom depend on the unit's row alone, left and right on its column. All units
-    # of a row, of which some may look at nothing, tell of it together.
-    fields, known = torch.zeros(len(kinds), height, width, 4, dtype=torch.long), 0
-    for number, boxes in enumerate(fields):
-        units = maps[(kind == number).nonzero()[0, 0]]
-        # Rows tell top and bottom, numbers 0 and 2 of a box; columns left and right, 1 and 3.
-        for lines, boxes_of_lines, part in ((units, boxes, slice(0, None, 2)),
-                                            (units.T, boxes.transpose(0, 1), slice(1, None, 2))):
-            for line, line_boxes in zip(lines, boxes_of_lines):
-                gradient, = torch.autograd.grad(line.sum(), noise, retain_graph=True)
-                seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
-                known += len(seen)
-                if len(seen):
-                    line_boxes[:, part] = torch.cat([seen.amin(0), seen.amax(0) + 1])[part]
-    if not known:
+
+    def box_of(units):
+        """Top, left, bottom and right of the pixels that any of `units` looks at, or zeros."""
+        gradient, = torch.autograd.grad(units.sum(), noise, retain_graph=True)
+        seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
+        return torch.cat([seen.amin(0), seen.amax(0) + 1]) if len(seen) else torch.zeros(4).long()
+
+    fields = torch.stack([
+        boxes_of(maps[(kind == number).nonzero()[0, 0]], box_of) for number in range(len(kinds))])
+    if not fields.any():
         raise ValueError(f"layer={layer}: what it computes hides which pixels it looks at")
-    seen = (fields[..., :2] < fields[..., 2:]).all(-1, keepdim=True)  # else its row sees nothing
-    return (fields * seen)[kind.cpu()]
+    return fields[kind.cpu()]
+
+
+def boxes_of(units, box_of, sample=8):
+    """The boxes, H×W×4, of H×W `units`, of which `box_of` tells what any of several looks at."""
+    # In most layers a box's top and bottom depend on the unit's row alone, left and right on its
+    # column: so rows and columns are asked, and a few units, whether that holds.
+    height, width = units.shape
+    rows, columns = (torch.stack([*map(box_of, lines)]) for lines in (units, units.T))
+    boxes = torch.stack([rows[:, None, 0].expand(height, width), columns[:, 1].expand(height, -1),
+                         rows[:, None, 2].expand(height, width), columns[:, 3].expand(height, -1)],
+                        -1)
+    boxes = boxes * (boxes[..., :2] < boxes[..., 2:]).all(-1, keepdim=True)  # nothing, in one way
+    asked = torch.randint(height * width, (sample,), generator=generator("units")).tolist()
+    for unit in {0, width - 1, (height - 1) * width, height * width - 1, *asked}:
+        if (box_of(units.flatten()[unit]) != boxes.flatten(0, 1)[unit]).any():
+            # As of masked attention, or of a map that is turned.
+            every = progress(units.flatten(), "receptive fields", height * width)
+            return torch.stack([*map(box_of, every)]).view(boxes.shape)
+    return boxes
 
 
 # ---------------------------------------------------------------------------- a class's reasons

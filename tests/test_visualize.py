@@ -191,7 +191,8 @@ def test_receptive_fields_behind_a_pool_that_gives_its_places_too(pool):
 
 @pytest.mark.parametrize("choose", [
     nn.FractionalMaxPool2d(2, 4), lambda x: x.median(1, True)[0], lambda x: x.topk(2, 1)[0],
-    lambda x: x.quantile(0.5, 1, True), lambda x: x.gather(3, x.argsort(3))])
+    lambda x: x.quantile(0.5, 1, True), lambda x: x.gather(3, x.argsort(3)),
+    lambda x: torch.fft.fft2(x).real])
 def test_where_one_value_is_chosen_no_receptive_field_is_told(choose):
     with pytest.raises(ValueError, match=r"layer=1: behind .* no receptive field can be found"):
         network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(choose)), "1", 12)
@@ -240,6 +241,104 @@ def test_a_normalisation_over_the_channels_sees_one_place(norm):
 def test_a_normalisation_over_the_image_sees_all_of_it(norm):
     fields = network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), norm), "1", 16)
     assert fields[:, 3, 2].tolist() == [[0, 0, 16, 16]] * 4
+
+
+class Masked(nn.Module):
+    """A convolution of what a buffer shows of the image."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x * self.mask)
+
+
+def test_what_a_buffer_masks_is_in_no_receptive_field():
+    columns = (torch.arange(12) < 6).float()
+    assert network.receptive_fields(Masked(columns), "conv", 12)[0, 5, 5].tolist() == [4, 4, 7, 6]
+
+
+class Attention(nn.Module):
+    """Tokens of 4×4 pixels, each of which looks at those that `mask` shows it."""
+
+    def __init__(self, mask, by_hand):
+        super().__init__()
+        self.conv, self.by_hand = nn.Conv2d(3, 8, 4, 4), by_hand
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.register_buffer("mask", mask)
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).mT  # N×16×8
+        if self.by_hand:
+            scores = (x @ x.mT).masked_fill(self.mask == 0, -torch.inf)
+            return self.fc(scores.softmax(2) @ x)
+        hidden = self.mask == 0 if self.mask.min() == 0 else self.mask
+        return self.fc(self.attention(x, x, x, attn_mask=hidden, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("mask, by_hand", [
+    (torch.ones(16, 16).tril(), True), (torch.ones(16, 16).tril(), False),
+    (torch.full((16, 16), -1e9).triu(1), False)])
+def test_a_token_looks_at_those_that_no_mask_hides(mask, by_hand):
+    """Causal attention: token i, of row i // 4, sees tokens 0 to i."""
+    fields = network.receptive_fields(Attention(mask, by_hand), "fc", 16)[0].flatten(0, 1)
+    assert fields.tolist() == [[0, 0, 4 * (token // 4 + 1), 16 if token > 3 else 4 * (token + 1)]
+                               for token in range(16)]
+
+
+def test_queries_look_at_keys_and_values():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            upper, lower = self.conv(x).flatten(2).mT.chunk(2, 1)
+            return self.fc(self.attention(upper, lower, upper)[0])
+
+    fields = network.receptive_fields(Cross(), "fc", 16)  # the last 4 of 8 tokens are a square
+    assert fields[0].flatten(0, 1).tolist() == [[0, 0, 16, 16]] * 4
+
+
+def turned(x):
+    grid = F.affine_grid(torch.tensor([[[0.0, -1, 0], [1, 0, 0]]]).to(x), x.shape[:1] + x.shape[1:],
+                         align_corners=False)
+    return F.grid_sample(x, grid, "nearest", align_corners=False)
+
+
+@pytest.mark.parametrize("turn, box", [
+    (lambda x: x.mT, (5, 3, 8, 6)), (turned, (5, 6, 8, 9)),
+    (lambda x: x.rot90(-1, (2, 3)), (4, 3, 7, 6))])
+def test_a_turned_map_has_turned_receptive_fields(turn, box):
+    """Unit (3, 5) of maps of 10×10 is unit (5, 3), (5, 9 − 3) or (9 − 5, 3) of those before."""
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(turn))
+    assert tuple(network.receptive_fields(stack, "1", 12)[0, 3, 5].tolist()) == box
+
+
+def test_filters_that_the_image_decides_on_look_at_all_of_it():
+    """Conditionally parameterised convolutions (Yang et al. 2019)."""
+    gate, experts = nn.Linear(4, 2), torch.randn(2, 4, 4, 3, 3)
+
+    def convolved(x):
+        shares = gate(x.mean((2, 3))).sigmoid()  # 1×2
+        return F.conv2d(x, (shares.view(2, 1, 1, 1, 1) * experts.to(x)).sum(0))
+
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(convolved)).double()
+    assert network.receptive_fields(stack, "1", 12)[0, 3, 5].tolist() == [0, 0, 12, 12]
+
+
+@pytest.mark.parametrize("quotient", [
+    torch.div, torch.divide, torch.true_divide, torch.subtract, lambda a, b: a * b.reciprocal(),
+    lambda a, b: a * b ** -1, lambda a, b: a + b.negative()])
+def test_no_quotient_and_no_difference_hides_what_it_looks_at(quotient):
+    one, other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    ratio = Lambda(lambda x: quotient(one(x), other(x)))
+    fields = network.receptive_fields(nn.Sequential(ratio, nn.Conv2d(4, 4, 3)).double(), "1", 12)
+    assert fields[0, 0, :4].tolist() == [[0, column, 5, column + 5] for column in range(4)]
 
 
 @pytest.mark.parametrize("model, layer", [("vgg11", "conv5"), ("resnet20", "conv4_x")])
