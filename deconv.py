@@ -131,7 +131,8 @@ class _Watch(TorchDispatchMode):
     """While open, operators that rectify without `rule` having seen it are noted there.
 
     Signs tell: what has one sign alone is 0 just where something before it, with both, had not
-    that one; what has both has them where an input has, and keeps less of what is negative.
+    that one, or in even more places than an input; what has both has them where an input has, and
+    keeps less of what is negative.
     """
 
     def __init__(self, rule):
@@ -150,11 +151,11 @@ class _Watch(TorchDispatchMode):
         for part in tensors_in(args if value is None else value):
             sides = [side for side in (part > 0, part < 0) if side.any()]  # the GPU waits here
             signs = [*map(signature, sides)]
-            same = {*signs[:1]} & self.seen - self.known
+            same = {*signs[:1]} & self.seen - self.known if part.numel() >= 16 else ()  # no chance
             if len(sides) == 2:  # as of a convolution, whose next reader is looked for, or leaky
                 self.seen.update(signs)
                 same = same and not rule.replaced and any(keeps_less(x, part) for x in inputs)
-            elif same:  # as of relu(x), above 0 just where x was
+            elif same or any(cuts_off(x, sides) for x in inputs):  # as relu(x), 0 where x was not
                 sizes = part.abs()
                 same = not torch.equal(sizes, sizes.max() * sides[0])  # or it is a mask
             if same and (rule.replaced or part.untyped_storage().data_ptr() in memory):  # a view
@@ -172,6 +173,16 @@ def signature(mask):
 def tensors_in(values):
     """The tensors of real numbers in nested lists of `values`."""
     return [x for x in tree_leaves(values) if torch.is_tensor(x) and x.is_floating_point()]
+
+
+def cuts_off(x, sides):
+    """Whether what has one sign alone, in the one mask of `sides`, has it nowhere but where `x`,
+    with both, has one of its own: as of a rectifier with a threshold above 0."""
+    if not sides or x.numel() < 64 or x.shape != sides[0].shape:
+        return False
+    above, below = x > 0, x < 0
+    return bool(above.any() and below.any()) and any(
+        not (sides[0] & ~half).any() for half in (above, below))
 
 
 def keeps_less(x, value):

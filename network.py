@@ -564,9 +564,9 @@ def capture(network, layers, stop=False, inputs=False):
     """
     outputs, shared = {}, []
 
-    def keep(module, layer, given, output):
+    def keep(layer, given, output):
         handed = output.clone() if isinstance(output, Tensor) else output
-        if given and hands_on(module, given[0], output):
+        if given and hands_on(given[0], output):
             # Others hold it too, and what an activation in place makes of it is meant for all of
             # them. Where there is one, the copy is what the layer gave, and `edge` its place in the
             # graph, see `gradient_places`.
@@ -587,7 +587,7 @@ def capture(network, layers, stop=False, inputs=False):
                 raise ValueError(f"layer={layer}: is scripted, and cannot be looked into: give the "
                                  f"network it was made of")
             hooks.enter_context(module.register_forward_hook(
-                lambda module, given, output, layer=layer: keep(module, layer, given, output)))
+                lambda _, given, output, layer=layer: keep(layer, given, output)))
         with contextlib.suppress(_Reached):
             yield outputs
         for layer, output, version, copy in shared:
@@ -602,14 +602,13 @@ def gradient_places(outputs):
     return [getattr(output, "edge", None) or output for output in outputs]
 
 
-def hands_on(module, given, output):
-    """Whether a module gave its input back or a view of it, as an identity does and dropout that is
-    off: not what has worked on it in place."""
+def hands_on(given, output):
+    """Whether a module gave its input back or a view of it, as an identity does, dropout that is
+    off, and what has worked on it in place."""
     if not (isinstance(given, Tensor) and isinstance(output, Tensor)):
         return False
     whole = [x if x._base is None else x._base for x in (given, output)]  # of a view
-    return whole[0] is whole[1] and not any(
-        getattr(part, "inplace", False) for part in module.modules())
+    return whole[0] is whole[1]
 
 
 def channels_come_first(module):
@@ -1398,7 +1397,7 @@ def fitting_weights(checkpoint, network):
 def finite(weights):
     """Whether all `weights`, a state dict, are finite numbers, as integers and quantised ones are.
     """
-    return all(value.isfinite().all() for value in weights.values()
+    return all(value.to_dense().isfinite().all() for value in weights.values()
                if torch.is_tensor(value) and value.is_floating_point())
 
 

@@ -801,7 +801,8 @@ def fingerprint(*settings):
         for value in part.state_dict().values() if isinstance(part, nn.Module) else (part,):
             if isinstance(value, torch.Tensor):
                 # As bytes, because not every type of number has one in numpy.
-                value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                value = value.detach().cpu().to_dense().contiguous().flatten()
+                value = value.view(torch.uint8).numpy()
             else:
                 value = f"{value!r};".encode()
             digest.update(value)

@@ -228,6 +228,8 @@ HIDDEN = {
     "vmap of where": torch.vmap(lambda x: torch.where(x > 0, x, 0)),
     "stack": lambda x: torch.stack([x, torch.zeros_like(x)]).max(0)[0],
     "stack by amax": lambda x: torch.stack([x, torch.zeros_like(x)]).amax(0),
+    "threshold above 0": nn.Threshold(0.1, 0.0), "product above 0": lambda x: x * (x > 0.1),
+    "where above 0": lambda x: torch.where(x > 0.1, x, 0.0),
     "foreach": lambda x: torch._foreach_clamp_min([x], 0)[0],
     "leaky": lambda x: torch.max(x, 0.1 * x), "leaky by where": lambda x: x.where(x > 0, 0.1 * x),
     "leaky by minimum": lambda x: F.relu(x) + 0.1 * torch.minimum(x, torch.zeros(())),
@@ -264,6 +266,7 @@ NO_RECTIFIERS = {
     "scale of a place": lambda x: x * torch.linspace(0.7, 1.3, x[0, 0].numel()).view(x.shape[2:]),
     "gate": lambda x: x * x.mean((2, 3), True).tanh(), "softmax": lambda x: x.softmax(1),
     "last and back": lambda x: F.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous(),
+    "hard gate": lambda x: x * F.hardsigmoid(x.flip(2) * 4), "rest": lambda x: x - F.relu(x) * 0.5,
     "halves": lambda x: torch.cat([part * 2 for part in F.relu(torch.cat(x.chunk(2))).chunk(2)]),
 }
 

@@ -603,6 +603,24 @@ def test_a_look_at_what_hands_its_input_on_changes_nothing(shortcut, in_place):
         assert torch.autograd.grad(found.sum(), outputs["shortcut"])[0].eq(1).all()
 
 
+def test_a_look_at_a_layer_that_works_in_place_changes_nothing():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            maps = self.conv(x)
+            rectified = self.act(maps)  # the very same tensor
+            rectified += 1
+            return (maps + rectified).mean((2, 3))
+
+    block, images = Shared().eval(), torch.randn(2, 3, 8, 8)
+    expected, kept = block(images), block.conv(images).relu()
+    logits, maps = network.logits_and_maps(block, ["act"], images)
+    assert torch.equal(logits, expected) and torch.equal(maps["act"], kept)
+
+
 def test_gradients_reach_what_is_added_to_in_place_afterwards():
     class Residual(nn.Module):
         def __init__(self):

@@ -1517,8 +1517,20 @@ def volumes():
                          nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 10))
 
 
+class Graph(nn.Module):
+    """Its classes are summed with their neighbours, by a sparse matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = odd_network_of()
+        self.register_buffer("neighbours", torch.eye(10).roll(1).add(torch.eye(10)).to_sparse())
+
+    def forward(self, x):
+        return torch.sparse.mm(self.neighbours, self.network(x).T).T
+
+
 odd_networks = {
-    "means": lambda: Lambda(lambda x: torch.relu(x.mean((2, 3)))), "ones": Ones,
+    "sparse": Graph, "means": lambda: Lambda(lambda x: torch.relu(x.mean((2, 3)))), "ones": Ones,
     "scripted": lambda: torch.jit.script(odd_network_of()), "quantized": quantized,
     "static": quantized_with_its_outputs, "volumes": volumes,
     "half": lambda: odd_network_of(1).half(), "nothing": nn.Sequential,
@@ -1526,6 +1538,7 @@ odd_networks = {
     "lazy": lambda: nn.Sequential(nn.LazyConv2d(4, 3))}
 # What draws all the same.
 DRAWN = {"scripted": {"predictions", "landscape"}, "quantized": {"predictions", "features"},
+         "sparse": {"predictions", "landscape"},
          "static": {"predictions", "confusion"}, "volumes": {"predictions", "landscape"},
          "half": {"predictions", "patches", "projector", "where", "gallery", "invariance"}}
 
