@@ -287,8 +287,10 @@ def folder_of(data):
 
 
 def name_of(data):
-    """The name of the data set `data`, as pages and figures tell it: of a folder its own."""
-    return os.path.basename(os.path.abspath(data))
+    """The name of the data set `data`, as pages and figures tell it: of a folder its own, which may
+    be called as a built-in set is."""
+    name = os.path.basename(os.path.abspath(data))
+    return name if data == name or name not in BUILT_IN else f"folder {name}"
 
 
 def fingerprint_of(data):
@@ -463,9 +465,7 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
     rows there are.
     """
     files, classes, left_out = _list_folder(folder)
-    told = [f"{what} ({count})" for what, count in sorted(left_out.items()) if count]
-    if told:
-        print(f"{folder}: left out {', '.join(told)}", file=sys.stderr)
+    tell_left_out(folder, left_out)
     fingerprint = _fingerprint(files)
     if known not in (None, fingerprint):
         raise ValueError(f"data={folder}: files were added, removed or changed since the network "
@@ -494,6 +494,12 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
                   file=sys.stderr)
         labels[part] = labels[part][readable]
     return tuple(classes), labels, read, fingerprint
+
+
+def tell_left_out(folder, left_out):
+    """Say what of a folder is not taken: {kind: number}."""
+    if told := [f"{what} ({count})" for what, count in sorted(left_out.items()) if count]:
+        print(wrapped(f"{folder}: left out {', '.join(told)}", sys.stderr), file=sys.stderr)
 
 
 def _fingerprint(files):
@@ -982,8 +988,8 @@ class Batches:
         check_bytes(split.images[:1])
         height, self.size = split.images.shape[2:]
         if height != self.size:
-            raise ValueError(f"images of {self.size}×{height} pixels: must be square, as "
-                             f"`image_size=N` makes them")
+            raise ValueError(f"images of {self.size}×{height} pixels: must be square; "
+                             f"`image_size=N` makes them so")
         self.margin = round(self.size * CROP) if "crop" in augment else 0
         # A crop is as large as the image was: it has 2·margin + 1 places in each direction.
         self.side = self.size + 2 * self.margin
@@ -1424,11 +1430,11 @@ class Table:
 
         screen = console()
         for number, (block, widths) in enumerate(self._blocks(screen.width)):
-            table = Screen(title=None if number else self.title)
+            table = Screen(title=None if number else visible(self.title or "") or None)
             for column, width in zip(block, widths):
-                table.add_column(self.header[column], width=width, overflow="fold")
+                table.add_column(visible(self.header[column]), width=width, overflow="fold")
             for row in self.rows:
-                table.add_row(*(row[column] for column in block))
+                table.add_row(*(visible(row[column]) for column in block))
             screen.print(table)
 
     def _blocks(self, width):
@@ -1686,6 +1692,8 @@ def canonical(words, known, listed, first):
     while words:
         word = words.pop(0)
         if not is_flag(word):
+            if not word:
+                raise ValueError("a word is empty, as of a shell's variable that is not set")
             if "=" in word and not Path(word).exists() and (meant := dashed(word, known)):
                 raise ValueError(f"{word}: did you mean {meant}?")
             plain.append(word)
@@ -1877,8 +1885,14 @@ def as_typed(error, commands, words, default):
     return head + colon + rest
 
 
+def visible(text):
+    """`text` without characters that a terminal would obey, as a file's name may hold them."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "�", text)
+
+
 def wrapped(text, stream, indent=""):
     """`text` broken at words, as wide as the terminal is; as it is where `stream` is none."""
+    text = visible(text)
     stream = getattr(stream, "rich_proxied_file", stream)  # while a bar stands below
     isatty = getattr(stream, "isatty", None)  # what stands in for one may only write
     if not (isatty and isatty()):
@@ -1898,7 +1912,7 @@ def show(result):
         for part in result:
             show(part)
     elif path := getattr(result, "path", result if isinstance(result, (str, Path)) else None):
-        print(path)
+        print(visible(str(path)))
 
 
 def help_text(commands, words, default, meanings):

@@ -332,7 +332,8 @@ def top_reconstructions(network, layer, images, preprocessing, units, top, rule=
     for chunk in progress(torch.arange(len(positions)).split(count), f"back from {layer}"):
         batch = preprocessing(images[chunk], device)
         signals.append(project(network, layer, batch, positions[chunk].to(device), rule, bn).cpu())
-    return (*(visualize.cut_patches(whole, boxes).unflatten(0, values.shape) for whole in (
+    return (*(visualize.cut_patches(whole, boxes, len(units)).unflatten(
+        0, values.shape) for whole in (
         preprocessing.pictures(images), as_pictures(torch.cat(signals)))), values)
 
 
@@ -566,8 +567,11 @@ def draw_occlusion(picture, found, signal, size, stride, unit, label, share, cla
             figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=MaxNLocator(3),
                             format=lambda value, _: f"{float(f'{value:.4g}'):.10g}")
             bar.tick_params(labelsize=8)
-    axes.legend(handles=[Patch(color=color, label=text) for color, text in zip(colors, names)],
-                fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.02))
+    legend = axes.legend([Patch(color=color) for color in colors[:len(names)]],
+                         ["name"] * len(names), fontsize=8, frameon=False, ncols=2,
+                         loc="upper center", bbox_to_anchor=(0.5, -0.02))
+    for text, name in zip(legend.get_texts(), names):  # matplotlib would leave out a _name
+        text.set_text(name)
     return figure
 
 
@@ -721,7 +725,7 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (),
         patches, back, values = top_reconstructions(
             network, layer, test.images, about.preprocessing, chosen, 1, rule, bn)
         cells.append(beside(back[:, 0], patches[:, 0]))
-        titles.append([f"epoch {about.epoch}: {value:.2g}" for value in values[:, 0]])
+        titles.append([f"{about.when}: {value:.2g}" for value in values[:, 0]])
     title = (f"{about.model}: {layer}, {way_text(network, rule, bn)}\nthe strongest activation of "
              f"{len(test.labels)} test images, what comes back, and its patch")
     cells, titles = ([*itertools.chain(*zip(*columns))] for columns in (cells, titles))  # by units

@@ -887,8 +887,9 @@ def receptive_fields(network, layer, image_size):
     A box is half open, in pixels of the network's image_size×image_size input, and ends where
     the image does. It is found, not derived: by the gradient of single units while all that the
     network computes are averages (see `Connections`), through any strides, padding, pooling and
-    branches. The box of a unit that looks at nothing is 0, 0, 0, 0. ValueError for a layer there
-    is not, or whose network hides what it computes.
+    branches. Values of weights do not count: of a kernel that is partly 0 it is all. The box of a
+    unit that looks at nothing is 0, 0, 0, 0. ValueError for a layer there is not, or whose network
+    hides what it computes.
     """
     refuse_opaque(network)
     device = device_of(network)
@@ -1207,6 +1208,8 @@ class Description:
     epoch: int = 0
     step: int = 0
     fingerprint: str | None = None  # of the data set's files, see `data.Dataset`
+    within_epoch: bool = False  # whether it was saved before its epoch number `epoch` + 1 was done
+    images: str = ""  # the data set that it is looked at with, where that is not its own
 
     def class_names(self, count):
         """The names of its `count` classes; numbers for a network from elsewhere."""
@@ -1216,11 +1219,16 @@ class Description:
         return self.classes or tuple(map(str, range(count)))
 
     @property
+    def when(self):
+        """How long it was trained, as figures tell it."""
+        return f"step {self.step}" if self.within_epoch else f"epoch {self.epoch}"
+
+    @property
     def title(self):
-        """The network and how long it was trained, as figures name it."""
-        if not self.settings:
-            return self.model
-        return f"{self.settings.get('name') or self.model}, epoch {self.epoch}"
+        """The network, how long it was trained, and on which other images, as figures name it."""
+        name = self.settings.get("name") or self.model
+        return ", ".join([name, *[self.when] * bool(self.settings),
+                          *[f"on {self.images}"] * bool(self.images)])
 
 
 def colours(name, values):
@@ -1246,9 +1254,11 @@ def describe(checkpoint):
     preprocessing = Preprocessing(
         checkpoint["image_size"], *(colours(name, checkpoint[name]) for name in ("mean", "std")),
         checkpoint["settings"].get("precision", "fp32"))
+    training = checkpoint.get("training")
     return Description(checkpoint["model"], tuple(checkpoint["classes"]), preprocessing,
                        checkpoint["options"], checkpoint["settings"], checkpoint.get("epoch", 0),
-                       checkpoint.get("step", 0), checkpoint.get("fingerprint"))
+                       checkpoint.get("step", 0), checkpoint.get("fingerprint"),
+                       isinstance(training, dict) and bool(training.get("epoch_seconds")))
 
 
 def find_checkpoint(path):

@@ -666,6 +666,9 @@ def end_epoch(state, dataset, batches, folder):
     if not count:
         raise ValueError(f"every step of epoch {state.epoch + 1} was skipped, for its loss or "
                          f"gradient was not finite; {folder.last_good()}; lower `lr`")
+    if skipped := len(batches) - round(count / batches.batch_size):
+        folder.say(f"{skipped} of the epoch's {len(batches)} steps were skipped: their loss or "
+                   f"gradient was not finite")
     validation = {"loss": None, "accuracy": None}
     if dataset.val:
         logits = predict(state.evaluated, dataset.val.images, folder.preprocessing)
@@ -1582,13 +1585,14 @@ def written_by_a_run(folder):
             and WRITTEN.fullmatch(path.relative_to(folder).as_posix())]
 
 
-def check_output(path, suffix):
-    """ValueError unless a command may write a file of the kind `suffix` to `path`: a picture, say,
-    is not replaced, and no file of a run, which would take it for its own."""
+def check_output(path, suffix, flag="out"):
+    """ValueError unless a command may write a file of the kind `suffix` to `path`, which `flag`
+    names: a picture, say, is not replaced, and no file of a run, which would take it for its own.
+    """
     if path.suffix.lower() != suffix:
-        raise ValueError(f"out={path}: must be a file whose name ends in {suffix}")
+        raise ValueError(f"{flag}={path}: must be a file whose name ends in {suffix}")
     if WRITTEN.fullmatch(path.name) and is_run(path.parent):  # also one that is not there yet
-        raise ValueError(f"out={path}: is for a file that the run writes; choose another place")
+        raise ValueError(f"{flag}={path}: is for a file that the run writes; choose another place")
 
 
 def remove_written(folder, chosen):
@@ -1665,7 +1669,7 @@ def open_network(source, device="auto", weights=None, moved=None, **wishes):
         # Its images may have been moved since; a run that went on knows where to.
         place = {}
         with contextlib.suppress(OSError, ValueError):
-            now = read_config(Path(source) / "config.json")
+            now = read_config(Path(source).expanduser() / "config.json")
             place = {"data": now.data, "root": now.root}
         if moved is not None:
             place["data"] = as_setting(moved)
@@ -1789,7 +1793,7 @@ def finish(state, dataset, folder, workers):
         "fingerprint": dataset.fingerprint,
     }
     with data.writing(folder.path / "test"):
-        write_board(folder, network, dataset, logits, result, state.step)
+        write_board(folder, network, dataset, logits, result, about.step)
     # Last, since a run with a result counts as finished and is not gone on with.
     data.write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
     made = (folder.path / name for name in ("result.json", "metrics.csv", "best.pth", "last.pth"))
@@ -2010,9 +2014,9 @@ def corruption_table(network, description, folder, tta):
     if not rows:
         raise FileNotFoundError(f"{folder}: labels.npy and no <corruption>.npy beside it")
     counted = [row for name, row in rows.items() if name not in data.EXTRA_CORRUPTIONS]
-    extras = " without extras" if 0 < len(counted) < len(rows) else ""
-    rows[f"mean{extras}"] = [sum(column) / len(column)
-                             for column in zip(*(counted or rows.values()))]
+    if counted:
+        of_how_many = "" if len(counted) == 15 else f" of {len(counted)} of the 15"
+        rows[f"mean{of_how_many}"] = [sum(column) / len(column) for column in zip(*counted)]
     return Table(("corruption", *(f"severity {number}" for number in range(1, 6)), "mean"), [
         (name, *(f"{value:.1%}" for value in [*values, sum(values) / len(values)]))
         for name, values in rows.items()])
@@ -2064,12 +2068,20 @@ def read_pictures(paths, size, most=None):
         if not path.is_dir():
             files.append(path)
             continue
-        found = [file for file in sorted(path.rglob("[!.]*")) if not file.is_dir()
-                 and not file.with_name("tensors.tsv").exists()]  # no sprites of the Projector
-        files += [file for file in found if file.suffix.lower() in data.IMAGE_SUFFIXES]
-        kinds = {file.suffix.lower() or "unknown" for file in found} - {*data.IMAGE_SUFFIXES}
-        if kinds:
-            print(f"{path}: left out files of type {', '.join(sorted(kinds))}", file=sys.stderr)
+        left_out = collections.Counter()
+        for file in sorted(path.rglob("*")):
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.is_dir():
+                left_out["links to folders"] += file.is_symlink()
+            elif file.with_name("tensors.tsv").exists():
+                left_out["files of TensorBoard's Projector"] += 1
+            elif hidden:
+                left_out["hidden files"] += 1
+            elif file.suffix.lower() in data.IMAGE_SUFFIXES:
+                files.append(file)
+            else:
+                left_out[f"files of type {file.suffix.lower() or 'unknown'}"] += 1
+        data.tell_left_out(path, left_out)
     if not files:
         raise ValueError(f"{' '.join(map(str, paths))}: no picture there "
                          f"({', '.join(data.IMAGE_SUFFIXES)})")

@@ -271,15 +271,21 @@ def folder_of(ckpt):
     return path if path.is_dir() else path.parent if path.exists() else Path("runs")
 
 
+def means_a_file(path):
+    """Whether a `path` is that of a file: it has a suffix, a letter and up to four more letters or
+    digits behind a point, and is no folder."""
+    path = Path(path)
+    return bool(re.fullmatch(r"\.[A-Za-z]\w{1,4}", path.suffix)) and not path.is_dir()
+
+
 def file_of(out):
-    """The file that the flag `out` names; None for a folder, which has no suffix (a letter and up
-    to four more letters or digits behind a point), or is there, or ends in a slash.
+    """The file that the flag `out` names; None for a folder, which has no suffix, or is there, or
+    ends in a slash.
 
     ValueError for a suffix that no figure has, FileExistsError for a file that is none of ours.
     """
     path = Path(os.path.expanduser(out or ""))
-    if str(out).endswith("/") or path.is_dir() or not re.fullmatch(
-            r"\.[A-Za-z]\w{1,4}", path.suffix):
+    if not means_a_file(path) or str(out).endswith("/"):
         return None
     if path.suffix[1:].lower() not in SUFFIXES:
         raise ValueError(f"out={out}: a figure's file ends in .{', .'.join(SUFFIXES)}; a folder "
@@ -322,8 +328,10 @@ def figure_path(ckpt, name, out=None, format="png"):
     return file_of(out) or Path(folder, f"{name}.{format}")
 
 
-def save_figure(figure, ckpt, name, out=None, format="png", **_others):
-    """Write `figure` to its `figure_path`, which becomes `figure.path`, and return it."""
+def save_figure(figure, ckpt, name, out=None, format="png", data=None, **_others):
+    """Write `figure` to its `figure_path`, which becomes `figure.path`, and return it. One of other
+    `data` than those of a run has a name of its own."""
+    name += f"-{name_of(data)}" if data and ckpt and Path(ckpt).expanduser().exists() else ""
     path = figure_path(ckpt, name, out, format or "png")
     check_figure(path, "out=" if out else "")
     kind = path.suffix[1:].lower()
@@ -385,18 +393,22 @@ def top_activations(network, layer, images, preprocessing, units, top):
     return best, *found
 
 
-def cut_patches(images, boxes):
+def cut_patches(images, boxes, units=1):
     """Cut box i out of image i of N×3×S×S floats: N×3×h×w for the largest box, h×w.
 
-    A box that the image's border cut off is filled up there with grey, so that all patches have
-    the same scale and a unit sits at the same place in each.
+    They are of so many `units`, one after another. A box that the image's border cut off, smaller
+    than its unit's largest, is filled up there with grey, so that all patches have the same scale
+    and a unit sits at the same place in each.
     """
-    height, width = (boxes[:, 2:] - boxes[:, :2]).amax(0).clamp(min=1).tolist()
+    sides = (boxes[:, 2:] - boxes[:, :2]).unflatten(0, (units, -1)).amax(1)  # units×2
+    height, width = sides.amax(0).clamp(min=1).tolist()
     patches = torch.full((len(images), images.shape[1], height, width), GREY)
-    for patch, image, (top, left, bottom, right) in zip(patches, images, boxes.tolist()):
+    for patch, image, (top, left, bottom, right), (tall, wide) in zip(
+            patches, images, boxes.tolist(), sides.repeat_interleave(
+                len(boxes) // units, 0).tolist()):
         # What a box at the top lacks is missing above it, so the patch begins lower.
-        y = height - (bottom - top) if top == 0 else 0
-        x = width - (right - left) if left == 0 else 0
+        y = tall - (bottom - top) if top == 0 else 0
+        x = wide - (right - left) if left == 0 else 0
         patch[:, y:y + bottom - top, x:x + right - left] = image[:, top:bottom, left:right]
     return patches
 
@@ -547,7 +559,8 @@ def group_runs(runs):
         label = members[0].name + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
         metrics = [train.read_metrics(run) for run in members]
         # Earlier versions logged what a step lowers as the loss, and no objective.
-        if settings.get("label_smoothing") and math.isnan(metrics[0]["train/objective"][-1]):
+        if settings.get("label_smoothing") and any(
+                math.isnan(value) for each in metrics for value in each["train/objective"]):
             label += " (training loss with label smoothing)"
         if any(name in str(settings.get("augment")) for name in MIXTURES):
             label += " (training on mixed images)"
@@ -985,9 +998,9 @@ def draw_activations(statistics, title):
     return figure
 
 
-def draw_activation_history(history, title):
+def draw_activation_history(history, title, unit="epoch"):
     """What became of layers: a plot each of mean, spread, share of zeros and of dead units, a line
-    a layer, the first ones dark. `history` is {epoch: `layer_statistics`}."""
+    a layer, the first ones dark. `history` is {epoch or other `unit`: `layer_statistics`}."""
     from matplotlib import colormaps
 
     layers = [*next(iter(history.values()))]
@@ -996,7 +1009,7 @@ def draw_activation_history(history, title):
     for position, (kind, name) in enumerate((
             ("mean", "mean"), ("std", "standard deviation"), ("zeros", "share of zeros"),
             ("dead", "share of dead units, 0 for every image")), 1):
-        axes = plot(figure, (2, 2, position), name, "epoch")
+        axes = plot(figure, (2, 2, position), name, unit)
         lines = {layer: [len(numbers[layer]["dead"]) / numbers[layer]["units"] if kind == "dead"
                          else numbers[layer][kind] for numbers in history.values()]
                  for layer in layers}
@@ -1021,7 +1034,7 @@ def draw_curves(groups, x="epoch"):
     """Loss and accuracy of groups of runs (see `group_runs`) against column `x` of their metrics.
 
     Training is dashed, validation solid; several seeds are their mean in a band from the lowest
-    to the highest.
+    to the highest, as far as all of them go.
     """
     lines = []
     for index, (label, members) in enumerate(groups.items()):
@@ -1062,11 +1075,10 @@ def draw_measures(lines, title, xlabel):
             values = values[kind]
             if not values.isfinite().any():
                 continue
-            [entries[label]] = axes.plot(at, values.nanmean(0), linewidth=1.6, **style)
+            # NaN, a gap, where one of them has no value: a mean of others would jump there.
+            [entries[label]] = axes.plot(at, values.mean(0), linewidth=1.6, **style)
             if len(values) > 1:
-                lowest, highest = (torch.where(values.isnan(), limit, values)
-                                   for limit in (math.inf, -math.inf))
-                axes.fill_between(at, lowest.amin(0), highest.amax(0), color=style["color"],
+                axes.fill_between(at, values.amin(0), values.amax(0), color=style["color"],
                                   alpha=0.2, linewidth=0)
     percent(axes.yaxis)
     add_legend(figure, entries)
@@ -1185,7 +1197,8 @@ def open_network(ckpt=None, network=None, device="auto", data=None, root=None, o
     if (ckpt is None) == (network is None):
         raise ValueError("give either a checkpoint (a file, or a run's folder) or a network from "
                          "elsewhere (`network=torchvision:NAME` or package.module:function)")
-    return train.open_network(ckpt or network, device, **elsewhere)
+    opened, about = train.open_network(ckpt or network, device, **elsewhere)
+    return opened, dataclasses.replace(about, images=name_of(data) if data else "")
 
 
 def open_test(ckpt, **flags):
@@ -1389,14 +1402,17 @@ def activations(ckpt: str | None = None, layers: tuple[str, ...] = (), images: i
     title = f"{about.title}: outputs of its layers for {len(test.labels)} test images"
     statistics = layer_statistics(network, layers, test.images, about.preprocessing)
     figures = [save_figure(draw_activations(statistics, title), ckpt, "activations", **flags)]
-    history = {}
+    history = []
     for file in files:
         network, before = open_network(str(file), **flags)
-        history[before.epoch] = layer_statistics(network, layers, test.images, before.preprocessing)
+        history.append((before, layer_statistics(network, layers, test.images,
+                                                 before.preprocessing)))
+    unit = "step" if any(before.within_epoch for before, _ in history) else "epoch"
+    history = {getattr(before, unit): found for before, found in history}
     if len(history) > 1:
         figures.append(save_figure(draw_activation_history(
             history, f"{about.model}: outputs of its layers for {len(test.labels)} test images, by "
-            f"epoch"), ckpt, "activations-history", **flags))
+            f"{unit}", unit), ckpt, "activations-history", **flags))
     return Made([*figures, Table(("layer", "units", "mean", "std", "zeros", "dead units"), [
         (layer, str(numbers["units"]), f"{numbers['mean']:.3g}", f"{numbers['std']:.3g}",
          f"{numbers['zeros']:.1%}", ", ".join(map(str, numbers["dead"][:20])) + (
@@ -1497,7 +1513,8 @@ def patches(ckpt: str | None = None, layer: str = "conv1", units: tuple[int, ...
                                           top)
     columns = values.shape[1]
     figure = image_grid(
-        cut_patches(about.preprocessing.pictures(images), boxes), columns=columns, cell=0.62,
+        cut_patches(about.preprocessing.pictures(images), boxes, len(units)), columns=columns,
+        cell=0.62,
         row_titles=[f"unit {unit}\nactivation {peaks[0]:.3g} to {peaks[-1]:.3g}"
                     for unit, peaks in zip(units, values)],
         suptitle=f"{about.title}: {layer}, the {columns} patches of {len(test.labels)} "
@@ -1568,6 +1585,8 @@ def hessian_on(network, about, parts):
     images, labels = parts["train"]
     device, weights = networks.device_of(network), dict(network.named_parameters())
     weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    if not weights:
+        raise ValueError("hessian: the network has no weights that are trained")
 
     def loss_of(chunk, answers):
         loss = batch_loss(network, about.preprocessing(chunk, device), answers.to(device))

@@ -42,6 +42,7 @@ from lab.reproduce import duration
 PAGES = ("report.html", "report.md")
 PAGE_SIGN = "<!-- Written by python -m lab report"  # the end follows, see `reproduce.SEAL`
 MAIN_SETTINGS = ("model", "data", "image_size", "epochs", "batch_size", "optimizer", "lr", "seed")
+REPRODUCE_FLAGS = ("data", "limit", "epochs", "precision", "seeds")
 RESULTS_SIGN = "Written by `python -m lab results` from lab/results.csv"
 
 
@@ -54,7 +55,7 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     to the run's folder, to RUNS/WHAT, or to OUT. `--data` and `--root` say where a run's images
     are if they have moved: its page tells of those that it was measured on, with its --limit.
     """
-    if out and Path(out).suffix.lower() in (".html", ".md", ".pdf"):
+    if out and visualize.means_a_file(out):
         raise ValueError(f"out={out}: must be a folder; {' and '.join(PAGES)} are written there")
     what, runs, out = (path and os.path.expanduser(path) for path in (what, runs, out))
     # A page's folder may be called as the experiments that are on it.
@@ -387,22 +388,29 @@ def made_again(what, experiments, runs):
     kinds = [flags for flags in given.values() if flags is not None]
     if all(flags == kinds[0] for flags in kinds):
         given = {what: kinds[0] if kinds else None}
-    return shell(*(["python", "-m", "lab", "reproduce", name, *(
-        f"--{flag}={value}" for flag, value in (flags or {}).items())]
-        for name, flags in given.items()),
-        ["python", "-m", "lab", "report", what])
+
+    def line(name, flags):
+        own = [f"--{flag}={value}" for flag, value in flags.items() if flag in REPRODUCE_FLAGS]
+        others = shlex.join(f"--{flag}={text_of(value)}" for flag, value in flags.items()
+                            if flag not in REPRODUCE_FLAGS)
+        return [*["env", f"TRAIN_FLAGS={others}"] * bool(others),
+                "python", "-m", "lab", "reproduce", name, *own]
+
+    return shell(*(line(name, flags or {}) for name, flags in given.items()),
+                 ["python", "-m", "lab", "report", what])
 
 
 def flags_of(experiment, runs):
-    """The flags with which `reproduce` makes the very runs in the folder `runs`, those that an
-    experiment shows of others too: what is not as experiments.toml has it, as in a trial. None
-    where there is none."""
+    """The flags, of `reproduce` and of TRAIN_FLAGS, that make the very runs in the folder `runs`,
+    those that an experiment shows of others too: what is not as experiments.toml has it, as in a
+    trial. None where there is none."""
     flags = None
     for run in with_others(experiment):
         if done := results_of(run, runs):
             planned, config = run.config, train.Config.from_json(done[0]["settings"])
-            its = {key: getattr(config, key) for key in ("data", "limit", "epochs", "precision")
+            its = {key: getattr(config, key) for key in REPRODUCE_FLAGS[:-1]
                    if getattr(config, key) != getattr(planned, key)}
+            its |= reproduce.other_settings(config, planned)
             own = run.experiment == experiment.id
             its |= {"seeds": len(done)} if len(done) > 1 and own else {}
             flags = its | (flags or {})  # its own runs come first, and have the last word
@@ -411,7 +419,7 @@ def flags_of(experiment, runs):
 
 def accuracies(result):
     """{images: accuracy} of a run's result: of each part of its data set, and of each class."""
-    whole = {"all for training": result["train/accuracy"],
+    whole = {"all for training, last epoch": result["train/accuracy"],
              "all for validation": result["val/accuracy"], "all for test": result["test/accuracy"]}
     return {**whole, **result["per_class"], **whole}  # whatever a class is called
 
@@ -475,7 +483,9 @@ def figures_of(experiment, runs, folder):
 def results(path: str | None = None, out: str = "docs/results.md"):
     """Write the measured results in the CSV file PATH beside the reported ones, as Markdown."""
     out = Path(out).expanduser()
-    reproduce.replace(out, results_markdown(path or reproduce.RESULTS), RESULTS_SIGN)
+    train.check_output(out, ".md")
+    path = Path(path).expanduser() if path else reproduce.RESULTS
+    reproduce.replace(out, results_markdown(path), RESULTS_SIGN)
     return out
 
 

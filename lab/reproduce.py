@@ -28,7 +28,16 @@ import deconv
 import network
 import train
 import visualize
-from data import Table, check_ours, fingerprint_of, parse, parse_value, show, write_atomically
+from data import (
+    Table,
+    check_ours,
+    fingerprint_of,
+    parse,
+    parse_value,
+    show,
+    text_of,
+    write_atomically,
+)
 from lab import smoothness
 from train import Config
 
@@ -180,6 +189,8 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
     # A trial of a few images shows that a line works, and needs no GPU.
     able = limit is not None or train.choose_device().type == "cuda"
     rows, failed, kept = [], {}, Path(results).expanduser() if results else None
+    if kept:
+        train.check_output(kept, ".csv", "results")
     if kept and kept.exists():
         read_results(kept)  # complains of another table before anything is trained
     for experiment in choose(what):
@@ -279,8 +290,8 @@ class Row:
     """An accuracy that is reported of a run beside the measured one, in per cent.
 
     All before `state` are the columns of results.csv. `std` is over several seeds, `seconds` are
-    those of one run; `data` also tells a limit. `state` is said in place of an accuracy that is
-    not there.
+    those of one run; `data` also tells a limit, and settings that are not as planned. `state` is
+    said in place of an accuracy that is not there.
     """
 
     id: str
@@ -306,7 +317,7 @@ class Row:
 
     @property
     def elsewhere(self):
-        """Whether it was measured on other images than the report's."""
+        """Whether it was measured on other images than the report's, or with other settings."""
         return self.data is not None and self.data != images_of(self.planned)
 
     @property
@@ -341,6 +352,8 @@ def compare(run, done):
     precision, device = config.precision, device + "".join(threads[1:])
     if precision == "auto":  # earlier versions did not say what that came to; on a CPU it is clear
         precision = done[0].get("precision") or ("fp32" if threads else "auto")
+    others = [f"{name} {text_of(value)}" for name, value
+              in other_settings(config, run.config).items()]
     rows = []
     for row in claims(run, state="–"):
         name = "test/accuracy_tta" if row.accuracy == "tta" else f"{row.accuracy}/accuracy"
@@ -352,13 +365,24 @@ def compare(run, done):
             seeds=len(done), epochs=done[0]["epochs"],
             seconds=round(statistics.mean(result["seconds"] for result in done), 1),
             threads=int(threads[0]) if threads else None, precision=precision,
-            data=images_of(config), device=device, commit=done[0]["commit"]))
+            data=", ".join([images_of(config), *others]), device=device, commit=done[0]["commit"]))
     return rows
 
 
 def images_of(config):
     """On which images a run is trained and measured."""
     return data_module.name_of(config.data) + (f", limit {config.limit}" if config.limit else "")
+
+
+def other_settings(config, planned):
+    """{name: value} of a run's settings that make it another one than `planned`, beside what the
+    flags of `reproduce` say."""
+    now, plan = config.all_settings(), planned.all_settings()
+    flags = {"data", "limit", "seed", "precision"}
+    # Of other or fewer images another number is held out, see `perform`.
+    flags |= {"val"} if images_of(config) != images_of(planned) else set()
+    return {name: now[name] for name in train.differing(now, plan)
+            if name in now and name not in flags}
 
 
 def comparison(rows, columns=HEADER):
@@ -370,7 +394,7 @@ def comparison(rows, columns=HEADER):
         cells = {
             "reported %": row.reported and f"{row.reported:.2f}", "images": row.data,
             "measured %": row.state if row.measured is None else f"{row.measured:.2f}{std}",
-            "difference": "other images" if row.elsewhere else row.difference is not None
+            "difference": "not as reported" if row.elsewhere else row.difference is not None
             and f"{row.difference:+.2f}".replace("-", "−"),
             "epochs": row.epochs and f"{row.epochs}{fewer}",
             "time": row.seconds and duration(row.seconds),

@@ -150,6 +150,7 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
         rows += short_run(model, lr, dataset, train.choose_device(device), steps, batch_size, seed,
                           every if lr == lrs[0] else 0)
         visualize.write_table(table, rows)
+    batch_size = min(batch_size, len(dataset.train.labels))
     title = (f"{name_of(data)}, batches of {batch_size}; bands: learning rates "
              f"{', '.join(f'{lr:g}' for lr in sorted(lrs))}; along the gradient: at {lrs[0]:g}, "
              f"steps of {lrs[0] / 2:g} to {4 * lrs[0]:g}")

@@ -5,6 +5,7 @@ import itertools
 import re
 import time
 import typing
+from pathlib import Path
 
 import train
 import visualize
@@ -94,7 +95,10 @@ def row_of(result, told, now):
 
 def split(text):
     """The values of an axis."""
-    return [part.strip() for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise ValueError(f"{text}: nothing stands before or behind one of its commas")
+    return parts
 
 
 def grid_of(flags):
@@ -104,10 +108,11 @@ def grid_of(flags):
     lists = {name for name, flag in known.items() if typing.get_origin(flag.kind) is tuple}
     flags = {name: value if isinstance(value, str) else text_of(value).replace(
         ",", "+" if name in lists else ",") for name, value in flags.items()}
-    for name in ("name", "out"):
+    for name in ("name", "out", "root"):
         if "," in flags.get(name, ""):
             raise ValueError(f"{name}={flags[name]}: is of the whole grid and must have no comma")
-    axes = {name: split(text) for name, text in flags.items() if "," in text}
+    axes = {name: split(text) for name, text in flags.items()  # a folder's name may have one
+            if "," in text and not (name == "data" and Path(text).expanduser().exists())}
     if not axes:
         raise ValueError("no flag has several values (for example `lr=0.1,0.01`)")
     fixed = {name: text for name, text in flags.items() if name not in axes}

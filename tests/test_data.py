@@ -744,6 +744,20 @@ def test_no_kind_of_standard_output_ends_a_run(line, tmp_path):
         assert "0 ?pochs ? ? ?" in out and "[/x]" in out and "[v1]" in out and ":cat:" in out
 
 
+def test_no_name_gives_orders_to_a_terminal(tmp_path, capsys, refused):
+    name = "a\x1b[31m\x9b1mb"
+    data.Table((name, "x"), [(name, name)], name).print()
+    data.show(f"{tmp_path}/{name}")
+    shown = capsys.readouterr().out + refused({"stats": data.stats}, ["stats", f"--data={name}"])
+    assert not {"\x1b", "\x9b"} & {*shown} and shown.count("a\ufffd[31m\ufffd1") == 5
+
+
+def test_an_empty_word_is_no_value(refused):
+    for words in (["download", ""], ["", "--data=shapes"], ["download", "--data", ""]):
+        said = refused(data.COMMANDS, words)
+        assert re.search("a word is empty|no command ''|needs a value", said)
+
+
 def test_what_only_writes_is_no_terminal():
     tee = types.SimpleNamespace(write=len, flush=list)
     assert [data.wrapped(70 * "ab ", stream) for stream in (tee, None)] == [70 * "ab "] * 2

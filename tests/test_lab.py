@@ -195,7 +195,7 @@ def test_results_are_not_waited_for(tmp_path):
 def measured(said=(), **values):
     """The row of experiment 1.1 of a run with these settings, whose result has `said` too."""
     entry, = reproduce.choose("1.1/lenet")
-    config = train.Config.create(**values)
+    config = dataclasses.replace(entry.runs["lenet"].config, **values)
     result = {"test/accuracy": 0.5, "epochs": 1, "seconds": 9.0, "commit": "abc",
               "device": "cpu, 1 threads, AMD EPYC", "settings": dataclasses.asdict(config)}
     row, = reproduce.compare(entry.runs["lenet"], [{**result, **dict(said)}])
@@ -237,8 +237,10 @@ def test_other_images_than_the_reports_are_not_compared(tmp_path):
     for values, images in (({"data": "shapes"}, "shapes"), ({"data": "x/cifar10-jpeg"},
                            "cifar10-jpeg"), ({"limit": 40}, "cifar10, limit 40")):
         reproduce.keep_results(tmp_path / "results.csv", [measured(**values)])
-        assert (f"| 57.20 | 50.00 | other images | 1 | 1 of 2 | 9.0 s | {images} |"
+        assert (f"| 57.20 | 50.00 | not as reported | 1 | 1 of 2 | 9.0 s | {images} |"
                 in report.results_markdown(tmp_path / "results.csv"))
+    row = measured(lr=0.5, batch_size=64, seed=1, epochs=1)  # as TRAIN_FLAGS may have it
+    assert row.data == "cifar10, batch_size 64, lr 0.5" and row.difference is None
     planned = reproduce.book().experiments["1.3"].runs["vgg16_1x1"].config
     assert reproduce.images_of(planned) == "cifar10, limit 8000"  # the report's own limit
     row = reproduce.Row("1.3", "vgg16_1x1", "test", 24.5, 30.0, epochs=3,
@@ -250,8 +252,32 @@ def test_a_trial_by_the_environment_is_of_other_images(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAIN_FLAGS", "--data=shapes --limit=32 --epochs=1 --val=0")
     reproduce.book.cache_clear()
     table = reproduce.reproduce("1.1/lenet", out=str(tmp_path))
-    assert [row[3:6] for row in table.rows] == [["57.20", table.rows[0][4], "other images"]]
+    assert [row[3:6] for row in table.rows] == [["57.20", table.rows[0][4], "not as reported"]]
     reproduce.book.cache_clear()
+
+
+def test_commas_in_a_sweep(tmp_path, refused):
+    pets = tmp_path / "a,b"
+    pets.mkdir()
+    choices, configs = sweep.grid_of({"data": str(pets), "lr": "0.1,0.01"})
+    assert [config.data for config in configs] == [str(pets)] * 2 and [*choices[0]] == ["lr"]
+    for flag, said in ((f"--root={tmp_path}/x,y", "must have no comma"), ("--augment=flip+crop,",
+                       "nothing stands before or behind one of its commas")):
+        assert said in refused(lab_module.COMMANDS, ["sweep", "--lr=0.1,0.01", flag])
+
+
+@pytest.mark.parametrize("words, said", [
+    (["results", "--out=x.PNG"], "out=x.PNG: must be a file whose name ends in .md"),
+    (["reproduce", "1.1", "--results=x.json"], "results=x.json: must be a file whose name ends in"),
+    (["report", "1.1", "--out=x.htm"], "out=x.htm: must be a folder")])
+def test_what_is_written_is_what_the_suffix_says(words, said, refused):
+    assert said in refused(lab_module.COMMANDS, words)
+
+
+def test_a_folder_that_is_called_cifar10_is_another_data_set():
+    assert data.name_of("cifar10") == "cifar10" and data.name_of("x/pets/") == "pets"
+    row = measured(data="x/cifar10")
+    assert row.data == "folder cifar10" and row.difference is None
 
 
 def test_a_sweep_is_not_changed_by_the_environment(tmp_path, monkeypatch):
@@ -441,7 +467,8 @@ def read_report(folder):
     code = "\n".join(parsed.code)
     assert code == "\n".join(re.findall(r"^```+sh\n(.*?)\n```+$", text, re.MULTILINE | re.DOTALL))
     for line in code.replace("\\\n", " ").splitlines():  # all of it runs
-        _, script, *words = shlex.split(line)
+        words = shlex.split(line)
+        _, script, *words = words[2:] if words[0] == "env" else words
         module = {**reproduce.MODULES, "-m": lab_module}[script]
         data.parse(module.COMMANDS, words[script == "-m":], "train" if module is train else None)
     assert "http" not in page and "url(" not in page and "@import" not in page
@@ -496,8 +523,9 @@ def test_a_report_s_figures_are_of_the_images_that_its_text_tells_of(finished, t
 def test_a_class_may_be_called_as_the_whole_is():
     result = {"train/accuracy": 0.5, "val/accuracy": None, "test/accuracy": 0.25,
               "per_class": {"all for test": 1.0, "a": 0.0}}
-    assert report.accuracies(result) == {"all for training": 0.5, "all for validation": None,
-                                         "all for test": 0.25, "a": 0.0}
+    assert report.accuracies(result) == {
+        "all for training, last epoch": 0.5, "all for validation": None, "all for test": 0.25,
+        "a": 0.0}
 
 
 def test_a_report_means_nothing_but_what_is_in_it():
@@ -575,7 +603,7 @@ def test_a_class_without_test_images_has_no_accuracy():
 def test_a_lab_report_of_nothing_says_so(tmp_path):
     report.report("4.9", runs=str(tmp_path / "none"))
     _, _, text = read_report(tmp_path / "none" / "4.9")
-    assert "the same images: 0;" in " ".join(text.split())
+    assert "again as reported: 0;" in " ".join(text.split())
     assert "| 72.82 | not measured |" in text
 
 
@@ -588,8 +616,8 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
     report.report("cnn-trials", runs=str(tmp_path))
     parsed, page, text = read_report(tmp_path / "cnn-trials")
     assert len(parsed.links) == 1 and parsed.headings[1].startswith("4.1 ")
-    assert re.search(r"\| 4.1 \| base \| test \| 64.86 \| [\d.]+ \| other images \| 1 \|", text)
-    assert "the same images: 0;" in " ".join(text.split()) and "reported elsewhere" not in text
+    assert re.search(r"\| 4.1 \| base \| test \| 64.86 \| [\d.]+ \| not as reported \| 1 \|", text)
+    assert "again as reported: 0;" in " ".join(text.split()) and "reported elsewhere" not in text
     assert r"| 4.2 | conv2_25 | test | 68.07 | not measured |" in text
     again = " ".join(page.replace("\\\n", " ").split())
     assert "reproduce cnn-trials --data=shapes --limit=40 --epochs=1 --precision=bf16" in again
@@ -603,6 +631,9 @@ def test_a_lab_report_shows_what_was_measured_and_says_what_was_not(finished, tm
         path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
     lines = report.made_again("x", reproduce.choose("4.1") + reproduce.choose("lenet-vgg"),
                               tmp_path).replace("\\\n    ", "").split("\n")
+    # The run has settings of its own, which these flags do not tell.
+    assert lines[0].startswith("env 'TRAIN_FLAGS=--augment=flip --batch_norm=false ")
+    lines = [line[line.index("python"):] for line in lines]
     assert lines[:3] == ["python -m lab reproduce 4.1 --data=shapes --limit=40 --epochs=1 "
                          "--precision=bf16 --seeds=2",
                          *(f"python -m lab reproduce 1.{number} --data=shapes --limit=40 --epochs=1"

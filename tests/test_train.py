@@ -330,11 +330,16 @@ def test_predict_goes_on_past_what_is_no_picture(tmp_path, capsys):
     for name in ("dog.heic", "noext"):
         (pictures / "a" / name).touch()
     (pictures / "a" / "link.png").symlink_to(tmp_path / "nowhere")
+    (pictures / ".thumbs").mkdir()
+    shutil.copy(pictures / "a" / "0.png", pictures / ".thumbs")
+    (pictures / "more").symlink_to(tmp_path / "ab" / "train")
     table, error = train.predict_command(str(config.folder), str(pictures))
     assert len(table.rows) == 8 and "broken.png: cannot be read" in str(error)
     assert "link.png: no such image file" in str(error)
     assert "._0.png" not in str(error)
-    assert f"{pictures}: left out files of type .heic, unknown\n" in capsys.readouterr().err
+    assert (f"{pictures}: left out files of TensorBoard's Projector (2), files of type .heic (1), "
+            f"files of type unknown (1), hidden files (2), links to folders (1)\n"
+            in capsys.readouterr().err)
     with pytest.raises(SystemExit) as leave:
         data.command_line(train.COMMANDS, argv=["predict", str(config.folder), str(pictures)])
     shown = capsys.readouterr()
@@ -413,12 +418,12 @@ def test_the_arrays_of_cifar_10_1_and_cifar_10_c_are_measured(tmp_path):
     assert test.labels.tolist() == (9 - labels).tolist()  # by their names
     right = train.predict(loaded, test.images, about.preprocessing).argmax(1) == test.labels
     table = train.evaluate(str(path), data=str(corrupted))
-    assert [row[0] for row in table.rows] == ["fog", "snow", "mean"]
+    assert [row[0] for row in table.rows] == ["fog", "snow", "mean of 2 of the 15"]
     expected = [f"{part.double().mean().item():.1%}" for part in (*right.split(4), right)]
     assert [*table.rows[0][1:]] == [*table.rows[2][1:]] == expected
     numpy.save(corrupted / "spatter.npy", images[::-1])  # which does not count
     table = train.evaluate(str(path), data=str(corrupted))
-    assert table.rows[3] == ("mean without extras", *expected)
+    assert table.rows[3] == ("mean of 2 of the 15", *expected)
     with open(tmp_path / "archive_data.npy", "wb") as file:
         numpy.savez(file, images)
     with pytest.raises(ValueError, match=r"archive_data\.npy: is an archive of arrays"):
@@ -965,7 +970,8 @@ def test_run_folder_and_result(tmp_path):
     assert {("weights/conv1.0.weight", 6), ("gradients/fc.4.weight", 12)} <= set(logged)
     assert ("custom_scalars__config__", 0) in logged
     tested = event_steps(config.folder / "test")
-    assert {("pr_curve/disc", 12), ("accuracy/test", 12), ("loss/test", 12)} <= {*tested}
+    measured = network.read(config.folder / "best.pth")["step"]  # may be that of the first epoch
+    assert {(tag, measured) for tag in ("pr_curve/disc", "accuracy/test", "loss/test")} <= {*tested}
     tags = {tag for tag, _ in tested}
     assert sum(tag.startswith("wrong/") for tag in tags) == 25
     shown = [*train.shown_settings(config)]
@@ -1416,7 +1422,7 @@ def test_a_second_process_is_refused(tmp_path):
 
 @pytest.mark.parametrize("read_steps", [{"cpu": 1}, {}], ids=["as a CPU", "as a GPU"])
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
-def test_a_gradient_that_is_not_finite(on_nan, read_steps, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite(on_nan, read_steps, tmp_path, monkeypatch, capsys):
     at_once = train.choose_device().type in read_steps  # else it is seen when the step is saved
     monkeypatch.setattr(train, "READ_STEPS", read_steps)
     config = tiny(tmp_path, on_nan=on_nan)
@@ -1430,6 +1436,8 @@ def test_a_gradient_that_is_not_finite(on_nan, read_steps, tmp_path, monkeypatch
     monkeypatch.setattr(train.F, "cross_entropy", sick_loss)
     if on_nan == "skip":
         assert math.isfinite(train.train(config)["test/loss"])
+        told = re.findall("1 of the epoch's 6 steps were skipped", capsys.readouterr().out)
+        assert len(told) == 1  # of its two epochs one
         return
     rate = "learning rate.*" if at_once else ""
     with pytest.raises(ValueError, match=rf"not finite at step 8.*{rate}last\.pth"):

@@ -414,6 +414,11 @@ def test_patches_that_the_border_cuts_are_filled_with_grey():
     assert cut[0, 0].tolist() == [[pytest.approx(grey)] * 3, [0, 1 / 16, 2 / 16],
                                   [4 / 16, 5 / 16, 6 / 16]]
     assert torch.equal(cut[1], images[1, :, 1:, 1:])
+    # Of two units, the second has a smaller field: at the top it is whole, and stays where it is.
+    boxes = torch.tensor([[0, 0, 3, 3], [1, 1, 4, 4], [0, 1, 2, 3], [1, 1, 3, 3]])
+    cut = visualize.cut_patches(images[:1].expand(4, -1, -1, -1), boxes, units=2)
+    assert torch.equal(cut[2, :, :2, :2], images[0, :, :2, 1:3])
+    assert torch.equal(cut[3, :, :2, :2], images[0, :, 1:3, 1:3]) and (cut[2:, :, 2] == grey).all()
 
 
 def test_top_activations_are_those_of_brute_force(opened):
@@ -927,6 +932,27 @@ def test_statistics_of_a_layer_far_from_0_or_beyond_all_numbers():
         visualize.layer_statistics(model.half(), ["0"], images, prep)
 
 
+def test_what_was_saved_within_an_epoch_is_not_called_that_epoch(tmp_path, coarse_figures):
+    config = train.Config.create("lenet", data="shapes", limit=64, val=0, epochs=1, batch_size=16,
+                                 save_minutes=0.0, keep=0, snapshots=(0,), out=str(tmp_path))
+    train.train(config)
+    _, history, _ = visualize.activations(str(config.folder), layers="conv1.1", images=5,
+                                          out=str(tmp_path))
+    assert history.axes[0].lines[0].get_xdata().tolist() == [1, 2, 3, 4]
+    assert history.axes[0].get_xlabel() == "step"
+    figure = deconv.evolution(str(config.folder), units=(0, 1), out=str(tmp_path))
+    titles = [text.get_text().partition(":")[0] for text in figure.axes[0].texts]
+    assert titles == ["step 1", "step 2", "step 3", "epoch 1"] * 2
+    assert network.load(config.folder / "step-000000003.pth")[1].title == "lenet, step 3"
+
+
+def test_figures_of_other_images_say_so(run, tmp_path, coarse_figures, few_shapes):
+    own, other = (visualize.confusion(str(run), out=f"{tmp_path}/", **given)
+                  for given in ({}, {"data": "shapes"}))
+    assert (own.path.name, other.path.name) == ("confusion.png", "confusion-shapes.png")
+    assert ", on shapes: " in other._suptitle.get_text() and "on" not in own._suptitle.get_text()
+
+
 def test_the_history_of_a_layer_by_hand(tmp_path):
     """At epoch 5 a LeNet's first layer, of six units, loses one and grows by half; at epoch 9 it
     loses a second one."""
@@ -992,7 +1018,8 @@ def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
         del groups["a and 1 more seed"][0][name][1:]
     groups["a and 1 more seed"][0]["train/loss"][0] = 3.0
     line, *_ = visualize.draw_curves(groups).axes[0].lines
-    assert line.get_xydata().tolist() == [[1, 2], [2, 1]]
+    assert line.get_xdata().tolist() == [1, 2]  # the mean ends where one of them does
+    assert line.get_ydata()[0] == 2 and math.isnan(line.get_ydata()[1])
     groups["a and 1 more seed"][0]["seconds"] = [10.0]
     line, *_ = visualize.draw_curves(groups, "seconds").axes[0].lines
     assert line.get_xdata().tolist() == [5.5, 6.5]  # which never runs backwards
