@@ -318,6 +318,7 @@ def _source(parts, data, root, image_size, skip_bad, writes, known):
 
 def _cifar(name, root, parts, writes):
     from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     new = not Path(root).exists()
@@ -329,11 +330,14 @@ def _cifar(name, root, parts, writes):
             except RuntimeError:  # not there yet, or damaged
                 if not writes:
                     raise
-                there = [Path(root, source.base_folder, file) for file, _ in (
-                    *source.train_list, *source.test_list)]
-                if all(map(Path.exists, there)):  # which would be replaced, out of the archive
-                    raise OSError(f"{there[0].parent} was changed or is damaged and stays as it "
-                                  f"is; move it away") from None
+                there = {Path(root, source.base_folder, file): md5 for file, md5 in (
+                    *source.train_list, *source.test_list)}
+                # What is there and was changed would be replaced, out of the archive.
+                if all(map(Path.exists, there)) or any(
+                        file.exists() and not check_integrity(file, md5)
+                        for file, md5 in there.items()):
+                    raise OSError(f"{next(iter(there)).parent} was changed or is damaged and stays "
+                                  f"as it is; move it away") from None
                 found = [source(root, train=part == "train", download=True) for part in parts]
     except Exception as error:  # torchvision reports a failed download in many ways
         if new:
@@ -1200,6 +1204,8 @@ def check_ours(path, sign, said="is not from here", flag=""):
     """FileExistsError unless `path` is free, or a file with the text `sign` in it: what was not
     made here is never replaced. What is `said` of it stands behind `flag` and the path."""
     path = Path(path)
+    if path.is_file():
+        check_regular(path, 1 << 30)
     if path.exists() and not (path.is_file() and sign.encode() in path.read_bytes()):
         raise FileExistsError(f"{flag}{path}: {said} (no {sign!r} in it) and stays as it is; move "
                               f"it away or choose another place")
@@ -1370,11 +1376,14 @@ def trim_events(paths, step):
     read."""
     for path in paths:
         kept, damaged = [], False
+        check_regular(path, 1 << 32)
         for record, event in _event_records(path.read_bytes()):
             damaged |= event is None
             if event and event.HasField("summary") and event.step <= step:
                 kept.append(record)
-        aside = path.with_name(path.name.replace("events.out.tfevents", "damaged-events"))
+        names = (path.name.replace("events.out.tfevents", f"damaged-events{number or ''}")
+                 for number in itertools.count())
+        aside = next(file for file in map(path.with_name, names) if not file.exists())
         if damaged:
             print(f"{path}: damaged; its points that can be read stay, and the file as it was is "
                   f"now {aside}", file=sys.stderr)

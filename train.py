@@ -56,10 +56,11 @@ COLUMNS = ("epoch", "step", *TAGS)
 MARKER, MARK = ".run", "A run of train.py made this folder.\n"
 STEPS = f"step-{'[0-9]' * 9}.pth"  # checkpoints before the last
 EMPTYING = "emptying"  # in config.json while the files of a run before are being removed
+BOARD_SUFFIX = "-lab"  # of TensorBoard's files that are not written step by step
 WRITTEN = re.compile(
     r"(\.run|\.lock|config\.json|metrics\.csv|result\.json"
     r"|(last|best|step-\d{9}|snapshot-\d{5})\.pth"
-    r"|events\.out\.tfevents\.\d+\.\d{9}|test/events\.out\.tfevents\.\S+"
+    rf"|events\.out\.tfevents\.\d+\.\d{{9}}|test/events\.out\.tfevents\.\S+{BOARD_SUFFIX}"
     r"|test/projector_config\.pbtxt"
     r"|test/\d{5}/(features|pixels)/(metadata\.tsv|sprite\.png|tensors\.tsv))(\.\d+\.tmp)?")
 BEGUN = re.compile(r"\.lock|\.run\.\d+\.tmp")  # what one has that was killed before its marker
@@ -1574,8 +1575,11 @@ def is_run(folder):
         if (folder / MARKER).is_file() and (folder / MARKER).stat().st_size == len(MARK):
             return True
     with contextlib.suppress(OSError, ValueError):
+        # All versions wrote all settings; a few may be in anybody's config.json.
+        named = data.read_json(folder / "config.json", lambda values: {**values}.keys())
         read_config(folder / "config.json")
-        return any((folder / name).exists() for name in ("last.pth", "metrics.csv"))
+        return {"model", "data", "batch_size", "seed"} <= named and any(
+            (folder / name).exists() for name in ("last.pth", "metrics.csv"))
     return False
 
 
@@ -1774,7 +1778,7 @@ def finish(state, dataset, folder, workers):
     logits = finite_logits(network, dataset.test.images, prep)
     last = dict(zip(COLUMNS, state.metrics.rstrip().rpartition("\n")[2].split(",")))
     # Of a run that an earlier version began, the row may be lost.
-    accuracy = last["train/accuracy"] if last["epoch"] == str(state.epoch) else ""
+    accuracy = last.get("train/accuracy") if last.get("epoch") == str(state.epoch) else ""
     with_tta = None
     if config.tta != "none":
         views = finite_logits(network, dataset.test.images, prep, config.tta)
@@ -1793,6 +1797,8 @@ def finish(state, dataset, folder, workers):
         "fingerprint": dataset.fingerprint,
     }
     with data.writing(folder.path / "test"):
+        # Without it, a run that is killed meanwhile is measured again, board and all.
+        (folder.path / "result.json").unlink(missing_ok=True)
         write_board(folder, network, dataset, logits, result, about.step)
     # Last, since a run with a result counts as finished and is not gone on with.
     data.write_atomically(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
@@ -1891,7 +1897,7 @@ def summary_writer(folder):
 
     # Of its thread's error, such as a full disk, Python would print a traceback besides.
     before, threading.excepthook = threading.excepthook, lambda _what: None
-    board = SummaryWriter(str(folder))
+    board = SummaryWriter(str(folder), filename_suffix=BOARD_SUFFIX)
     try:
         yield board
         board.close()
@@ -2123,7 +2129,8 @@ def export(run: str, out: str):
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
     if out.exists() and (epochs_before > made["epochs"] or differing(
             config.all_settings(), Config.from_json(before["settings"]).all_settings())
-            or [*before["classes"]] != [*checkpoint["classes"]]):
+            or [*before["classes"]] != [*checkpoint["classes"]]
+            or before.get("fingerprint") not in (None, checkpoint.get("fingerprint"))):
         raise FileExistsError(f"out={out}: is there already, and was not exported from this run, "
                               f"or after more epochs; move it away or choose another place")
     networks.save(out, {**checkpoint, "made": made})

@@ -311,7 +311,9 @@ def snapshots(run, most=8):
     alone is none."""
     folder = folder_of(run)
     # By length first: epochs of more than five digits come after those of five.
-    files = sorted(folder.glob("snapshot-*.pth"), key=lambda path: (len(path.name), path.name))
+    files = sorted((path for path in folder.glob("snapshot-*.pth")
+                    if re.fullmatch(r"snapshot-\d+", path.stem)),  # no copy that somebody made
+                   key=lambda path: (len(path.name), path.name))
     last = [*folder.glob("last.pth")]
     if not files:
         files = [*sorted(folder.glob("step-*.pth")), *last]
@@ -549,8 +551,8 @@ def group_runs(runs):
         same = {name: value for name, value in settings.items()
                 if name not in ("seed", "name", "out", "device", "root")}
         # One seed twice, as of another's run or of a copy, is no further seed.
-        key = repr(sorted(same.items()))
-        seeds = (key, settings.get("seed"))
+        key = repr(sorted(same.items(), key=repr))
+        seeds = (key, repr(settings.get("seed")))
         known[seeds] = known.get(seeds, 0) + 1
         members, _ = groups.setdefault((key, known[seeds]), ([], same))
         members.append(run)
@@ -820,6 +822,15 @@ def fingerprint(*settings):
                 value = f"{value!r};".encode()
             digest.update(value)
     return digest.hexdigest()
+
+
+def behaviour(network, about, parts):
+    """What tells one network from elsewhere from another with the same weights: a few of its
+    outputs, as text of so few digits that another number of threads makes no other."""
+    if about.settings:  # one of this package, which its weights tell
+        return []
+    logits = train.predict(network, parts["test"].images[:8], about.preprocessing)
+    return [f"{value:.2e}" for value in logits[:, 0].tolist()]
 
 
 def batch_loss(network, images, labels):
@@ -1547,7 +1558,8 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     if to is not None:
         return line_to(to, ckpt, network, about, parts, points, title, **flags)
     axes, xs, ys, labels, trail = plane_of(network, ckpt, directions, seed, span, points)
-    key = fingerprint(network, about.preprocessing, seed, trail, *parts["train"], *parts["test"])
+    key = fingerprint(network, *behaviour(network, about, parts), about.preprocessing, seed, trail,
+                      *parts["train"], *parts["test"])
     table = figure_path(ckpt, f"landscape-{directions}-{key}", flags.get("out"), "csv")
 
     def loss_of(point):
@@ -1604,8 +1616,9 @@ def line_to(to, ckpt, network, about, parts, points, title, **flags):
     if not networks.made_like(first, second) or about.classes != its.classes:
         raise ValueError(f"to={to}: is a network of another kind, or of other classes, than {ckpt}")
     ends = ((first, about.preprocessing), (second, its.preprocessing))
-    key = fingerprint(network, other, about.preprocessing, its.preprocessing, *parts["train"],
-                      *parts["test"])
+    key = fingerprint(network, *behaviour(network, about, parts), other,
+                      *behaviour(other, its, parts), about.preprocessing, its.preprocessing,
+                      *parts["train"], *parts["test"])
     table = figure_path(ckpt, f"landscape-to-{key}", flags.get("out"), "csv")
     # Steps of 1.5 / (6·thirds), so that the quarters beyond, 0 and 1 are all among them.
     between, thirds = copy.deepcopy(network), max(1, round(points / 6))  # 0 and 1 are points
@@ -1637,7 +1650,8 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
     if not flags.get("out"):  # one that is asked for may be where its user likes
         train.check_no_links([folder, *folder.rglob("*")])
     others = [path for path in folder.rglob("*") if path.is_file() and not train.WRITTEN.fullmatch(
-        f"test/{path.relative_to(folder).as_posix()}")]
+        f"test/{path.relative_to(folder).as_posix()}")
+        and not path.name.startswith("events.out.tfevents")]
     if others:  # TensorBoard would write over some files
         raise FileExistsError(f"out={folder}: holds {others[0].name}, which is none of the "
                               f"Projector's files; name a folder for these alone")

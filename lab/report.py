@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import statistics
+import sys
 import textwrap
 from base64 import b64encode
 from pathlib import Path
@@ -33,6 +34,7 @@ from data import (
     name_of,
     parse,
     plain,
+    read_text,
     text_of,
     write_atomically,
 )
@@ -456,6 +458,12 @@ def figures_of(experiment, runs, folder):
             plotted |= dict.fromkeys(folders)
         else:
             name = folders[0].name if folders else experiment.id
+            mark = figure.mark(runs)
+            if mark.is_file() and read_text(mark) != figure.results(runs):
+                print(f"{mark.parent}: {figure.command} is of other results than those that are "
+                      f"there now, and is left out (python -m lab reproduce {experiment.id} draws "
+                      f"it again)", file=sys.stderr)
+                continue
             # As the commands call them; the page would show whatever a link leads to.
             found |= {path: name for path in sorted(figure.folder(runs).glob("*.png"))
                       if re.fullmatch(rf"{figure.command}[\w.,=+-]*", path.name)

@@ -95,6 +95,15 @@ class Figure:
         run = next(iter(self.runs.values()), None)
         return (run.folder(out) if run else Path(out)) / "figures" / self.experiment
 
+    def mark(self, out):
+        """The file that says which `results` it was drawn of."""
+        return self.folder(out) / f".of-{digest_of(' '.join(self.words).encode())}"
+
+    def results(self, out):
+        """The digests of the results of its runs, which are in the folder `out`."""
+        files = (run.folder(out) / "result.json" for run in self.runs.values())
+        return "\n".join(digest_of(file.read_bytes()) for file in files if file.is_file())
+
     def filled(self, out):
         """The words with the runs' folders, which are in `out`: word by word, so that spaces and
         backslashes of a path mean nothing but themselves."""
@@ -263,6 +272,8 @@ def draw(figure, given, out):
     if module in (visualize, deconv, smoothness) and command != "projector":  # a TensorBoard log
         words.append(f"--out={figure.folder(out)}/")
     show(parse(module.COMMANDS, words, "train" if module is train else None)())
+    if figure.folder(out).is_dir():
+        write_atomically(figure.mark(out), figure.results(out))
 
 
 def costs():
@@ -445,7 +456,7 @@ def replace(path, content, sign):
 def read_results(path):
     """{(id, run, accuracy): `Row`} of a CSV file of measured results; ValueError for another."""
     data_module.check_regular(path)  # Excel's files begin with a mark of their encoding
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         try:
             header, *lines = csv.reader(file, strict=True)
             if header != [*COLUMNS] or {len(line) for line in lines} - {len(header)}:

@@ -60,9 +60,12 @@ def sweep(**flags):
     table = Table([*choices[0], *told, "state"], rows, str(folder), len(choices[0]))
     content = table.csv().encode("utf-8", "surrogateescape")
     check_sheet(sheet, page, columns, content)
-    write_atomically(sheet, content)
-    replace(page, f"{table.markdown()}\n<!-- sweep.csv: {digest_of(content)} -->\n"
+    # The page first, which knows both sheets: killed in between, it finds the one before.
+    sheets = [content, sheet.read_bytes() if sheet.exists() else content]
+    digests = " or ".join(dict.fromkeys(map(digest_of, sheets)))
+    replace(page, f"{table.markdown()}\n<!-- sweep.csv: {digests} -->\n"
                   f"<!-- Written by python -m lab sweep -->\n", SIGN)
+    write_atomically(sheet, content)
     made = [table, sheet, page]
     if drawn := [config.folder for config in configs if train.read_rows(config.folder)]:
         curves = visualize.draw_curves(visualize.group_runs(drawn))
@@ -75,11 +78,13 @@ def sweep(**flags):
 
 def check_sheet(sheet, page, columns, new=None):
     """FileExistsError if the file `sheet` is no table of these `columns`, or was changed since
-    `page` was written, which has its digest. It may be the `new` one: another sweep's."""
+    `page` was written, which has its digest and that of the one before. It may be the `new` one:
+    another sweep's."""
     check_columns(sheet, columns, some=True)
-    told = page.exists() and re.search("<!-- sweep.csv: ([0-9a-f]{16}) -->",
+    told = page.exists() and re.search("<!-- sweep.csv: ([0-9a-f]{16}.*) -->",
                                        page.read_text("utf-8", "replace"))
-    if told and sheet.exists() and (now := sheet.read_bytes()) != new and digest_of(now) != told[1]:
+    if told and sheet.exists() and (now := sheet.read_bytes()) != new and (
+            digest_of(now) not in told[1]):
         raise FileExistsError(f"{sheet}: was changed since it was written and stays as it is; move "
                               f"it away or choose another `name`")
 

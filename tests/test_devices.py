@@ -293,6 +293,7 @@ def test_figures_are_computed_on_the_device(model, layer, watch, monkeypatch):
             maps[:1], torch.zeros(len(maps), dtype=torch.long, device=maps.device)))
         answers.setattr(torch.Tensor, "nonzero", lambda lines: torch.zeros(
             1, lines.ndim, dtype=torch.long, device=lines.device))
+        answers.setattr(torch.Tensor, "any", lambda values, *_, **__: values.ndim == 4)  # of fields
         answers.setattr(network, "exact_type", lambda device: torch.float32)  # as on MPS
         watch.clear()
         network.receptive_fields(state.network, layer, 32)

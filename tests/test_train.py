@@ -1220,6 +1220,40 @@ def test_what_a_run_measured_is_kept_where_its_weights_are_gone(tmp_path):
     assert contents(config.folder) == before
 
 
+def test_a_few_settings_make_no_run(tmp_path):
+    """Another program's folder may have a config.json and weights of the same names."""
+    config = tiny(tmp_path)
+    config.folder.mkdir()
+    (config.folder / "config.json").write_text('{"lr": 0.1, "epochs": 10}')
+    for name in ("last.pth", "best.pth", "metrics.csv"):
+        (config.folder / name).write_text(name)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="is not the folder of a run"):
+            train.train(config, overwrite=overwrite)
+    assert (config.folder / "best.pth").read_text() == "best.pth"
+
+
+def test_somebody_s_points_in_the_folder_of_the_board_stay(tmp_path):
+    train.train(tiny(tmp_path))
+    before = {path.name for path in (tmp_path / "run" / "test").glob("events*")}
+    others = tmp_path / "run" / "test" / "events.out.tfevents.1795648157.host.17.0"
+    others.write_bytes(data.event_bytes(file_version="brain.Event:2"))
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    after = {path.name for path in (tmp_path / "run" / "test").glob("events*")}
+    assert others.exists() and len(after) == len(before) + 1 and not before & after
+
+
+def test_a_run_killed_while_it_is_measured_again_has_no_result(tmp_path, monkeypatch):
+    train.train(config := tiny(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_board", lambda *_: sys.exit(1))
+        with pytest.raises(SystemExit):
+            train.train(config, resume=True)
+    assert train.finished(config.folder) is None
+    train.train(config, resume=True)
+    assert train.finished(config.folder)
+
+
 def test_what_may_not_be_read_is_not_removed(tmp_path, monkeypatch):
     path = tmp_path / "events.out.tfevents.1795648157.000000000"
     path.write_bytes(data.event_bytes(file_version="brain.Event:2"))
@@ -1252,8 +1286,10 @@ def test_only_a_torn_last_record_is_cut_from_a_file_of_points(tmp_path, capsys):
     for place, kept in ((start + 20, [1, 2]), (start + len(points[0]), [0]), (start, []), (0, [])):
         damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:]
         assert steps_kept(damaged) == kept and path.exists() == bool(kept)
-        assert aside.read_bytes() == damaged
-        assert re.fullmatch(rf"{path}: damaged; .* {aside}\n", capsys.readouterr().err)
+        said, = re.fullmatch(rf"{path}: damaged; .* ({aside.parent}.*)\n",
+                             capsys.readouterr().err).groups()
+        assert Path(said).read_bytes() == damaged
+    assert aside.exists() and len([*tmp_path.glob("damaged-events*")]) == 4  # none replaced another
 
 
 def test_what_others_log_in_the_folder_of_a_run_stays(tmp_path):
@@ -1618,6 +1654,9 @@ def test_an_exported_network_answers_as_its_run_and_says_how_it_was_made(tmp_pat
             train.export(str(run), str(path))
     assert network.read(path)["made"] == made
     before = network.read(path)
+    network.save(path, {**before, "fingerprint": "of other images"})
+    with pytest.raises(FileExistsError, match="was not exported from this run"):
+        train.export(str(config.folder), str(path))
     for epochs in ("3", None, [3], math.nan):  # none of ours
         network.save(path, {**before, "made": {**made, "epochs": epochs}})
         with pytest.raises(FileExistsError, match="was not exported from this run"):

@@ -932,6 +932,27 @@ def test_statistics_of_a_layer_far_from_0_or_beyond_all_numbers():
         visualize.layer_statistics(model.half(), ["0"], images, prep)
 
 
+def test_a_landscape_is_of_the_code_that_is_there(tmp_path, monkeypatch, coarse_figures,
+                                                  few_shapes):
+    tables = []
+    for act in (nn.ReLU, nn.ReLU, nn.Tanh):
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Conv2d(3, 4, 3), act(), nn.Flatten(), nn.Linear(4 * 30**2, 10))
+        monkeypatch.setattr(sys.modules[__name__], "odd_network", [made].pop, raising=False)
+        *_, table = visualize.landscape(network=f"{__name__}:odd_network", image_size=32,
+                                        data="shapes", images=10, points=3, out=f"{tmp_path}/")
+        tables.append(table)
+    assert tables[0] == tables[1] != tables[2]
+
+
+@pytest.mark.parametrize("content", ['{"seed": [1]}', '[[1, 2], ["a", 3]]'])
+def test_curves_of_odd_settings(content, tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        ",".join(train.COLUMNS) + "\n1,1,1,0.5,,,0.1,1,1,\n2,2,1,0.5,,,0.1,1,1,\n")
+    (tmp_path / "config.json").write_text(content)
+    assert [*visualize.group_runs([tmp_path])] == [tmp_path.name]
+
+
 def test_what_was_saved_within_an_epoch_is_not_called_that_epoch(tmp_path, coarse_figures):
     config = train.Config.create("lenet", data="shapes", limit=64, val=0, epochs=1, batch_size=16,
                                  save_minutes=0.0, keep=0, snapshots=(0,), out=str(tmp_path))
