@@ -928,12 +928,10 @@ def boxes_of(units, box_of, sample=8):
     """The boxes, H×W×4, of H×W `units`, of which `box_of` tells what any of several looks at."""
     # In most layers a box's top and bottom depend on the unit's row alone, left and right on its
     # column: so rows and columns are asked, and a few units, whether that holds.
-    height, width = units.shape
+    (height, width), boxes = units.shape, torch.zeros(*units.shape, 4, dtype=torch.long)
     rows, columns = (torch.stack([*map(box_of, lines)]) for lines in (units, units.T))
-    boxes = torch.stack([rows[:, None, 0].expand(height, width), columns[:, 1].expand(height, -1),
-                         rows[:, None, 2].expand(height, width), columns[:, 3].expand(height, -1)],
-                        -1)
-    boxes = boxes * (boxes[..., :2] < boxes[..., 2:]).all(-1, keepdim=True)  # nothing, in one way
+    boxes[..., 0::2], boxes[..., 1::2] = rows[:, None, 0::2], columns[:, 1::2]
+    boxes *= (boxes[..., :2] < boxes[..., 2:]).all(-1, keepdim=True)  # all zeros if it sees nothing
     asked = torch.randint(height * width, (sample,), generator=generator("units")).tolist()
     for unit in {0, width - 1, (height - 1) * width, height * width - 1, *asked}:
         if (box_of(units.flatten()[unit]) != boxes.flatten(0, 1)[unit]).any():
