@@ -332,12 +332,15 @@ def _cifar(name, root, parts, writes):
                     raise
                 there = {Path(root, source.base_folder, file): md5 for file, md5 in (
                     *source.train_list, *source.test_list)}
-                # What is there and was changed would be replaced, out of the archive.
-                if all(map(Path.exists, there)) or any(
-                        file.exists() and not check_integrity(file, md5)
-                        for file, md5 in there.items()):
+                if all(map(Path.exists, there)):  # which would be replaced, out of the archive
                     raise OSError(f"{next(iter(there)).parent} was changed or is damaged and stays "
                                   f"as it is; move it away") from None
+                there[Path(root, source.filename)] = source.tgz_md5
+                for file, md5 in there.items():  # the others are not there yet
+                    if file.exists() and not check_integrity(file, md5):
+                        aside = unused(file.with_name(f"{file.name}.damaged"))
+                        note(f"{file}: damaged or changed, and now {aside}")
+                        os.replace(file, aside)
                 found = [source(root, train=part == "train", download=True) for part in parts]
     except Exception as error:  # torchvision reports a failed download in many ways
         if new:
@@ -494,8 +497,7 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
     for part in parts if skip_bad else ():
         whole[part], readable = decoded(part, range(len(files[part])))
         if missing := len(labels[part]) - len(readable):
-            print(f"{folder}: left out files of {part} that cannot be read ({missing})",
-                  file=sys.stderr)
+            note(f"{folder}: left out files of {part} that cannot be read ({missing})")
         labels[part] = labels[part][readable]
     return tuple(classes), labels, read, fingerprint
 
@@ -620,8 +622,7 @@ def _images_of(items, image_size, skip_bad, title, cache, writes):
         except OSError as error:
             reason = (f"{cache}: cannot be written ({error.strerror})" if error.strerror else
                       str(error).partition("; ")[0])  # without advice for flags, not taken here
-            print(f"{reason}; the images are held in memory and will be read again the next time",
-                  file=sys.stderr)
+            note(f"{reason}; the images are held in memory and will be read again the next time")
     if found is None:
         file = io.BytesIO()
         write(file, free_memory(), "memory")
@@ -670,7 +671,7 @@ def _decode(items, image_size, skip_bad, title, only_larger):
                              f"equal")
         yield number, image.permute(1, 2, 0)
     for error in bad:
-        print(f"left out: {error}", file=sys.stderr)
+        note(f"left out: {error}")
     if first is None:
         raise ValueError(f"{title}: not one image could be read")
 
@@ -729,7 +730,7 @@ def _map_images(path, key, count, complains=True):
         return None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if complains:
-            print(f"{path}: damaged ({error}); the images are read again", file=sys.stderr)
+            note(f"{path}: damaged ({error}); the images are read again")
         return None
 
 
@@ -1204,11 +1205,15 @@ def check_ours(path, sign, said="is not from here", flag=""):
     """FileExistsError unless `path` is free, or a file with the text `sign` in it: what was not
     made here is never replaced. What is `said` of it stands behind `flag` and the path."""
     path = Path(path)
-    if path.is_file():
-        check_regular(path, 1 << 30)
     if path.exists() and not (path.is_file() and sign.encode() in path.read_bytes()):
         raise FileExistsError(f"{flag}{path}: {said} (no {sign!r} in it) and stays as it is; move "
                               f"it away or choose another place")
+
+
+def unused(path):
+    """`path`, or the first of it with .1, .2 … behind it that is not there."""
+    others = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(file for file in itertools.chain([path], others) if not file.exists())
 
 
 def check_columns(path, columns, some=False):
@@ -1294,7 +1299,7 @@ def lock(folder, name=".lock", waits=""):
                 if not waits:
                     raise Busy(f"{folder}: another process is training this run")
                 if tries == 1:
-                    print(f"waiting for another process that is {waits}", file=sys.stderr)
+                    note(f"waiting for another process that is {waits}")
                 time.sleep(0.1)
             # Who had it may have removed it: the next one makes another. (Not all disks can tell.)
             if not _is_there(file, path) and attempt < 100:
@@ -1345,8 +1350,8 @@ def lock_file(file):
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
-        print(f"{file.name}: keeps no other process away, since its file system has no locks "
-              f"({error.strerror})", file=sys.stderr)
+        note(f"{file.name}: keeps no other process away, since its file system has no locks "
+              f"({error.strerror})")
     return True
 
 
@@ -1381,12 +1386,10 @@ def trim_events(paths, step):
             damaged |= event is None
             if event and event.HasField("summary") and event.step <= step:
                 kept.append(record)
-        names = (path.name.replace("events.out.tfevents", f"damaged-events{number or ''}")
-                 for number in itertools.count())
-        aside = next(file for file in map(path.with_name, names) if not file.exists())
+        aside = unused(path.with_name(path.name.replace("events.out.tfevents", "damaged-events")))
         if damaged:
-            print(f"{path}: damaged; its points that can be read stay, and the file as it was is "
-                  f"now {aside}", file=sys.stderr)
+            note(f"{path}: damaged; its points that can be read stay, and the file as it was is "
+                  f"now {aside}")
         if kept:
             kept.insert(0, event_bytes(file_version="brain.Event:2"))
             write_atomically(path, b"".join(kept), aside if damaged else None)
@@ -1437,13 +1440,14 @@ class Table:
         not fit side by side, the columns come in blocks, each with the `keys`."""
         from rich.table import Table as Screen
 
-        screen = console()
-        for number, (block, widths) in enumerate(self._blocks(screen.width)):
-            table = Screen(title=None if number else visible(self.title or "") or None)
+        header, *rows = [[*map(visible, row)] for row in (self.header, *self.rows)]
+        screen, shown = console(), Table(header, rows, keys=self.keys)
+        for number, (block, widths) in enumerate(shown._blocks(screen.width)):
+            table = Screen(title=visible(self.title) if self.title and not number else None)
             for column, width in zip(block, widths):
-                table.add_column(visible(self.header[column]), width=width, overflow="fold")
-            for row in self.rows:
-                table.add_row(*(visible(row[column]) for column in block))
+                table.add_column(shown.header[column], width=width, overflow="fold")
+            for row in shown.rows:
+                table.add_row(*(row[column] for column in block))
             screen.print(table)
 
     def _blocks(self, width):
@@ -1896,7 +1900,12 @@ def as_typed(error, commands, words, default):
 
 def visible(text):
     """`text` without characters that a terminal would obey, as a file's name may hold them."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "�", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
+
+
+def note(line):
+    """Tell something on standard error."""
+    print(wrapped(line, sys.stderr), file=sys.stderr)
 
 
 def wrapped(text, stream, indent=""):

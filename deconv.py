@@ -131,13 +131,14 @@ class _Watch(TorchDispatchMode):
     """While open, operators that rectify without `rule` having seen it are noted there.
 
     Signs tell: what has one sign alone is 0 just where something before it, with both, had not
-    that one, or in even more places than an input; what has both has them where an input has, and
-    keeps less of what is negative.
+    that one, or where an input lies below a threshold; what has both has them where an input has,
+    and keeps less of what is negative.
     """
 
     def __init__(self, rule):
         super().__init__()
-        self.rule, self.seen, self.known = rule, set(), set()  # hashes of where values had a sign
+        # By hashes of where values had a sign: what had it, and which are accounted for.
+        self.rule, self.seen, self.known = rule, {}, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         rule = self.rule
@@ -151,15 +152,21 @@ class _Watch(TorchDispatchMode):
         for part in tensors_in(args if value is None else value):
             sides = [side for side in (part > 0, part < 0) if side.any()]  # the GPU waits here
             signs = [*map(signature, sides)]
-            same = {*signs[:1]} & self.seen - self.known if part.numel() >= 16 else ()  # no chance
+            same = {*signs[:1]} & self.seen.keys() - self.known
             if len(sides) == 2:  # as of a convolution, whose next reader is looked for, or leaky
-                self.seen.update(signs)
-                same = same and not rule.replaced and any(keeps_less(x, part) for x in inputs)
+                mixed = [x for x in inputs if (x > 0).any() and (x < 0).any()]
+                if not mixed:  # as relu(x) and relu(-x), put together again
+                    same = {*signs[:1]} & self.seen.keys()
+                    mixed = [self.seen[sign] for sign in same]
+                same = same and not rule.replaced and any(keeps_less(x, part) for x in mixed)
+                self.seen |= {sign: part for sign in signs if sign not in self.seen}
             elif same or any(cuts_off(x, sides) for x in inputs):  # as relu(x), 0 where x was not
                 sizes = part.abs()
                 same = not torch.equal(sizes, sizes.max() * sides[0])  # or it is a mask
-            if same and (rule.replaced or part.untyped_storage().data_ptr() in memory):  # a view
-                self.known.update(signs)
+            if same and (rule.replaced or part.untyped_storage().data_ptr() in memory or (
+                    len(sides) == 1 and all(signature(x > 0) in self.known and not (x < 0).any()
+                                            for x in inputs))):
+                self.known.update(signs)  # a view, or put together of what was rectified
             elif same:
                 rule.hidden.append(str(function).split(".")[1])  # the name in aten.relu.default
         return value
@@ -176,13 +183,13 @@ def tensors_in(values):
 
 
 def cuts_off(x, sides):
-    """Whether what has one sign alone, in the one mask of `sides`, has it nowhere but where `x`,
-    with both, has one of its own: as of a rectifier with a threshold above 0."""
-    if not sides or x.numel() < 64 or x.shape != sides[0].shape:
+    """Whether what has one sign alone, in the one mask of `sides`, has it just where `x`, of both
+    signs, lies beyond a threshold of one: as of a rectifier from .1 on."""
+    if not sides or x.shape != sides[0].shape or sides[0].all():
         return False
-    above, below = x > 0, x < 0
-    return bool(above.any() and below.any()) and any(
-        not (sides[0] & ~half).any() for half in (above, below))
+    kept, others = x[sides[0]], x[~sides[0]]
+    return bool((x > 0).any() and (x < 0).any()) and bool(
+        kept.min() >= others.max().clamp(min=0) or kept.max() <= others.min().clamp(max=0))
 
 
 def keeps_less(x, value):
@@ -718,7 +725,7 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (),
     if not files:
         raise ValueError(f"{ckpt}: not the folder of a run with two snapshots or more (train with "
                          f"--snapshots=1,2,5,10)")
-    *_, test = visualize.open_test(files[-1], **flags)
+    _, last, test = visualize.open_test(files[-1], **flags)
     for file in files:
         network, about = visualize.open_network(file, **flags)
         chosen = visualize.choose_units(network, layer, about.preprocessing.image_size, units, 6)
@@ -726,8 +733,8 @@ def evolution(ckpt: str, layer: str = "conv1", units: tuple[int, ...] = (),
             network, layer, test.images, about.preprocessing, chosen, 1, rule, bn)
         cells.append(beside(back[:, 0], patches[:, 0]))
         titles.append([f"{about.when}: {value:.2g}" for value in values[:, 0]])
-    title = (f"{about.model}: {layer}, {way_text(network, rule, bn)}\nthe strongest activation of "
-             f"{len(test.labels)} test images, what comes back, and its patch")
+    title = (f"{about.model}{last.on}: {layer}, {way_text(network, rule, bn)}\nthe strongest "
+             f"activation of {len(test.labels)} test images, what comes back, and its patch")
     cells, titles = ([*itertools.chain(*zip(*columns))] for columns in (cells, titles))  # by units
     figure = visualize.image_grid(cells, titles, len(files), title, cell=1.5,
                                   row_titles=[f"unit {unit}" for unit in chosen])
@@ -751,9 +758,8 @@ def invariance(ckpt: str | None = None, count: int = 5, layers: tuple[str, ...] 
         raise ValueError("no part of the network alone gives a tensor; name `layers`")
     test = subset(test, count, seed=0)
     images = about.preprocessing(test.images, networks.device_of(network))
-    with torch.no_grad():
-        logits = networks.logits_of(network, images)
-    labels = test.labels.to(logits.device) if about.classes else logits.argmax(1)
+    logits = train.finite_logits(network, test.images, about.preprocessing)
+    labels = (test.labels if about.classes else logits.argmax(1)).to(images.device)
     # The moved pictures are shown as the network saw them: normalised, then brought back.
     mean, std = (torch.tensor(values)[:, None, None] for values in (
         about.preprocessing.mean, about.preprocessing.std))

@@ -635,8 +635,8 @@ def captured_maps(network, outputs, layer, count):
     Where the layer's kind does not tell (see `channels_come_first`), channels that come last are
     told by square maps, N×S×S×C, and in N×S×S×S by the kinds of what is inside the layer; three
     dimensions are tokens N×T×C. Tokens become N×C×S×S with the largest square S·S there is in T;
-    those before it, such as the class token, are left out. Of N×C×L, L is as many rows as columns,
-    or one row.
+    those before it, at most five, such as the class token, are left out. Of N×C×L, L is as many
+    rows as columns, or one row.
     """
     if layer not in outputs:
         raise ValueError(f"layer={layer}: is not called when the network runs (in a network that "
@@ -663,6 +663,9 @@ def captured_maps(network, outputs, layer, count):
         return maps.unflatten(2, (side, -1) if side**2 == maps.shape[2] else (1, -1))
     if maps.ndim == 3:
         side = math.isqrt(maps.shape[1])  # 14 for ViT-B/16 at 224: a class token and 14·14 others
+        if maps.shape[1] - side**2 > 5:
+            raise ValueError(f"layer={layer}: returns {maps.shape[1]}×{maps.shape[2]} for an "
+                             f"image, and {maps.shape[1]} are no square of tokens")
         maps = maps[:, -side * side:].unflatten(1, (side, side))
     elif maps.ndim == 2 or first:
         return maps  # N×C, or N×C×H×W
@@ -704,8 +707,11 @@ def evaluation(network):
 # ---------------------------------------------------------------------------- receptive fields
 
 
-def _scaled(_function, x, *_others, **_named):
-    """`x` itself, brought back to a size of about 1."""
+def _scaled(_function, x, *others, **named):
+    """`x` itself, brought back to a size of about 1, and what else depends on the images."""
+    for other in (*others, *named.values()):
+        if isinstance(other, Tensor) and other.requires_grad and not other.is_leaf:
+            x = x + (other if other.ndim == x.ndim else other.mean())
     return x / x.detach().abs().mean().clamp(min=1e-30)
 
 
@@ -722,12 +728,13 @@ def _linear(_function, x, weight, _bias=None):
 def _attended(_function, query, key, value, *_others, attn_mask=None, **_named):
     """Multi-head attention of T×N×C queries: each looks at all S×N×C keys and values but those
     that a mask hides from it, T×S or one for each image and head: True, or far below 0."""
-    seen = key.mean(2) + value.mean(2)  # S×N
+    seen = key.mean(-1) + value.mean(-1)  # S×N
+    weights = query.new_zeros(*query.shape[1:-1], len(query), len(key))  # which say nothing here
     if attn_mask is None:
-        return query + seen.mean(0)[:, None], None
+        return query + seen.mean(0)[..., None], weights
     shown = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask > -50
-    shown = shown.flatten(0, -3).any(0) if shown.ndim == 3 else shown
-    return query + (shown.to(seen) @ seen / len(seen))[..., None], None
+    shown = shown.any(0) if shown.ndim == 3 else shown
+    return query + (shown.to(seen) @ seen / len(seen))[..., None], weights
 
 
 def _averaged(function, x, weight, bias=None, *options, **named):
@@ -771,8 +778,12 @@ def _largest(_function, x, other=None, keepdim=False, dim=None):
         (x.mean(dim, keepdim), x.argmax(dim, keepdim)))
 
 
-def _added(_function, x, other, *_others, **_named):
-    """A difference or a quotient, which may cancel where all weights are equal: the sum."""
+def _added(function, x, other, *others, **named):
+    """A difference, a quotient or a power, which may cancel where all weights are equal: the sum.
+    Not so what is taken off and depends on nothing, such as a mask."""
+    if function.__name__.strip("_") in ("sub", "subtract") and isinstance(other, Tensor) and (
+            not other.requires_grad):
+        return function(x, other, *others, **named)
     return _scaled(None, x + other if isinstance(other, Tensor) else x)
 
 
@@ -806,8 +817,9 @@ def _batch_norm(_function, x, *others, **named):
 # What takes the place of a function, given it and its arguments, in `Connections`.
 CONNECTIONS = {
     **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "sign", "round", "floor", "ceil", "trunc",
-                     "neg", "negative", "reciprocal", "pow"], _scaled),
-    **dict.fromkeys(["sub", "rsub", "subtract", "div", "rdiv", "divide", "true_divide"], _added),
+                     "neg", "negative", "reciprocal"], _scaled),
+    **dict.fromkeys(["sub", "rsub", "subtract", "div", "rdiv", "divide", "true_divide", "pow"],
+                    _added),
     **dict.fromkeys(["sigmoid", "hardsigmoid"], _gate),
     **dict.fromkeys(["softmax", "log_softmax", "softmin"], _shared),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d", "conv_transpose2d"], _averaged),
@@ -833,17 +845,20 @@ CHOOSING = {"fractional_max_pool2d", "max_pool1d", "max_pool3d", "adaptive_max_p
             "argmin", "argsort"}
 
 
+COMPARISONS = {"gt", "lt", "ge", "le", "greater", "less", "greater_equal", "less_equal"}
+
+
 class Connections(TorchFunctionMode):
     """While open, a gradient is above 0 where there is any connection, and elsewhere exactly 0.
 
     All weights are one positive constant, maxima are means, activations the identity, and a
     normalisation adds the mean of what it looks at (see `CONNECTIONS`). What has no such stand-in,
-    because it chooses or has weights of either sign, as Fourier's transform, is noted in `opaque`.
+    because it chooses or has weights of either sign, as Fourier's transform, is noted in `unknown`.
     """
 
     def __init__(self, network):
         super().__init__()
-        self.opaque = []
+        self.unknown = []
         self.weights = {id(value) for value in (*network.parameters(), *network.buffers())
                         if value.is_floating_point() and value.numel()}
 
@@ -854,25 +869,34 @@ class Connections(TorchFunctionMode):
         # What does not depend on the images or on weights, such as a mask, is computed as it is.
         depends = any(getattr(value, "requires_grad", False) for value in given)
         if depends and name in CONNECTIONS and isinstance(given[0], Tensor):
-            return CONNECTIONS[name](function, *given, **{
+            value = CONNECTIONS[name](function, *given, **{
                 key: value for key, value in kwargs.items() if key != "input"})
-        opaque = name.removesuffix("_with_indices") in CHOOSING or name.startswith("fft_")
-        if opaque and depends:
-            self.opaque.append(name)
-        if name not in ("grid_sample", "grid_sampler"):  # whose grid has places, and no weights
-            args = [constant(value) if id(value) in self.weights else value for value in args]
-        return function(*args, **kwargs)
+            in_place = re.search("[^_]_$", getattr(function, "__name__", ""))  # sub_, not __sub__
+            return given[0].copy_(value) if in_place else value
+        compares = name in COMPARISONS and all(
+            getattr(value, "requires_grad", False) for value in given)
+        if compares or (depends and (name.removesuffix("_with_indices") in CHOOSING or re.match(
+                "fft_(?!i?fftshift)", name))):
+            self.unknown.append(name)
+        stand_in = constant if name != "grid_sample" else (  # whose grid has places, not weights
+            lambda grid: grid.to(exact_type(grid.device)))
+        value = function(*(stand_in(value) if id(value) in self.weights else value
+                           for value in args), **kwargs)
+        # The scores of attention grow with the number of channels.
+        return _scaled(None, value) if depends and name in ("matmul", "bmm") else value
 
 
 def constant(weight):
-    """What stands in for a weight that is no layer's, such as an embedding, or for a buffer."""
-    kind = exact_type(weight.device)
-    if isinstance(weight, nn.Parameter):
-        return torch.ones_like(weight, dtype=kind)
-    # Frozen weights are buffers; so are masks: what hides by 0 shall, and what is added to hide
-    # something from softmax is far below 0, or no number.
-    hides = not weight.isfinite().all() or weight.min() < -50
-    return weight.to(kind) if hides else (weight != 0).to(kind)
+    """What stands in for a weight that is no layer's, such as an embedding, or for a buffer: ones,
+    but for masks, which hide what they multiply by 0, or, added to it, from softmax."""
+    kind, is_buffer = exact_type(weight.device), not isinstance(weight, nn.Parameter)
+    if not weight.isfinite().all() or (is_buffer and weight.min() < -50):
+        return weight.to(kind)
+    # Frozen weights are buffers, too, but not all of one value.
+    shown = weight[weight != 0]
+    if is_buffer and len(shown) and (shown == shown[0]).all():
+        return (weight != 0).to(kind)
+    return torch.ones_like(weight, dtype=kind)
 
 
 def exact_type(device):
@@ -901,8 +925,8 @@ def receptive_fields(network, layer, image_size):
     with (evaluation(network), Connections(network) as mode,
           capture(network, [layer], stop=True) as outputs):
         forward(network, noise.expand(-1, 3, -1, -1), dtype)
-    if mode.opaque:
-        raise ValueError(f"layer={layer}: behind {mode.opaque[0]} no receptive field can be found")
+    if mode.unknown:
+        raise ValueError(f"layer={layer}: behind {mode.unknown[0]} no receptive field can be found")
     maps = captured_maps(network, outputs, layer, 1)[0]  # C×H×W, or C for a linear layer
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
@@ -936,6 +960,9 @@ def boxes_of(units, box_of, sample=8):
     for unit in {0, width - 1, (height - 1) * width, height * width - 1, *asked}:
         if (box_of(units.flatten()[unit]) != boxes.flatten(0, 1)[unit]).any():
             # As of masked attention, or of a map that is turned.
+            if units.numel() > 4096:
+                raise ValueError("rows and columns of the layer do not tell of its receptive "
+                                 "fields, and it has too many units to ask each of them")
             every = progress(units.flatten(), "receptive fields", height * width)
             return torch.stack([*map(box_of, every)]).view(boxes.shape)
     return boxes
@@ -1222,11 +1249,16 @@ class Description:
         return f"step {self.step}" if self.within_epoch else f"epoch {self.epoch}"
 
     @property
+    def on(self):
+        """The images that it is looked at with, where these are not its own, as figures say."""
+        return f", on {self.images}" if self.images else ""
+
+    @property
     def title(self):
         """The network, how long it was trained, and on which other images, as figures name it."""
-        name = self.settings.get("name") or self.model
-        return ", ".join([name, *[self.when] * bool(self.settings),
-                          *[f"on {self.images}"] * bool(self.images)])
+        if not self.settings:
+            return self.model + self.on
+        return f"{self.settings.get('name') or self.model}, {self.when}{self.on}"
 
 
 def colours(name, values):

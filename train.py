@@ -118,6 +118,8 @@ def as_setting(value):
     """A value that Python code gives for a setting, as settings have it: lists are tuples, paths
     texts, and NumPy's numbers Python's."""
     value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, dict):  # of a network's options
+        return {name: as_setting(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return tuple(map(as_setting, value))
     return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
@@ -181,6 +183,7 @@ class Config:
     def __post_init__(self):
         kinds = typing.get_type_hints(Config)
         for entry in dataclasses.fields(Config):
+            object.__setattr__(self, entry.name, as_setting(getattr(self, entry.name)))
             check_setting(entry.name, getattr(self, entry.name), kinds[entry.name],
                           entry.metadata["allowed"])
         if self.name is not None and (Path(self.name).is_absolute() or ".." in Path(
@@ -205,20 +208,16 @@ class Config:
                 raise ValueError(f"{name}={text_of(value)}: neither a setting of a run nor an "
                                  f"option of {model}{closest(name, [*fields, *known])}; its "
                                  f"options are {', '.join(known)}")
-            (settings if name in fields else options)[name] = as_setting(value)
+            (settings if name in fields else options)[name] = value
         options = {**settings.pop("options", {}), **options}
         return cls(**{"model": model, **RECIPES.get(model, {}), "options": options, **settings})
 
     @classmethod
     def from_json(cls, values):
         """Settings from what `dataclasses.asdict` made of them, or ValueError."""
-        def listed(value):
-            return tuple(value) if isinstance(value, list) else value
-
         try:
-            values = {RENAMED.get(name, name): listed(value) for name, value in values.items()
-                      if name != EMPTYING}
-            return cls(**values)
+            return cls(**{RENAMED.get(name, name): value for name, value in values.items()
+                          if name != EMPTYING})
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not the settings of a run: {error}") from error
 
@@ -502,8 +501,8 @@ def root_of(saved):
     there = itertools.chain(root.glob("folder-*.cache"), root.glob("cifar-*"))
     if saved.root == Config.root or saved.data == "shapes" or any(there):
         return saved.root
-    print(f"root={saved.root}: holds no data set or cache of ours; {Config.root} is taken (--root)",
-          file=sys.stderr)
+    data.note(f"root={saved.root}: holds no data set or cache of ours; {Config.root} is taken "
+              f"(--root)")
     return Config.root
 
 
@@ -667,7 +666,8 @@ def end_epoch(state, dataset, batches, folder):
     if not count:
         raise ValueError(f"every step of epoch {state.epoch + 1} was skipped, for its loss or "
                          f"gradient was not finite; {folder.last_good()}; lower `lr`")
-    if skipped := len(batches) - round(count / batches.batch_size):
+    skipped = len(batches) - round(count / batches.batch_size)
+    if config.on_nan == "skip" and skipped:
         folder.say(f"{skipped} of the epoch's {len(batches)} steps were skipped: their loss or "
                    f"gradient was not finite")
     validation = {"loss": None, "accuracy": None}
@@ -1304,7 +1304,12 @@ class RunFolder:
                 if name and name.strip('"') not in COLUMNS:
                     raise ValueError(f"{self.path / 'metrics.csv'}: has a column {name:.80} of "
                                      f"somebody else's and would be written anew; move it away")
-        # Rows and points behind the checkpoint go: their steps will be taken again.
+        # What is of steps behind the checkpoint goes: they will be taken again, in a run of more
+        # epochs with other results.
+        for path in () if anew else (self.path / "best.pth", *self.path.glob("snapshot-*.pth")):
+            with contextlib.suppress(OSError, ValueError):  # not there, or nobody knows of when
+                if networks.read(path)["epoch"] > state.epoch:
+                    path.unlink()
         data.write_atomically(self.path / "metrics.csv", state.metrics)
         self.write_config()
         logged = [path for path in written_by_a_run(self.path)  # not what others log there
@@ -1576,7 +1581,7 @@ def is_run(folder):
             return True
     with contextlib.suppress(OSError, ValueError):
         # All versions wrote all settings; a few may be in anybody's config.json.
-        named = data.read_json(folder / "config.json", lambda values: {**values}.keys())
+        named = data.read_json(folder / "config.json", set)
         read_config(folder / "config.json")
         return {"model", "data", "batch_size", "seed"} <= named and any(
             (folder / name).exists() for name in ("last.pth", "metrics.csv"))
@@ -1744,7 +1749,7 @@ def as_named(split, classes, description, data):
 @functools.cache
 def say_once(line):
     """Print a line on standard error, the first time only."""
-    print(line, file=sys.stderr)
+    data.note(line)
 
 
 def difference(classes, known):
@@ -1831,7 +1836,7 @@ def checked(result):
     for texts in (result, result["versions"]):
         texts |= {name: " ".join(text.split()) for name, text in texts.items()
                   if isinstance(text, str)}
-    Config.from_json(result["settings"])
+    result["settings"] = dataclasses.asdict(Config.from_json(result["settings"]))
     return result
 
 
@@ -1844,9 +1849,13 @@ def finished(run, config=None):
     config = config or saved
     check_same_run(config, saved)
     result = data.read_json(run / "result.json", checked)
+    measured = Config.from_json(result["settings"])
+    others = differing(saved.all_settings(), measured.all_settings())
+    if {*others} - {"data"}:  # which may have been moved
+        raise ValueError(f"{run / 'result.json'}: is of another {others[-1]} than config.json")
     over = is_over(config, result["epochs"], result["epoch"])
     # With other views of the test images it is measured again.
-    return result if over and Config.from_json(result["settings"]).tta == config.tta else None
+    return result if over and measured.tta == config.tta else None
 
 
 def write_board(folder, network, dataset, logits, result, step):
@@ -1855,6 +1864,10 @@ def write_board(folder, network, dataset, logits, result, step):
     from torch.utils.tensorboard.summary import hparams
 
     remove_written(folder.path, lambda name: name.startswith("test/"))
+    for path in (folder.path / "test").glob("events.out.tfevents.*"):  # as earlier versions called
+        data.check_regular(path)  # theirs, with the very points that are written here
+        if all(tag in path.read_bytes() for tag in (b"accuracy/test", b"loss/test", b"_hparams_")):
+            path.unlink()
     with summary_writer(folder.path / "test") as board:
         shown = data.subset(dataset.test, 100, seed=0)
         pixels = folder.preprocessing(shown.images, networks.device_of(network))
@@ -2020,9 +2033,8 @@ def corruption_table(network, description, folder, tta):
     if not rows:
         raise FileNotFoundError(f"{folder}: labels.npy and no <corruption>.npy beside it")
     counted = [row for name, row in rows.items() if name not in data.EXTRA_CORRUPTIONS]
-    if counted:
-        of_how_many = "" if len(counted) == 15 else f" of {len(counted)} of the 15"
-        rows[f"mean{of_how_many}"] = [sum(column) / len(column) for column in zip(*counted)]
+    counted = counted or [*rows.values()]
+    rows[f"mean of {len(counted)}"] = [sum(column) / len(column) for column in zip(*counted)]
     return Table(("corruption", *(f"severity {number}" for number in range(1, 6)), "mean"), [
         (name, *(f"{value:.1%}" for value in [*values, sum(values) / len(values)]))
         for name, values in rows.items()])
@@ -2076,12 +2088,11 @@ def read_pictures(paths, size, most=None):
             continue
         left_out = collections.Counter()
         for file in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
             if file.is_dir():
                 left_out["links to folders"] += file.is_symlink()
             elif file.with_name("tensors.tsv").exists():
                 left_out["files of TensorBoard's Projector"] += 1
-            elif hidden:
+            elif "/." in f"/{file.relative_to(path).as_posix()}":
                 left_out["hidden files"] += 1
             elif file.suffix.lower() in data.IMAGE_SUFFIXES:
                 files.append(file)

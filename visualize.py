@@ -271,21 +271,15 @@ def folder_of(ckpt):
     return path if path.is_dir() else path.parent if path.exists() else Path("runs")
 
 
-def means_a_file(path):
-    """Whether a `path` is that of a file: it has a suffix, a letter and up to four more letters or
-    digits behind a point, and is no folder."""
-    path = Path(path)
-    return bool(re.fullmatch(r"\.[A-Za-z]\w{1,4}", path.suffix)) and not path.is_dir()
-
-
 def file_of(out):
-    """The file that the flag `out` names; None for a folder, which has no suffix, or is there, or
-    ends in a slash.
+    """The file that the flag `out` names; None for a folder, which has no suffix (a letter and up
+    to four more letters or digits behind a point), or is there, or ends in a slash.
 
     ValueError for a suffix that no figure has, FileExistsError for a file that is none of ours.
     """
     path = Path(os.path.expanduser(out or ""))
-    if not means_a_file(path) or str(out).endswith("/"):
+    if str(out).endswith("/") or path.is_dir() or not re.fullmatch(
+            r"\.[A-Za-z]\w{1,4}", path.suffix):
         return None
     if path.suffix[1:].lower() not in SUFFIXES:
         raise ValueError(f"out={out}: a figure's file ends in .{', .'.join(SUFFIXES)}; a folder "
@@ -298,10 +292,9 @@ def check_figure(path, flag=""):
     """FileExistsError if `path`, which may be what `flag` says, is there and holds no figure of
     this package."""
     # Figures of earlier versions have Matplotlib's name alone, as all that are drawn with it: that
-    # will do where this package chose the place, in a report and in the folder of a run.
+    # will do where this package chose the place, and in the folder of a run.
     path = Path(path)
-    ours = not flag or path.match("figures/report-*") or any(
-        map(train.is_run, path.absolute().parents))
+    ours = not flag or any(map(train.is_run, path.absolute().parents))
     check_ours(path, "Matplotlib" if ours else SIGN, "is no figure made here", flag)
 
 
@@ -330,10 +323,8 @@ def figure_path(ckpt, name, out=None, format="png"):
     return file_of(out) or Path(folder, f"{name}.{format}")
 
 
-def save_figure(figure, ckpt, name, out=None, format="png", data=None, **_others):
-    """Write `figure` to its `figure_path`, which becomes `figure.path`, and return it. One of other
-    `data` than those of a run has a name of its own."""
-    name += f"-{name_of(data)}" if data and ckpt and Path(ckpt).expanduser().exists() else ""
+def save_figure(figure, ckpt, name, out=None, format="png", **_others):
+    """Write `figure` to its `figure_path`, which becomes `figure.path`, and return it."""
     path = figure_path(ckpt, name, out, format or "png")
     check_figure(path, "out=" if out else "")
     kind = path.suffix[1:].lower()
@@ -402,12 +393,12 @@ def cut_patches(images, boxes, units=1):
     than its unit's largest, is filled up there with grey, so that all patches have the same scale
     and a unit sits at the same place in each.
     """
-    sides = (boxes[:, 2:] - boxes[:, :2]).unflatten(0, (units, -1)).amax(1)  # units×2
+    sides = (boxes[:, 2:] - boxes[:, :2]).unflatten(0, (units, -1))
+    sides = sides.amax(1, keepdim=True).expand_as(sides).flatten(0, 1)  # of each box's unit
     height, width = sides.amax(0).clamp(min=1).tolist()
     patches = torch.full((len(images), images.shape[1], height, width), GREY)
     for patch, image, (top, left, bottom, right), (tall, wide) in zip(
-            patches, images, boxes.tolist(), sides.repeat_interleave(
-                len(boxes) // units, 0).tolist()):
+            patches, images, boxes.tolist(), sides.tolist()):
         # What a box at the top lacks is missing above it, so the patch begins lower.
         y = tall - (bottom - top) if top == 0 else 0
         x = wide - (right - left) if left == 0 else 0
@@ -564,6 +555,8 @@ def group_runs(runs):
         if settings.get("label_smoothing") and any(
                 math.isnan(value) for each in metrics for value in each["train/objective"]):
             label += " (training loss with label smoothing)"
+        if settings.get("ema"):
+            label += " (validation of the mean weights)"
         if any(name in str(settings.get("augment")) for name in MIXTURES):
             label += " (training on mixed images)"
         while label in labelled:  # runs of the same name in different folders
@@ -1208,14 +1201,20 @@ def open_network(ckpt=None, network=None, device="auto", data=None, root=None, o
     if (ckpt is None) == (network is None):
         raise ValueError("give either a checkpoint (a file, or a run's folder) or a network from "
                          "elsewhere (`network=torchvision:NAME` or package.module:function)")
-    opened, about = train.open_network(ckpt or network, device, **elsewhere)
-    return opened, dataclasses.replace(about, images=name_of(data) if data else "")
+    return train.open_network(ckpt or network, device, **elsewhere)
 
 
 def open_test(ckpt, **flags):
     """The network that a command's flags name, its `Description`, and test images."""
     network, about = open_network(ckpt, **flags)
-    return network, about, train.open_test(about, flags.get("data"), flags.get("root"))
+    data = flags.get("data")
+    return network, naming(about, data), train.open_test(about, data, flags.get("root"))
+
+
+def naming(about, data):
+    """The `Description` of a network that is looked at with other images, those of `data`."""
+    others = data and name_of(data) != name_of(about.settings.get("data", ""))
+    return dataclasses.replace(about, images=name_of(data)) if others else about
 
 
 def open_picture(ckpt, image=None, index=0, **flags):
@@ -1378,6 +1377,8 @@ def where(ckpt: str | None = None,
     integrated gradients (Sundararajan et al. 2017, section 3) what speaks for or against it.
     """
     check_words(where, method=method)
+    if layer and method in GRADIENTS:
+        raise ValueError(f"layer={layer}: is for Grad-CAM, not for method={method}")
     name = flags.pop("class", None)
     name = name if name is None else str(name)  # 3 from Python is class "3"
     network, about, picture, _, source = open_picture(ckpt, image, index, **flags)
@@ -1421,9 +1422,10 @@ def activations(ckpt: str | None = None, layers: tuple[str, ...] = (), images: i
     unit = "step" if any(before.within_epoch for before, _ in history) else "epoch"
     history = {getattr(before, unit): found for before, found in history}
     if len(history) > 1:
-        figures.append(save_figure(draw_activation_history(
-            history, f"{about.model}: outputs of its layers for {len(test.labels)} test images, by "
-            f"{unit}", unit), ckpt, "activations-history", **flags))
+        title_by = (f"{about.model}{about.on}: outputs of its layers for {len(test.labels)} test "
+                    f"images, by {unit}")
+        figures.append(save_figure(draw_activation_history(history, title_by, unit), ckpt,
+                                   "activations-history", **flags))
     return Made([*figures, Table(("layer", "units", "mean", "std", "zeros", "dead units"), [
         (layer, str(numbers["units"]), f"{numbers['mean']:.3g}", f"{numbers['std']:.3g}",
          f"{numbers['zeros']:.1%}", ", ".join(map(str, numbers["dead"][:20])) + (
@@ -1547,12 +1549,16 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     """
     need(flags.get("out"), images=images, span=span)
     check_words(landscape, directions=directions)
+    if to is not None and (hessian or directions != "random"):
+        raise ValueError("`to`: draws a line between two networks; leave out `hessian` and "
+                         "`directions`")
     if points < 3:
         raise ValueError(f"points={points}: must be at least 3")
     network, about = open_network(ckpt, **flags)
     network.float()  # in half precision, short steps are none
     dataset = train.open_dataset(about, flags.get("data"), flags.get("root"))
     parts = {part: subset(getattr(dataset, part), images, seed) for part in ("train", "test")}
+    about = naming(about, flags.get("data"))
     title = (f"{about.title}: loss on {len(parts['train'].labels)} training and "
              f"{len(parts['test'].labels)} test images")
     if to is not None:
@@ -1642,6 +1648,8 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
     logits, classes = predicted(network, about, test)
     labels = [[classes[label], classes[guess], "right" if label == guess else "wrong"]
               for label, guess in zip(test.labels, logits.argmax(1))]
+    if layer:
+        networks.find_layer(network, layer)  # complains before anything is written
     folder = Path(os.path.expanduser(
         flags.get("out") or folder_of(ckpt) / "projector" / (layer or "features")))
     if train.is_run(folder) or (folder.name == "test" and train.is_run(folder.parent)):

@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import statistics
-import sys
 import textwrap
 from base64 import b64encode
 from pathlib import Path
@@ -32,6 +31,7 @@ from data import (
     check_regular,
     generator,
     name_of,
+    note,
     parse,
     plain,
     read_text,
@@ -44,7 +44,7 @@ from lab.reproduce import duration
 PAGES = ("report.html", "report.md")
 PAGE_SIGN = "<!-- Written by python -m lab report"  # the end follows, see `reproduce.SEAL`
 MAIN_SETTINGS = ("model", "data", "image_size", "epochs", "batch_size", "optimizer", "lr", "seed")
-REPRODUCE_FLAGS = ("data", "limit", "epochs", "precision", "seeds")
+REPRODUCE_FLAGS = ("data", "limit", "epochs", "precision")  # and `seeds`
 RESULTS_SIGN = "Written by `python -m lab results` from lab/results.csv"
 
 
@@ -57,7 +57,7 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     to the run's folder, to RUNS/WHAT, or to OUT. `--data` and `--root` say where a run's images
     are if they have moved: its page tells of those that it was measured on, with its --limit.
     """
-    if out and visualize.means_a_file(out):
+    if out and Path(out).suffix.lower() in (".html", ".htm", ".md", ".pdf"):
         raise ValueError(f"out={out}: must be a folder; {' and '.join(PAGES)} are written there")
     what, runs, out = (path and os.path.expanduser(path) for path in (what, runs, out))
     # A page's folder may be called as the experiments that are on it.
@@ -69,6 +69,8 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
         reproduce.check_unchanged(folder / name, PAGE_SIGN)  # before any work is done
     if one:
         return report_of_run(Path(what), folder, {"data": data, "root": root, "device": device})
+    if data or root or device != "auto":
+        raise ValueError("`data`, `root`, `device`: are for the page of a run")
     return report_of_lab(what, runs, folder)
 
 
@@ -392,10 +394,11 @@ def made_again(what, experiments, runs):
         given = {what: kinds[0] if kinds else None}
 
     def line(name, flags):
-        own = [f"--{flag}={value}" for flag, value in flags.items() if flag in REPRODUCE_FLAGS]
-        others = shlex.join(f"--{flag}={text_of(value)}" for flag, value in flags.items()
-                            if flag not in REPRODUCE_FLAGS)
-        return [*["env", f"TRAIN_FLAGS={others}"] * bool(others),
+        own, others = [], []
+        for flag, value in flags.items():
+            (own if flag in (*REPRODUCE_FLAGS, "seeds") else others).append(
+                f"--{flag}={text_of(value)}")
+        return [*["env", f"TRAIN_FLAGS={shlex.join(others)}"] * bool(others),
                 "python", "-m", "lab", "reproduce", name, *own]
 
     return shell(*(line(name, flags or {}) for name, flags in given.items()),
@@ -410,7 +413,7 @@ def flags_of(experiment, runs):
     for run in with_others(experiment):
         if done := results_of(run, runs):
             planned, config = run.config, train.Config.from_json(done[0]["settings"])
-            its = {key: getattr(config, key) for key in REPRODUCE_FLAGS[:-1]
+            its = {key: getattr(config, key) for key in REPRODUCE_FLAGS
                    if getattr(config, key) != getattr(planned, key)}
             its |= reproduce.other_settings(config, planned)
             own = run.experiment == experiment.id
@@ -458,16 +461,16 @@ def figures_of(experiment, runs, folder):
             plotted |= dict.fromkeys(folders)
         else:
             name = folders[0].name if folders else experiment.id
-            mark = figure.mark(runs)
-            if mark.is_file() and read_text(mark) != figure.results(runs):
-                print(f"{mark.parent}: {figure.command} is of other results than those that are "
-                      f"there now, and is left out (python -m lab reproduce {experiment.id} draws "
-                      f"it again)", file=sys.stderr)
-                continue
             # As the commands call them; the page would show whatever a link leads to.
-            found |= {path: name for path in sorted(figure.folder(runs).glob("*.png"))
-                      if re.fullmatch(rf"{figure.command}[\w.,=+-]*", path.name)
-                      and not path.is_symlink()}
+            drawn = [path for path in sorted(figure.folder(runs).glob("*.png"))
+                     if re.fullmatch(rf"{figure.command}[\w.,=+-]*", path.name)
+                     and not path.is_symlink()]
+            mark = figure.mark(runs)
+            if drawn and mark.is_file() and read_text(mark) != figure.training(runs):
+                note(f"{drawn[0]}: was drawn of another training than the one that is there now, "
+                     f"and is left out")
+                continue
+            found |= dict.fromkeys(drawn, name)
     folders = [one for first in plotted for one in with_seeds(first) if train.read_rows(one)]
     if folders:
         path, = keep_figures(folder, f"{experiment.id}-curves", draw_curves(folders))

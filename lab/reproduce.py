@@ -96,12 +96,13 @@ class Figure:
         return (run.folder(out) if run else Path(out)) / "figures" / self.experiment
 
     def mark(self, out):
-        """The file that says which `results` it was drawn of."""
+        """The file that says which `training` it was drawn of."""
         return self.folder(out) / f".of-{digest_of(' '.join(self.words).encode())}"
 
-    def results(self, out):
-        """The digests of the results of its runs, which are in the folder `out`."""
-        files = (run.folder(out) / "result.json" for run in self.runs.values())
+    def training(self, out):
+        """What tells its runs, in the folder `out`, from earlier ones there: digests of what they
+        logged."""
+        files = (run.folder(out) / "metrics.csv" for run in self.runs.values())
         return "\n".join(digest_of(file.read_bytes()) for file in files if file.is_file())
 
     def filled(self, out):
@@ -273,7 +274,7 @@ def draw(figure, given, out):
         words.append(f"--out={figure.folder(out)}/")
     show(parse(module.COMMANDS, words, "train" if module is train else None)())
     if figure.folder(out).is_dir():
-        write_atomically(figure.mark(out), figure.results(out))
+        write_atomically(figure.mark(out), figure.training(out))
 
 
 def costs():
@@ -373,7 +374,7 @@ def compare(run, done):
             row, measured=round(statistics.mean(measured), 2) if measured else None,
             # Over n − 1: seeds are a sample.
             std=round(statistics.stdev(measured), 2) if len(measured) > 1 else None,
-            seeds=len(done), epochs=done[0]["epochs"],
+            seeds=len(measured) or len(done), epochs=min(result["epochs"] for result in done),
             seconds=round(statistics.mean(result["seconds"] for result in done), 1),
             threads=int(threads[0]) if threads else None, precision=precision,
             data=", ".join([images_of(config), *others]), device=device, commit=done[0]["commit"]))
@@ -389,11 +390,12 @@ def other_settings(config, planned):
     """{name: value} of a run's settings that make it another one than `planned`, beside what the
     flags of `reproduce` say."""
     now, plan = config.all_settings(), planned.all_settings()
-    flags = {"data", "limit", "seed", "precision"}
+    flags = {"data", "limit", "seed", "precision", "deterministic"}
+    flags |= {"image_size"} if config.size == planned.size else set()
     # Of other or fewer images another number is held out, see `perform`.
     flags |= {"val"} if images_of(config) != images_of(planned) else set()
-    return {name: now[name] for name in train.differing(now, plan)
-            if name in now and name not in flags}
+    names = train.differing(now, plan) + ["patience"] * (config.patience != planned.patience)
+    return {name: now[name] for name in names if name in now and name not in flags}
 
 
 def comparison(rows, columns=HEADER):
@@ -441,7 +443,7 @@ def check_unchanged(path, sign):
     check_ours(path, sign)
     text = Path(path).read_text("utf-8", "replace") if Path(path).exists() else ""
     seal = SEAL.search(text)
-    if seal and seal[2] and sealed(text) != text:
+    if text and (not seal or (seal[2] and sealed(text) != text)):
         raise FileExistsError(f"{path}: was changed since it was written and stays as it is; move "
                               f"it away or choose another place")
 

@@ -44,7 +44,9 @@ def along_gradient(loss_of, weights, sizes):
         changes.append(nn.utils.get_total_norm(
             [after - before for after, before in zip(ahead, gradient)]).item())
         betas.append(changes[-1] / max(size * slope, 1e-30))  # at a minimum it is 0 / 0
-    return dict(zip(MEASURES, (min(losses), max(losses), min(changes), max(changes), max(betas))))
+    losses, changes, betas = map(torch.tensor, (losses, changes, betas))
+    return dict(zip(MEASURES, (value.item() for value in (  # NaN where one of them is
+        losses.min(), losses.max(), changes.min(), changes.max(), betas.max()))))
 
 
 @torch.random.fork_rng(devices=[])  # the random numbers of who calls are not touched

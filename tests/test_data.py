@@ -887,12 +887,15 @@ def test_cifar10_from_its_own_files(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: False)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive",
                         lambda *_, **__: pytest.fail("files that somebody changed are replaced"))
-    (folder / "test_batch").rename(tmp_path / "away")  # the others stay as they are all the same
-    for _ in range(2):
-        with pytest.raises(FileNotFoundError, match=r"batches-py was changed.*move it away"):
+    before = (folder / "data_batch_1").read_bytes()
+    (folder / "test_batch").unlink()  # not all are there: the others are set aside
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive",
+                        lambda *_, **__: None)
+    for name in ("data_batch_1.damaged", "data_batch_1.damaged.1"):
+        (folder / "data_batch_1").write_bytes(before)
+        with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
             data.load("cifar10", tmp_path, val=0)
-        (tmp_path / "away").replace(folder / "test_batch")
-        (tmp_path / "away").touch()
+        assert (folder / name).read_bytes() == before and not (folder / "data_batch_1").exists()
 
 
 def test_help_and_errors_show_how_the_second_value_is_given(capsys):

@@ -235,6 +235,7 @@ HIDDEN = {
     "leaky by minimum": lambda x: F.relu(x) + 0.1 * torch.minimum(x, torch.zeros(())),
     "swish": lambda x: x * x.sigmoid(), "swish in place": lambda x: x.clone().mul_(x.sigmoid()),
     "hard swish": lambda x: x * F.relu6(x + 3) / 6, "mish": lambda x: x * F.softplus(x).tanh(),
+    "leaky by two": lambda x: F.relu(x) - 0.1 * F.relu(-x),
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
     "checkpoint": lambda x: checkpoint(F.relu, x, use_reentrant=True),
     "inference mode": torch.inference_mode()(F.relu), "no gradients": torch.no_grad()(F.relu),
@@ -254,6 +255,15 @@ def test_a_rectifier_that_cannot_be_replaced_is_said(call):
                                    deconv.project(reference, "c", x, rule="gradient"))
 
 
+@pytest.mark.parametrize("width", [6, 10, 15])
+def test_a_hidden_rectifier_of_a_few_neurons_is_said(width):
+    built = stack(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, width),
+                  Residual(lambda x: (x.abs() - x) / 2), nn.Linear(width, 5))
+    built[3].forward = lambda x: (x + x.abs()) / 2
+    with pytest.raises(ValueError, match=r" rectifies where rule"):
+        deconv.project(built, "4", images(1, 12))
+
+
 def test_a_hand_made_rectifier_with_a_slope_a_channel_is_said():
     slopes = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None]
     with pytest.raises(ValueError, match=r"where rectifies where rule=deconvnet"):
@@ -266,6 +276,9 @@ NO_RECTIFIERS = {
     "scale of a place": lambda x: x * torch.linspace(0.7, 1.3, x[0, 0].numel()).view(x.shape[2:]),
     "gate": lambda x: x * x.mean((2, 3), True).tanh(), "softmax": lambda x: x.softmax(1),
     "last and back": lambda x: F.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous(),
+    "window": lambda x: x * F.pad(torch.ones(1, 1, 2, 2), (3, x.shape[3] - 5, 4, x.shape[2] - 6)),
+    "local maxima": lambda x: x * (x == F.max_pool2d(x, 3, 1, 1)),
+    "parts": lambda x: torch.cat([F.relu(part) for part in x.chunk(2, 1)], 1),
     "hard gate": lambda x: x * F.hardsigmoid(x.flip(2) * 4), "rest": lambda x: x - F.relu(x) * 0.5,
     "halves": lambda x: torch.cat([part * 2 for part in F.relu(torch.cat(x.chunk(2))).chunk(2)]),
 }

@@ -418,12 +418,12 @@ def test_the_arrays_of_cifar_10_1_and_cifar_10_c_are_measured(tmp_path):
     assert test.labels.tolist() == (9 - labels).tolist()  # by their names
     right = train.predict(loaded, test.images, about.preprocessing).argmax(1) == test.labels
     table = train.evaluate(str(path), data=str(corrupted))
-    assert [row[0] for row in table.rows] == ["fog", "snow", "mean of 2 of the 15"]
+    assert [row[0] for row in table.rows] == ["fog", "snow", "mean of 2"]
     expected = [f"{part.double().mean().item():.1%}" for part in (*right.split(4), right)]
     assert [*table.rows[0][1:]] == [*table.rows[2][1:]] == expected
     numpy.save(corrupted / "spatter.npy", images[::-1])  # which does not count
     table = train.evaluate(str(path), data=str(corrupted))
-    assert table.rows[3] == ("mean of 2 of the 15", *expected)
+    assert table.rows[3] == ("mean of 2", *expected)
     with open(tmp_path / "archive_data.npy", "wb") as file:
         numpy.savez(file, images)
     with pytest.raises(ValueError, match=r"archive_data\.npy: is an archive of arrays"):
@@ -1231,6 +1231,56 @@ def test_a_few_settings_make_no_run(tmp_path):
         with pytest.raises(FileExistsError, match="is not the folder of a run"):
             train.train(config, overwrite=overwrite)
     assert (config.folder / "best.pth").read_text() == "best.pth"
+
+
+def test_what_is_of_epochs_behind_the_checkpoint_goes(tmp_path):
+    """A run that goes on from the checkpoint before, for more epochs, has other ones."""
+    config = tiny(tmp_path, epochs=4, keep=0)
+    train.train(config)
+    best = network.read(config.folder / "best.pth") | {"epoch": 4, "step": 24}
+    network.save(config.folder / "best.pth", best)
+    (config.folder / "last.pth").write_bytes(b"")  # damaged
+    (config.folder / "step-000000018.pth").write_bytes(b"")
+    state = train.newest_checkpoint(config.folder, print)
+    kept = {path.name for path in config.folder.glob("snapshot-*.pth")
+            if network.read(path)["epoch"] <= state["epoch"]}
+    seen = []
+    real = train.RunFolder.row
+
+    def row(self, *given):
+        seen.append({path.name for path in self.path.glob("*.pth")})
+        return real(self, *given)
+
+    train.RunFolder.row, before = row, train.RunFolder.row
+    try:
+        train.train(tiny(tmp_path, epochs=8, keep=0), resume=True)
+    finally:
+        train.RunFolder.row = before
+    assert "best.pth" not in seen[0] and {
+        name for name in seen[0] if name.startswith("snapshot")} == kept
+
+
+def test_settings_from_python_know_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = train.Config(data="shapes", out="~/runs", root="~/data", snapshots=[1])
+    assert (config.out, config.root, config.snapshots) == (
+        f"{tmp_path}/runs", f"{tmp_path}/data", (1,))
+
+
+def test_points_of_an_earlier_version_s_board_go(tmp_path):
+    train.train(tiny(tmp_path))
+    board, = (tmp_path / "run" / "test").glob("events*")
+    board.rename(earlier := board.with_name(board.name.removesuffix(train.BOARD_SUFFIX)))
+    train.train(tiny(tmp_path, epochs=3), resume=True)
+    assert not earlier.exists() and len([*(tmp_path / "run" / "test").glob("events*")]) == 1
+
+
+def test_a_result_of_other_settings_is_no_result(tmp_path):
+    train.train(config := tiny(tmp_path))
+    path = config.folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": {}}))
+    with pytest.raises(ValueError, match=r"result\.json: is of another .* than config\.json"):
+        train.finished(config.folder)
 
 
 def test_somebody_s_points_in_the_folder_of_the_board_stay(tmp_path):

@@ -319,6 +319,74 @@ def test_a_turned_map_has_turned_receptive_fields(turn, box):
     assert tuple(network.receptive_fields(stack, "1", 12)[0, 3, 5].tolist()) == box
 
 
+def test_a_grid_in_a_buffer_has_places_and_no_weights():
+    class Sampled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Identity()
+            self.register_buffer("grid", F.affine_grid(
+                torch.tensor([[[0.0, -1, 0], [1, 0, 0]]]), (1, 4, 10, 10), align_corners=False))
+
+        def forward(self, x):
+            return self.last(F.grid_sample(self.conv(x), self.grid, "nearest", align_corners=False))
+
+    assert network.receptive_fields(Sampled(), "last", 12)[0, 3, 5].tolist() == [5, 6, 8, 9]
+
+
+def test_what_hides_nothing_is_no_mask():
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.first, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+            self.register_buffer("scale", scale)
+            self.mask = nn.Parameter(torch.full((10, 10), -torch.inf).triu(1), requires_grad=False)
+
+        def forward(self, x):
+            x = self.first(x)
+            return x + self.conv(x) * self.scale
+
+    for scale in (torch.zeros(4, 1, 1), torch.tensor([1.0, 2.0, 0.0, 3.0])[:, None, None]):
+        fields = network.receptive_fields(nn.Sequential(Scaled(scale)), "0", 12)
+        assert fields[:, 5, 5].tolist() == [[4, 4, 9, 9]] * 4
+
+
+@pytest.mark.parametrize("shrink", [
+    lambda y, t: y - torch.clamp(y, -t, t), lambda y, t: torch.clamp(y, min=t),
+    lambda y, t: [y.sub_(t), y][1], lambda y, t: [y.div_(t), y][1], lambda y, t: y.pow(t + 1),
+    lambda y, t: F.prelu(y, t.mean((0, 2, 3)))])
+def test_what_a_function_is_given_besides_is_looked_at_too(shrink):
+    """As the threshold of a deep residual shrinkage network (Zhao et al. 2020)."""
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(
+        lambda y: shrink(y * 1, y.abs().mean((2, 3), keepdim=True))))
+    assert network.receptive_fields(stack, "1", 16)[0, 7, 7].tolist() == [0, 0, 16, 16]
+
+
+def test_a_mask_that_is_taken_off_hides():
+    """As the first GPT has it."""
+    class Masked(Attention):
+        def forward(self, x):
+            x = self.conv(x).flatten(2).mT
+            scores = (x @ x.mT) * self.mask - 1e4 * (1 - self.mask)
+            return self.fc(scores.softmax(2) @ x)
+
+    fields = network.receptive_fields(Masked(torch.ones(16, 16).tril(), True), "fc", 16)[0]
+    assert fields[0, :2].tolist() == [[0, 0, 4, 4], [0, 0, 4, 8]]
+
+
+def test_what_compares_parts_of_the_image_hides_what_it_looks_at():
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(
+        lambda y: y * (y.abs() > y.abs().mean((2, 3), keepdim=True))))
+    with pytest.raises(ValueError, match="behind gt no receptive field"):
+        network.receptive_fields(stack, "1", 16)
+
+
+def test_layers_that_are_no_square_of_tokens_are_refused():
+    """MLP-Mixer (Tolstikhin et al. 2021) mixes tokens as the last dimension."""
+    mixer = nn.Sequential(nn.Conv2d(3, 128, 4, 4), nn.Flatten(2), nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=r"layer=2: returns 128×64 .* no square of tokens"):
+        visualize.feature_maps(mixer, ["2"], torch.zeros(1, 3, 32, 32))
+
+
 def test_filters_that_the_image_decides_on_look_at_all_of_it():
     """Conditionally parameterised convolutions (Yang et al. 2019)."""
     gate, experts = nn.Linear(4, 2), torch.randn(2, 4, 4, 3, 3)
@@ -968,10 +1036,17 @@ def test_what_was_saved_within_an_epoch_is_not_called_that_epoch(tmp_path, coars
 
 
 def test_figures_of_other_images_say_so(run, tmp_path, coarse_figures, few_shapes):
-    own, other = (visualize.confusion(str(run), out=f"{tmp_path}/", **given)
-                  for given in ({}, {"data": "shapes"}))
-    assert (own.path.name, other.path.name) == ("confusion.png", "confusion-shapes.png")
-    assert ", on shapes: " in other._suptitle.get_text() and "on" not in own._suptitle.get_text()
+    pets = tmp_path / "pets"
+    for part in ("train", "test"):
+        for name in data.SHAPES:
+            (pets / part / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(pets / part / name / "0.png")
+    titles = [visualize.confusion(str(run), out=f"{tmp_path}/", **given)._suptitle.get_text()
+              for given in ({}, {"data": "shapes"}, {"data": str(pets), "root": str(tmp_path)})]
+    assert [", on" in title for title in titles] == [False, False, True]
+    assert ", on pets: " in titles[2]
+    figure = visualize.filters(str(run), data="nowhere", out=f"{tmp_path}/")  # looks at none
+    assert ", on" not in figure._suptitle.get_text()
 
 
 def test_the_history_of_a_layer_by_hand(tmp_path):
