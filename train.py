@@ -1850,9 +1850,10 @@ def finished(run, config=None):
     check_same_run(config, saved)
     result = data.read_json(run / "result.json", checked)
     measured = Config.from_json(result["settings"])
-    others = differing(saved.all_settings(), measured.all_settings())
-    if {*others} - {"data"}:  # which may have been moved
-        raise ValueError(f"{run / 'result.json'}: is of another {others[-1]} than config.json")
+    others = [name for name in differing(saved.all_settings(), measured.all_settings())
+              if name != "data"]  # which may have been moved
+    if others:
+        raise ValueError(f"{run / 'result.json'}: is of another {others[0]} than config.json")
     over = is_over(config, result["epochs"], result["epoch"])
     # With other views of the test images it is measured again.
     return result if over and measured.tta == config.tta else None
