@@ -69,8 +69,8 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
         reproduce.check_unchanged(folder / name, PAGE_SIGN)  # before any work is done
     if one:
         return report_of_run(Path(what), folder, {"data": data, "root": root, "device": device})
-    if data or root or device != "auto":
-        raise ValueError("`data`, `root`, `device`: are for the page of a run")
+    if data or root:
+        raise ValueError("`data` and `root`: are for the page of a run")
     return report_of_lab(what, runs, folder)
 
 

@@ -83,8 +83,12 @@ def check_sheet(sheet, page, columns, new=None):
     check_columns(sheet, columns, some=True)
     text = page.read_text("utf-8", "replace") if page.exists() else ""
     told = re.search("<!-- sweep.csv: ([0-9a-f]{16}.*) -->", text)  # earlier versions' had none
-    if sheet.exists() and (now := sheet.read_bytes()) != new and (
-            digest_of(now) not in told[1] if told else not text):
+    if not sheet.exists() or (now := sheet.read_bytes()) == new:
+        return
+    if not text:
+        raise FileExistsError(f"{sheet}: is there without {page.name}, which would tell whether it "
+                              f"is as it was written; move it away or choose another `name`")
+    if told and digest_of(now) not in told[1]:
         raise FileExistsError(f"{sheet}: was changed since it was written and stays as it is; move "
                               f"it away or choose another `name`")
 

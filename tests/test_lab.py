@@ -265,7 +265,7 @@ def test_texts_without_a_seal_and_tables_without_a_page_stay(tmp_path):
     (tmp_path / "g").mkdir()
     sheet = tmp_path / "g" / "sweep.csv"
     sheet.write_text("lr,seconds\n0.3,811\n")
-    with pytest.raises(FileExistsError, match=r"sweep\.csv: was changed"):
+    with pytest.raises(FileExistsError, match=r"sweep\.csv: is there without sweep\.md"):
         sweep.sweep(data="shapes", limit="32", epochs="1", lr="0.1,0.01", out=str(tmp_path),
                     name="g")
     assert path.read_text() == mine and sheet.read_text().endswith("811\n")
