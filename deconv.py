@@ -147,6 +147,8 @@ class _Watch(TorchDispatchMode):
         # What works in place leaves nothing to compare with, so that is copied first.
         changes = function._schema.is_mutable and not rule.replaced
         inputs = [x.clone() if changes else x for x in tensors_in(args)]
+        if function is torch.ops.aten.copy_.default:  # what is written over tells nothing
+            inputs = inputs[-1:]
         value = function(*args, **(kwargs or {}))
         memory = {x.untyped_storage().data_ptr() for x in inputs}
         for part in tensors_in(args if value is None else value):
@@ -160,7 +162,8 @@ class _Watch(TorchDispatchMode):
                     mixed = [self.seen[sign] for sign in same]
                 same = same and not rule.replaced and any(keeps_less(x, part) for x in mixed)
                 self.seen |= {sign: part for sign in signs if sign not in self.seen}
-            elif same or any(cuts_off(x, sides) for x in inputs):  # as relu(x), 0 where x was not
+            elif same or (signs and signs[0] not in self.known and any(
+                    cuts_off(x, sides) for x in inputs)):  # as relu(x), 0 where x was not
                 sizes = part.abs()
                 same = not torch.equal(sizes, sizes.max() * sides[0])  # or it is a mask
             if same and (rule.replaced or part.untyped_storage().data_ptr() in memory or (

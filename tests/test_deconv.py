@@ -270,6 +270,13 @@ def test_a_hand_made_rectifier_with_a_slope_a_channel_is_said():
         deconv.project(Called(lambda x: x.where(x > 0, x * slopes)), "c", images(4, 16))
 
 
+def assigned(x):
+    """Two of its channels rectified in their places."""
+    x = x.clone()
+    x[:, :2] = F.relu(x[:, :2])
+    return x
+
+
 NO_RECTIFIERS = {
     "tanh": torch.tanh, "negative": lambda x: -x, "scale": lambda x: x * torch.rand(1, 4, 1, 1),
     "in place": lambda x: x.clone().add_(F.relu(x)), "norm": lambda x: F.normalize(x),
@@ -278,6 +285,8 @@ NO_RECTIFIERS = {
     "last and back": lambda x: F.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous(),
     "window": lambda x: x * F.pad(torch.ones(1, 1, 2, 2), (3, x.shape[3] - 5, 4, x.shape[2] - 6)),
     "local maxima": lambda x: x * (x == F.max_pool2d(x, 3, 1, 1)),
+    "slice": lambda x: x.clone().index_copy_(1, torch.arange(2), F.relu(x[:, :2])),
+    "assigned": assigned, "squared": lambda x: F.relu(x) * x,
     "parts": lambda x: torch.cat([F.relu(part) for part in x.chunk(2, 1)], 1),
     "hard gate": lambda x: x * F.hardsigmoid(x.flip(2) * 4), "rest": lambda x: x - F.relu(x) * 0.5,
     "halves": lambda x: torch.cat([part * 2 for part in F.relu(torch.cat(x.chunk(2))).chunk(2)]),
