@@ -505,7 +505,7 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
 def tell_left_out(folder, left_out):
     """Say what of a folder is not taken: {kind: number}."""
     if told := [f"{what} ({count})" for what, count in sorted(left_out.items()) if count]:
-        print(wrapped(f"{folder}: left out {', '.join(told)}", sys.stderr), file=sys.stderr)
+        note(f"{folder}: left out {', '.join(told)}")
 
 
 def _fingerprint(files):

@@ -154,25 +154,35 @@ class _Watch(TorchDispatchMode):
         for part in tensors_in(args if value is None else value):
             sides = [side for side in (part > 0, part < 0) if side.any()]  # the GPU waits here
             signs = [*map(signature, sides)]
-            same = {*signs[:1]} & self.seen.keys() - self.known
-            if len(sides) == 2:  # as of a convolution, whose next reader is looked for, or leaky
-                mixed = [x for x in inputs if (x > 0).any() and (x < 0).any()]
-                if not mixed:  # as relu(x) and relu(-x), put together again
-                    same = {*signs[:1]} & self.seen.keys()
-                    mixed = [self.seen[sign] for sign in same]
-                same = same and not rule.replaced and any(keeps_less(x, part) for x in mixed)
+            rectifies = bool(sides) and (
+                self._is_leaky(part, signs[0], inputs) if len(sides) == 2
+                else self._is_cut_off(part, sides[0], signs[0], inputs))
+            if len(sides) == 2:  # as of a convolution, whose next reader is looked for
                 self.seen |= {sign: part for sign in signs if sign not in self.seen}
-            elif same or (signs and signs[0] not in self.known and any(
-                    cuts_off(x, sides) for x in inputs)):  # as relu(x), 0 where x was not
-                sizes = part.abs()
-                same = not torch.equal(sizes, sizes.max() * sides[0])  # or it is a mask
-            if same and (rule.replaced or part.untyped_storage().data_ptr() in memory or (
+            if rectifies and (rule.replaced or part.untyped_storage().data_ptr() in memory or (
                     len(sides) == 1 and all(signature(x > 0) in self.known and not (x < 0).any()
                                             for x in inputs))):
                 self.known.update(signs)  # a view, or put together of what was rectified
-            elif same:
+            elif rectifies:
                 rule.hidden.append(str(function).split(".")[1])  # the name in aten.relu.default
         return value
+
+    def _is_leaky(self, part, sign, inputs):
+        """Whether what has both signs keeps less of what is negative in an input, or in what was
+        taken apart before, as into relu(x) and relu(-x)."""
+        mixed = [x for x in inputs if (x > 0).any() and (x < 0).any()]
+        if self.rule.replaced or sign not in self.seen or (mixed and sign in self.known):
+            return False
+        return any(keeps_less(x, part) for x in mixed or [self.seen[sign]])
+
+    def _is_cut_off(self, part, side, sign, inputs):
+        """Whether what has one sign alone is 0 just where something before it had not that one, as
+        relu(x) is, and no mask."""
+        if sign in self.known or not (
+                sign in self.seen or any(cuts_off(x, side) for x in inputs)):
+            return False
+        sizes = part.abs()
+        return not torch.equal(sizes, sizes.max() * side)
 
 
 def signature(mask):
@@ -185,12 +195,12 @@ def tensors_in(values):
     return [x for x in tree_leaves(values) if torch.is_tensor(x) and x.is_floating_point()]
 
 
-def cuts_off(x, sides):
-    """Whether what has one sign alone, in the one mask of `sides`, has it just where `x`, of both
-    signs, lies beyond a threshold of one: as of a rectifier from .1 on."""
-    if not sides or x.shape != sides[0].shape or sides[0].all():
+def cuts_off(x, side):
+    """Whether what has one sign alone, in the mask `side`, has it just where `x`, of both signs,
+    lies beyond a threshold of one: as of a rectifier from .1 on."""
+    if x.shape != side.shape or side.all():
         return False
-    kept, others = x[sides[0]], x[~sides[0]]
+    kept, others = x[side], x[~side]
     return bool((x > 0).any() and (x < 0).any()) and bool(
         kept.min() >= others.max().clamp(min=0) or kept.max() <= others.min().clamp(max=0))
 
@@ -342,9 +352,9 @@ def top_reconstructions(network, layer, images, preprocessing, units, top, rule=
     for chunk in progress(torch.arange(len(positions)).split(count), f"back from {layer}"):
         batch = preprocessing(images[chunk], device)
         signals.append(project(network, layer, batch, positions[chunk].to(device), rule, bn).cpu())
-    return (*(visualize.cut_patches(whole, boxes, len(units)).unflatten(
-        0, values.shape) for whole in (
-        preprocessing.pictures(images), as_pictures(torch.cat(signals)))), values)
+    wholes = preprocessing.pictures(images), as_pictures(torch.cat(signals))
+    return (*(visualize.cut_patches(whole, boxes, len(units)).unflatten(0, values.shape)
+              for whole in wholes), values)
 
 
 # ---------------------------------------------------------------------------- further experiments
@@ -580,8 +590,7 @@ def draw_occlusion(picture, found, signal, size, stride, unit, label, share, cla
     legend = axes.legend([Patch(color=color) for color in colors[:len(names)]],
                          ["name"] * len(names), fontsize=8, frameon=False, ncols=2,
                          loc="upper center", bbox_to_anchor=(0.5, -0.02))
-    for text, name in zip(legend.get_texts(), names):  # matplotlib would leave out a _name
-        text.set_text(name)
+    visualize.name_legend(legend, names)
     return figure
 
 

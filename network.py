@@ -707,17 +707,22 @@ def evaluation(network):
 # ---------------------------------------------------------------------------- receptive fields
 
 
+def _computed(value):
+    """Whether an argument is a tensor that is computed, maybe from the images, and no weight."""
+    return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
+
+
 def _scaled(_function, x, *others, **named):
     """`x` itself, brought back to a size of about 1, and what else depends on the images."""
     for other in (*others, *named.values()):
-        if isinstance(other, Tensor) and other.requires_grad and not other.is_leaf:
+        if _computed(other):
             x = x + (other if other.ndim == x.ndim else other.mean())
     return x / x.detach().abs().mean().clamp(min=1e-30)
 
 
 def _with_weights(x, weight):
     """`x`, which looks at what `weight` does, where that is computed from the images."""
-    return x if weight.is_leaf or not weight.requires_grad else x + _scaled(None, weight.mean())
+    return x + _scaled(None, weight.mean()) if _computed(weight) else x
 
 
 def _linear(_function, x, weight, _bias=None):
@@ -824,6 +829,9 @@ CONNECTIONS = {
     **dict.fromkeys(["softmax", "log_softmax", "softmin"], _shared),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d", "conv_transpose2d"], _averaged),
     "linear": _linear, "multi_head_attention_forward": _attended,
+    # A grid that is a buffer has places, and no weights.
+    "grid_sample": lambda function, x, grid, *others, **named: function(
+        x, grid.to(x), *others, **named),
     **dict.fromkeys(["max_pool2d", "max_pool2d_with_indices"], _pooled),
     "max_unpool2d": lambda function, x, *others, **named: F.interpolate(  # any place of a window
         x, function(x.detach(), *others, **named).shape[2:]),
@@ -843,8 +851,7 @@ CHOOSING = {"fractional_max_pool2d", "max_pool1d", "max_pool3d", "adaptive_max_p
             "adaptive_max_pool3d", "median", "nanmedian", "quantile", "nanquantile", "mode", "topk",
             "kthvalue", "sort", "msort", "cummax", "cummin", "aminmax", "take_along_dim", "argmax",
             "argmin", "argsort"}
-
-
+# What chooses as well where both sides depend on the images: a comparison has no gradient.
 COMPARISONS = {"gt", "lt", "ge", "le", "greater", "less", "greater_equal", "less_equal"}
 
 
@@ -878,9 +885,7 @@ class Connections(TorchFunctionMode):
         if compares or (depends and (name.removesuffix("_with_indices") in CHOOSING or re.match(
                 "fft_(?!i?fftshift)", name))):
             self.unknown.append(name)
-        stand_in = constant if name != "grid_sample" else (  # whose grid has places, not weights
-            lambda grid: grid.to(exact_type(grid.device)))
-        value = function(*(stand_in(value) if id(value) in self.weights else value
+        value = function(*(constant(value) if id(value) in self.weights else value
                            for value in args), **kwargs)
         # The scores of attention grow with the number of channels.
         return _scaled(None, value) if depends and name in ("matmul", "bmm") else value
@@ -933,7 +938,6 @@ def receptive_fields(network, layer, image_size):
     maps = maps if maps.ndim == 3 else maps[:, None, None]
     # Channels with the same values look at the same pixels: one of each kind is asked.
     kinds, kind = maps.detach().flatten(1).unique(dim=0, return_inverse=True)
-
 
     def box_of(units):
         """Top, left, bottom and right of the pixels that any of `units` looks at, or zeros."""

@@ -1306,10 +1306,11 @@ class RunFolder:
                                      f"somebody else's and would be written anew; move it away")
         # What is of steps behind the checkpoint goes: they will be taken again, in a run of more
         # epochs with other results.
-        for path in () if anew else (self.path / "best.pth", *self.path.glob("snapshot-*.pth")):
-            with contextlib.suppress(OSError, ValueError):  # not there, or nobody knows of when
-                if networks.read(path)["epoch"] > state.epoch:
-                    path.unlink()
+        remove_written(self.path, lambda name: name.startswith("snapshot") and int(
+            name[9:14]) > state.epoch)  # snapshot-00012.pth
+        with contextlib.suppress(OSError, ValueError):  # not there, or nobody knows of when
+            if networks.read(self.path / "best.pth")["epoch"] > state.epoch:
+                (self.path / "best.pth").unlink()
         data.write_atomically(self.path / "metrics.csv", state.metrics)
         self.write_config()
         logged = [path for path in written_by_a_run(self.path)  # not what others log there
@@ -1581,8 +1582,8 @@ def is_run(folder):
             return True
     with contextlib.suppress(OSError, ValueError):
         # All versions wrote all settings; a few may be in anybody's config.json.
-        named = data.read_json(folder / "config.json", set)
-        read_config(folder / "config.json")
+        named = data.read_json(folder / "config.json",
+                               lambda values: Config.from_json(values) and {*values})
         return {"model", "data", "batch_size", "seed"} <= named and any(
             (folder / name).exists() for name in ("last.pth", "metrics.csv"))
     return False
@@ -2035,8 +2036,8 @@ def corruption_table(network, description, folder, tta):
             for name, severities in data.corruptions(folder)}
     if not rows:
         raise FileNotFoundError(f"{folder}: labels.npy and no <corruption>.npy beside it")
-    counted = [row for name, row in rows.items() if name not in data.EXTRA_CORRUPTIONS]
-    counted = counted or [*rows.values()]
+    counted = [row for name, row in rows.items() if name not in data.EXTRA_CORRUPTIONS] or [
+        *rows.values()]
     rows[f"mean of {len(counted)}"] = [sum(column) / len(column) for column in zip(*counted)]
     return Table(("corruption", *(f"severity {number}" for number in range(1, 6)), "mean"), [
         (name, *(f"{value:.1%}" for value in [*values, sum(values) / len(values)]))

@@ -196,7 +196,7 @@ def percent(axis):
 
 
 def add_legend(figure, entries):
-    """A legend below all axes from {name: what is drawn}; matplotlib would leave out a _name."""
+    """A legend below all axes from {name: what is drawn}."""
     if not entries:
         return
     widest = 0.7 + 0.065 * max(map(len, entries))  # inches
@@ -205,7 +205,12 @@ def add_legend(figure, entries):
         columns = min(columns, math.ceil(len(entries) / 2))
     legend = figure.legend([*entries.values()], ["name"] * len(entries), fontsize=8,
                            loc="outside lower center", ncols=columns, frameon=False)
-    for text, name in zip(legend.get_texts(), entries):
+    name_legend(legend, entries)
+
+
+def name_legend(legend, names):
+    """Put `names` into a legend as they are: matplotlib would leave out a _name."""
+    for text, name in zip(legend.get_texts(), names):
         text.set_text(name)
 
 
@@ -1213,7 +1218,8 @@ def open_test(ckpt, **flags):
 
 def naming(about, data):
     """The `Description` of a network that is looked at with other images, those of `data`."""
-    others = data and name_of(data) != name_of(about.settings.get("data", ""))
+    own = about.settings.get("data")
+    others = data and (own is None or name_of(data) != name_of(own))
     return dataclasses.replace(about, images=name_of(data)) if others else about
 
 
@@ -1563,14 +1569,20 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
              f"{len(parts['test'].labels)} test images")
     if to is not None:
         return line_to(to, ckpt, network, about, parts, points, title, **flags)
-    axes, xs, ys, labels, trail = plane_of(network, ckpt, directions, seed, span, points)
-    key = fingerprint(network, *behaviour(network, about, parts), about.preprocessing, seed, trail,
+    plane = plane_of(network, ckpt, directions, seed, span, points)
+    return around(ckpt, network, about, parts, plane, directions, seed, hessian, title, **flags)
+
+
+def around(ckpt, opened, about, parts, plane, directions, seed, hessian, title, **flags):
+    """[figures, table] of the loss over the `plane` (see `plane_of`) of two directions."""
+    axes, xs, ys, labels, trail = plane
+    key = fingerprint(opened, *behaviour(opened, about, parts), about.preprocessing, seed, trail,
                       *parts["train"], *parts["test"])
     table = figure_path(ckpt, f"landscape-{directions}-{key}", flags.get("out"), "csv")
 
     def loss_of(point):
-        with moved(network, axes, point):
-            return loss_on(network, parts, about.preprocessing)
+        with moved(opened, axes, point):
+            return loss_on(opened, parts, about.preprocessing)
 
     def values_at(points):
         return evaluate_points(table, points, loss_of, f"loss at {len(points)} points",
@@ -1582,11 +1594,11 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
         raise ValueError(f"{about.title}: its loss is not finite; there is no landscape around it")
     if hessian:
         title += (f"\nlargest eigenvalues of the training loss's Hessian: "
-                  f"{', '.join(f'{value:.2g}' for value in hessian_on(network, about, parts))}")
+                  f"{', '.join(f'{value:.2g}' for value in hessian_on(opened, about, parts))}")
     figures = {}
     if directions == "random":
         # Twice as dense as the grid, with whose middle row it shares every second point.
-        line = values_at([(x, 0.0) for x in spaced(-span, span, 2 * points - 1)])
+        line = values_at([(x, 0.0) for x in spaced(xs[0], xs[-1], 2 * len(xs) - 1)])
         figures["landscape-line"] = draw_landscape_line(line.values(), title)
     rows = values_at([*itertools.product(xs, ys)])
     grids = {name: grid_values(rows, xs, ys, f"{name}/loss") for name in parts}
@@ -1615,23 +1627,23 @@ def hessian_on(network, about, parts):
         return hessian_eigenvalues([*map(loss_of, images.split(128), labels.split(128))], weights)
 
 
-def line_to(to, ckpt, network, about, parts, points, title, **flags):
+def line_to(to, ckpt, opened, about, parts, points, title, **flags):
     """[figure, table] of the loss from a network to that of `to`, and a quarter beyond both."""
     other, its = open_network(to, device=flags.get("device") or "auto")
-    first, second = network.state_dict(), other.float().state_dict()
+    first, second = opened.state_dict(), other.float().state_dict()
     if not networks.made_like(first, second) or about.classes != its.classes:
         raise ValueError(f"to={to}: is a network of another kind, or of other classes, than {ckpt}")
     ends = ((first, about.preprocessing), (second, its.preprocessing))
-    key = fingerprint(network, *behaviour(network, about, parts), other,
-                      *behaviour(other, its, parts), about.preprocessing, its.preprocessing,
+    key = fingerprint(opened, *behaviour(opened, about, parts), other,
+                      *behaviour(other, about, parts), about.preprocessing, its.preprocessing,
                       *parts["train"], *parts["test"])
     table = figure_path(ckpt, f"landscape-to-{key}", flags.get("out"), "csv")
     # Steps of 1.5 / (6·thirds), so that the quarters beyond, 0 and 1 are all among them.
-    between, thirds = copy.deepcopy(network), max(1, round(points / 6))  # 0 and 1 are points
+    between, thirds = copy.deepcopy(opened), max(1, round(points / 6))  # 0 and 1 are points
     rows = evaluate_points(
         table, [(x, 0.0) for x in spaced(-0.25, 1.25, 6 * thirds + 1)],
         lambda point: loss_between(between, ends, point[0], parts), f"loss on the way to {to}",
-        [*names_on(parts), *(names_on(parts, ANEW) if networks.batch_norms(network) else ())])
+        [*names_on(parts), *(names_on(parts, ANEW) if networks.batch_norms(opened) else ())])
     title = f"{title.removeprefix(f'{about.title}: ')}, on the straight line between two networks"
     figure = draw_landscape_line(rows.values(), title, f"from {about.title} (0) to {its.title} (1)")
     return Made([save_figure(figure, ckpt, "landscape-to", **flags), table])

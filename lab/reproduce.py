@@ -199,10 +199,10 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
     # A trial of a few images shows that a line works, and needs no GPU.
     able = limit is not None or train.choose_device().type == "cuda"
     rows, failed, kept = [], {}, Path(results).expanduser() if results else None
-    if kept:
+    if kept:  # complains of another table before anything is trained
         train.check_output(kept, ".csv", "results")
-    if kept and kept.exists():
-        read_results(kept)  # complains of another table before anything is trained
+        if kept.exists():
+            read_results(kept)
     for experiment in choose(what):
         print(f"\n{experiment.id}  {experiment.shows}", flush=True)
         for run in experiment.runs.values():

@@ -1233,7 +1233,7 @@ def test_a_few_settings_make_no_run(tmp_path):
     assert (config.folder / "best.pth").read_text() == "best.pth"
 
 
-def test_what_is_of_epochs_behind_the_checkpoint_goes(tmp_path):
+def test_what_is_of_epochs_behind_the_checkpoint_goes(tmp_path, monkeypatch):
     """A run that goes on from the checkpoint before, for more epochs, has other ones."""
     config = tiny(tmp_path, epochs=4, keep=0)
     train.train(config)
@@ -1251,11 +1251,8 @@ def test_what_is_of_epochs_behind_the_checkpoint_goes(tmp_path):
         seen.append({path.name for path in self.path.glob("*.pth")})
         return real(self, *given)
 
-    train.RunFolder.row, before = row, train.RunFolder.row
-    try:
-        train.train(tiny(tmp_path, epochs=8, keep=0), resume=True)
-    finally:
-        train.RunFolder.row = before
+    monkeypatch.setattr(train.RunFolder, "row", row)
+    train.train(tiny(tmp_path, epochs=8, keep=0), resume=True)
     assert "best.pth" not in seen[0] and {
         name for name in seen[0] if name.startswith("snapshot")} == kept
 

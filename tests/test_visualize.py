@@ -1011,6 +1011,11 @@ def test_a_landscape_is_of_the_code_that_is_there(tmp_path, monkeypatch, coarse_
                                         data="shapes", images=10, points=3, out=f"{tmp_path}/")
         tables.append(table)
     assert tables[0] == tables[1] != tables[2]
+    monkeypatch.setattr(sys.modules[__name__], "odd_network", lambda: made)
+    _, table = visualize.landscape(network=f"{__name__}:odd_network", to=f"{__name__}:odd_network",
+                                   image_size=32, data="shapes", images=10, points=3,
+                                   out=f"{tmp_path}/")
+    assert table.exists()
 
 
 @pytest.mark.parametrize("content", ['{"seed": [1]}', '[[1, 2], ["a", 3]]'])
