@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from data import (
     Flag,
@@ -708,7 +709,7 @@ def evaluation(network):
 
 
 def _computed(value):
-    """Whether an argument is a tensor that is computed, maybe from the images, and no weight."""
+    """Whether an argument is a tensor that is computed from the images."""
     return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
 
 
@@ -725,21 +726,37 @@ def _with_weights(x, weight):
     return x + _scaled(None, weight.mean()) if _computed(weight) else x
 
 
-def _linear(_function, x, weight, _bias=None):
+def _linear(_function, x, weight, bias=None):
     """A linear layer, all of whose outputs look at all inputs."""
     return _with_weights(x, weight).mean(-1, True).repeat_interleave(weight.shape[0], -1)
 
 
+def _looked_at(query, key, value, shown):
+    """What each of …×L×E queries looks at of …×S×E keys and values, …×L×1: itself and those that
+    `shown` says, L×S or with more dimensions before, of which the last two count."""
+    seen = key.mean(-1, True) + value.mean(-1, True)
+    shown = shown.flatten(0, -3).any(0) if shown.ndim > 2 else shown
+    return query.mean(-1, True) + shown.to(seen) @ seen / seen.shape[-2]
+
+
 def _attended(_function, query, key, value, *_others, attn_mask=None, **_named):
-    """Multi-head attention of T×N×C queries: each looks at all S×N×C keys and values but those
-    that a mask hides from it, T×S or one for each image and head: True, or far below 0."""
-    seen = key.mean(-1) + value.mean(-1)  # S×N
+    """Multi-head attention of T×N×C queries and S×N×C keys and values; its mask is True, or far
+    below 0, where it hides."""
     weights = query.new_zeros(*query.shape[1:-1], len(query), len(key))  # which say nothing here
-    if attn_mask is None:
-        return query + seen.mean(0)[..., None], weights
-    shown = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask > -50
-    shown = shown.any(0) if shown.ndim == 3 else shown
-    return query + (shown.to(seen) @ seen / len(seen))[..., None], weights
+    hidden = weights[0] > 0 if attn_mask is None else attn_mask
+    shown = ~hidden if hidden.dtype == torch.bool else hidden > -50
+    query, key, value = (x.movedim(0, -2) for x in (query, key, value))
+    return query.add(_looked_at(query, key, value, shown)).movedim(-2, 0), weights
+
+
+def _dot_products(_function, query, key, value, attn_mask=None, _dropout=0, is_causal=False,
+                  **named):
+    """Attention of …×L×E queries; its mask is False, or far below 0, where it hides."""
+    shown = query.new_ones(query.shape[-2], key.shape[-2]) > 0
+    shown = shown.tril() if is_causal or named.get("is_causal") else shown
+    if attn_mask is not None:
+        shown = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -50
+    return _looked_at(query, key, value, shown).repeat_interleave(value.shape[-1], -1)
 
 
 def _averaged(function, x, weight, bias=None, *options, **named):
@@ -774,6 +791,14 @@ def _pooled(function, x, kernel_size, stride=None, padding=0, dilation=1, ceil_m
     return (maps, found[1]) if isinstance(found, tuple) else maps
 
 
+def _sampled(function, x, grid, *others, **named):
+    """`grid_sample`: where the image itself decides on the grid, any place may be sampled."""
+    if _computed(grid):
+        x = (_scaled(None, x) + _scaled(None, grid.mean())).mean((2, 3), True)
+        return x.repeat(1, 1, *grid.shape[1:3])
+    return function(x, grid.to(x), *others, **named)
+
+
 def _largest(_function, x, other=None, keepdim=False, dim=None):
     """torch.max, maximum and the like, of which the mean or sum is taken."""
     if isinstance(other, Tensor):
@@ -792,10 +817,10 @@ def _added(function, x, other, *others, **named):
     return _scaled(None, x + other if isinstance(other, Tensor) else x)
 
 
-def _grouped(_function, x, groups, *_others, **_named):
+def _grouped(_function, x, num_groups, *_others, **_named):
     """Group normalisation: each value looks at all of its group."""
-    means = x.unflatten(1, (groups, -1)).flatten(2).mean(2)
-    means = means.repeat_interleave(x.shape[1] // groups, 1)
+    means = x.unflatten(1, (num_groups, -1)).flatten(2).mean(2)
+    means = means.repeat_interleave(x.shape[1] // num_groups, 1)
     return _scaled(None, x + means.view(*means.shape, *[1] * (x.ndim - 2)))
 
 
@@ -821,37 +846,49 @@ def _batch_norm(_function, x, *others, **named):
 
 # What takes the place of a function, given it and its arguments, in `Connections`.
 CONNECTIONS = {
-    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "sign", "round", "floor", "ceil", "trunc",
-                     "neg", "negative", "reciprocal"], _scaled),
+    **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "tanhshrink", "hardshrink", "softshrink",
+                     "softsign", "logsigmoid", "sign", "round", "floor", "ceil", "trunc", "neg",
+                     "negative", "reciprocal", "exp", "expm1", "log", "log1p", "log2", "log10",
+                     "sqrt", "rsqrt", "abs", "absolute", "square", "sin", "cos", "erf", "atan"],
+                     _scaled),
     **dict.fromkeys(["sub", "rsub", "subtract", "div", "rdiv", "divide", "true_divide", "pow"],
                     _added),
     **dict.fromkeys(["sigmoid", "hardsigmoid"], _gate),
     **dict.fromkeys(["softmax", "log_softmax", "softmin"], _shared),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d", "conv_transpose2d"], _averaged),
     "linear": _linear, "multi_head_attention_forward": _attended,
-    # A grid that is a buffer has places, and no weights.
-    "grid_sample": lambda function, x, grid, *others, **named: function(
-        x, grid.to(x), *others, **named),
+    "scaled_dot_product_attention": _dot_products, "grid_sample": _sampled,
     **dict.fromkeys(["max_pool2d", "max_pool2d_with_indices"], _pooled),
     "max_unpool2d": lambda function, x, *others, **named: F.interpolate(  # any place of a window
         x, function(x.detach(), *others, **named).shape[2:]),
-    "adaptive_max_pool2d": lambda _, x, size, *others, **named: F.adaptive_avg_pool2d(x, size),
-    "adaptive_max_pool2d_with_indices": lambda function, x, size, *others, **named: (
-        F.adaptive_avg_pool2d(x, size), function(x.detach(), size)[1]),
+    "adaptive_max_pool2d": lambda _, x, output_size, *others, **named: F.adaptive_avg_pool2d(
+        x, output_size),
+    "adaptive_max_pool2d_with_indices": lambda function, x, output_size, *others, **named: (
+        F.adaptive_avg_pool2d(x, output_size), function(x.detach(), output_size)[1]),
     **dict.fromkeys(["amax", "amin"], lambda _, x, *others, **named: x.mean(*others, **named)),
     **dict.fromkeys(["max", "maximum", "fmax", "min", "minimum", "fmin"], _largest),
     "batch_norm": _batch_norm, "group_norm": _grouped,
     "instance_norm": lambda _, x, *others, **named: _grouped(None, x, x.shape[1]),
-    "layer_norm": lambda _, x, shape, *others, **named: _scaled(
-        None, x + x.mean([*range(-len(shape), 0)], True)),
+    "layer_norm": lambda _, x, normalized_shape, *others, **named: _scaled(
+        None, x + x.mean([*range(-len(normalized_shape), 0)], True)),
     "normalize": lambda _, x, p=2, dim=1, **named: _scaled(None, x + x.mean(dim, True)),
 }
-# What chooses some of its inputs, with which a gradient would say nothing of the others.
-CHOOSING = {"fractional_max_pool2d", "max_pool1d", "max_pool3d", "adaptive_max_pool1d",
-            "adaptive_max_pool3d", "median", "nanmedian", "quantile", "nanquantile", "mode", "topk",
-            "kthvalue", "sort", "msort", "cummax", "cummin", "aminmax", "take_along_dim", "argmax",
-            "argmin", "argsort"}
-# What chooses as well where both sides depend on the images: a comparison has no gradient.
+# What moves, copies, adds, averages or multiplies, and has the right gradient as it is.
+PASSING = {
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze",
+    "permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "rot90",
+    "roll", "flip", "fliplr", "flipud", "narrow", "select", "split", "chunk", "tensor_split",
+    "unbind", "getitem", "index_select", "diagonal", "tril", "triu", "expand", "expand_as",
+    "repeat", "tile", "repeat_interleave", "contiguous", "clone", "to", "type", "type_as", "float",
+    "double", "half", "bfloat16", "cat", "concat", "concatenate", "stack", "hstack", "vstack",
+    "pad", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "real", "base",
+    "add", "iadd", "radd", "mul", "imul", "rmul", "multiply", "addcmul", "sum", "mean", "std",
+    "var", "var_mean", "std_mean", "norm", "vector_norm", "logsumexp", "prod", "cumsum",
+    "interpolate", "upsample", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool2d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "dropout", "dropout1d",
+    "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "where", "masked_fill",
+    "matmul", "rmatmul", "bmm", "mm", "einsum", "baddbmm", "addmm", "affine_grid", "nan_to_num"}
+PRODUCTS = {"matmul", "bmm", "mm", "einsum"}
 COMPARISONS = {"gt", "lt", "ge", "le", "greater", "less", "greater_equal", "less_equal"}
 
 
@@ -859,36 +896,60 @@ class Connections(TorchFunctionMode):
     """While open, a gradient is above 0 where there is any connection, and elsewhere exactly 0.
 
     All weights are one positive constant, maxima are means, activations the identity, and a
-    normalisation adds the mean of what it looks at (see `CONNECTIONS`). What has no such stand-in,
-    because it chooses or has weights of either sign, as Fourier's transform, is noted in `unknown`.
+    normalisation adds the mean of what it looks at (see `CONNECTIONS`). What is neither there nor
+    in `PASSING`, because it chooses, hides its gradient, has weights of either sign, as Fourier's
+    transform, or because nobody thought of it, is noted in `unknown`.
     """
 
     def __init__(self, network):
         super().__init__()
-        self.unknown = []
-        self.weights = {id(value) for value in (*network.parameters(), *network.buffers())
-                        if value.is_floating_point() and value.numel()}
+        self.unknown, self.weights = [], {}
+        self.note_weights([*network.parameters(), *network.buffers()])
+
+    def note_weights(self, values):
+        """Remember weights, or what is made of them alone, by their ids, while they are held."""
+        self.weights.update({id(value): value for value in tree_leaves(values)
+                             if isinstance(value, Tensor) and value.is_floating_point()
+                             and value.numel()})
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        name = getattr(function, "__name__", "").split(".")[0].strip("_")  # relu_, relu.default
-        given = args or [kwargs.get("input")]
-        # What does not depend on the images or on weights, such as a mask, is computed as it is.
-        depends = any(getattr(value, "requires_grad", False) for value in given)
-        if depends and name in CONNECTIONS and isinstance(given[0], Tensor):
-            value = CONNECTIONS[name](function, *given, **{
-                key: value for key, value in kwargs.items() if key != "input"})
-            in_place = re.search("[^_]_$", getattr(function, "__name__", ""))  # sub_, not __sub__
+        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        if name == "__get__":  # of an attribute, such as x.mT
+            name = function.__self__.__name__
+        plain_name = name.split(".")[0].strip("_")
+        leaves = tree_leaves((args, kwargs))
+        if not any(map(_computed, leaves)):
+            # As it is: what is made of weights alone is one, what is made of nothing may be a mask.
+            held = any(id(value) in self.weights for value in leaves)
+            with torch.no_grad() if held else contextlib.nullcontext():
+                value = function(*args, **kwargs)
+            if held:
+                self.note_weights(value)
+            return value
+        named = {key: value for key, value in kwargs.items() if key not in ("input", "query")}
+        given = args or [kwargs.get("input", kwargs.get("query"))]
+        if plain_name in CONNECTIONS and isinstance(given[0], Tensor):
+            value = CONNECTIONS[plain_name](function, *given, **named)
+            in_place = re.search("[^_]_$", name)  # sub_, not __sub__
             return given[0].copy_(value) if in_place else value
-        compares = name in COMPARISONS and all(
-            getattr(value, "requires_grad", False) for value in given)
-        if compares or (depends and (name.removesuffix("_with_indices") in CHOOSING or re.match(
-                "fft_(?!i?fftshift)", name))):
-            self.unknown.append(name)
-        value = function(*(constant(value) if id(value) in self.weights else value
-                           for value in args), **kwargs)
+        value = function(*tree_map(self.stand_in, args), **tree_map(self.stand_in, kwargs))
+        made = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+        # All values here are above 0, so that this comparison alone is the same for all images.
+        with_zero = plain_name in COMPARISONS and not any(
+            torch.as_tensor(other).any() for other in [*args, *kwargs.values()][1:2])
+        # These take no more of the images than a size or a type.
+        no_values = re.match("new_|.*_like$", plain_name) or (
+            not _computed(given[0]) and re.match("to$|.*_as$", plain_name)) or (
+            not made and not isinstance(value, (float, list)))  # as of x.item()
+        passing = plain_name in PASSING and made and all(map(_computed, made))
+        if not (with_zero or no_values or passing):
+            self.unknown.append(plain_name)
         # The scores of attention grow with the number of channels.
-        return _scaled(None, value) if depends and name in ("matmul", "bmm") else value
+        return _scaled(None, value) if plain_name in PRODUCTS else value
+
+    def stand_in(self, value):
+        """`constant` for a weight, and anything else as it is."""
+        return constant(value) if id(value) in self.weights else value
 
 
 def constant(weight):
@@ -902,6 +963,18 @@ def constant(weight):
     if is_buffer and len(shown) and (shown == shown[0]).all():
         return (weight != 0).to(kind)
     return torch.ones_like(weight, dtype=kind)
+
+
+def custom_functions(value):
+    """Names of the `torch.autograd.Function`s of somebody's own that `value` was computed with."""
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return sorted(node.name() for node in seen
+                  if isinstance(node, torch.autograd.function.BackwardCFunction))
 
 
 def exact_type(device):
@@ -929,10 +1002,11 @@ def receptive_fields(network, layer, image_size):
     noise = noise.to(device, dtype).requires_grad_()
     with (evaluation(network), Connections(network) as mode,
           capture(network, [layer], stop=True) as outputs):
-        forward(network, noise.expand(-1, 3, -1, -1), dtype)
-    if mode.unknown:
-        raise ValueError(f"layer={layer}: behind {mode.unknown[0]} no receptive field can be found")
+        forward(network, noise.expand(-1, 3, -1, -1).contiguous(), dtype)
     maps = captured_maps(network, outputs, layer, 1)[0]  # C×H×W, or C for a linear layer
+    unknown = mode.unknown + custom_functions(maps)
+    if unknown:
+        raise ValueError(f"layer={layer}: behind {unknown[0]} no receptive field can be found")
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
     maps = maps if maps.ndim == 3 else maps[:, None, None]

@@ -104,6 +104,19 @@ class Lambda(nn.Module):
         return self.function(x)
 
 
+class Largest(torch.autograd.Function):
+    """The largest value of each row, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.amax(3, True).expand_as(x).clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 def test_channels_of_one_layer_may_have_different_fields():
     small, large = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 5, padding=2, bias=False)
     branches = Lambda(lambda x: torch.cat([small(x), large(x).relu(), x], 1))
@@ -192,13 +205,12 @@ def test_receptive_fields_behind_a_pool_that_gives_its_places_too(pool):
 @pytest.mark.parametrize("choose", [
     nn.FractionalMaxPool2d(2, 4), lambda x: x.median(1, True)[0], lambda x: x.topk(2, 1)[0],
     lambda x: x.quantile(0.5, 1, True), lambda x: x.gather(3, x.argsort(3)),
-    lambda x: torch.fft.fft2(x).real])
+    lambda x: torch.fft.fft2(x).real, lambda x: x * (x > x.detach().median()),
+    lambda x: x * (x > 0.9), lambda x: x * x.mean().item(), Largest.apply,
+    lambda x: x + x.data.mean(), lambda x: x[:, x.mean((0, 2, 3)).argsort()]])
 def test_where_one_value_is_chosen_no_receptive_field_is_told(choose):
     with pytest.raises(ValueError, match=r"layer=1: behind .* no receptive field can be found"):
         network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(choose)), "1", 12)
-    above = Lambda(lambda x: x * (x > x.detach().median()))  # it only says which are kept
-    assert network.receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), above), "1", 12)[
-        0, 2, 3].tolist() == [2, 3, 5, 6]
 
 
 def test_a_layer_that_hides_all_it_looks_at_is_said_to_do_so():
@@ -218,6 +230,18 @@ def test_a_receptive_field_does_not_depend_on_the_activation(rectify):
     weights = [weight.clone() for weight in stack.parameters()]
     assert network.receptive_fields(stack, "2", 16)[:, 3, 2].tolist() == [[6, 4, 10, 8]] * 4
     assert all(map(torch.equal, weights, stack.parameters()))
+
+
+@pytest.mark.parametrize("call, box", [
+    (lambda x, w: F.linear(input=x.mT, weight=w, bias=None).mT, [0, 2, 12, 5]),
+    (lambda x, w: F.conv2d(input=x, weight=w.view(4, 4, 5, 5), padding=2), [1, 0, 8, 7]),
+    (lambda x, w: F.layer_norm(input=x, normalized_shape=x.shape[3:]), [3, 0, 6, 12]),
+    (lambda x, w: F.group_norm(x, num_groups=2), [0, 0, 12, 12]),
+    (lambda x, w: F.adaptive_max_pool2d(x, output_size=5), [6, 4, 10, 8])])
+def test_a_function_may_be_called_by_the_names_of_its_arguments(call, box):
+    weight = torch.randn(40, 10)
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(lambda x: call(x, weight.to(x))))
+    assert network.receptive_fields(stack, "1", 12)[0, 3, 2].tolist() == box
 
 
 def test_a_gate_adds_its_receptive_field():
@@ -304,6 +328,39 @@ def test_queries_look_at_keys_and_values():
     assert fields[0].flatten(0, 1).tolist() == [[0, 0, 16, 16]] * 4
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_the_fused_attention_hides_is_not_seen(masked):
+    mask = torch.ones(16, 16).tril() > 0 if masked else None
+    attention = Lambda(lambda x: F.scaled_dot_product_attention(
+        x, x, x, attn_mask=mask, is_causal=not masked))
+    stack = nn.Sequential(nn.Conv2d(3, 8, 4, 4), Lambda(lambda x: x.flatten(2).mT), attention)
+    fields = network.receptive_fields(stack, "2", 16)[0].flatten(0, 1)
+    assert fields.tolist() == [[0, 0, 4 * (token // 4 + 1), 16 if token > 3 else 4 * (token + 1)]
+                               for token in range(16)]
+
+
+@pytest.mark.parametrize("attend", [
+    lambda q, k, v: torch.einsum("nts,nsc->ntc", torch.einsum("ntc,nsc->nts", q, k).softmax(2), v),
+    lambda q, k, v: F.scaled_dot_product_attention(query=q, key=k, value=v)])
+def test_attention_sees_keys_where_the_values_say_nothing(attend):
+    stack = nn.Sequential(nn.Conv2d(3, 64, 4, 4), Lambda(lambda x: x.flatten(2).mT), Lambda(
+        lambda x: attend(x, x, torch.ones_like(x))), nn.Linear(64, 2))
+    assert network.receptive_fields(stack, "3", 16)[0, 1, 1].tolist() == [0, 0, 16, 16]
+
+
+class Standardised(nn.Linear):
+    """A linear layer whose weights have a mean of 0 (Qiao et al. 2019), by hand."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(1, True)
+        return (x.movedim(1, -1) @ weight.T).movedim(-1, 1) + self.bias.view(2, 1, 1)
+
+
+def test_what_is_made_of_weights_alone_is_a_weight():
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(Standardised(4, 2)))
+    assert network.receptive_fields(stack, "1.0", 8)[:, 2, 3].tolist() == [[2, 3, 5, 6]] * 2
+
+
 def turned(x):
     grid = F.affine_grid(torch.tensor([[[0.0, -1, 0], [1, 0, 0]]]).to(x), x.shape[:1] + x.shape[1:],
                          align_corners=False)
@@ -328,9 +385,19 @@ def test_a_grid_in_a_buffer_has_places_and_no_weights():
                 torch.tensor([[[0.0, -1, 0], [1, 0, 0]]]), (1, 4, 10, 10), align_corners=False))
 
         def forward(self, x):
-            return self.last(F.grid_sample(self.conv(x), self.grid, "nearest", align_corners=False))
+            grid = self.grid.expand(len(x), -1, -1, -1)
+            return self.last(F.grid_sample(self.conv(x), grid, "nearest", align_corners=False))
 
     assert network.receptive_fields(Sampled(), "last", 12)[0, 3, 5].tolist() == [5, 6, 8, 9]
+
+
+def test_where_the_image_decides_what_is_sampled_any_place_may_be():
+    """Spatial transformers (Jaderberg et al. 2015)."""
+    locate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6),
+                           nn.Unflatten(1, (2, 3)))
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(lambda x: F.grid_sample(
+        x, F.affine_grid(locate(x), x.shape, align_corners=False), align_corners=False)))
+    assert network.receptive_fields(stack.double(), "1", 12)[0, 3, 5].tolist() == [0, 0, 12, 12]
 
 
 def test_what_hides_nothing_is_no_mask():
