@@ -1223,7 +1223,8 @@ def check_columns(path, columns, some=False):
     if not path.exists():
         return
     with contextlib.suppress(OSError, ValueError, csv.Error):
-        header, *rows = csv.reader(io.StringIO(read_text(path)), strict=True)
+        text = read_text(path, errors="surrogateescape")  # as a file's name was written
+        header, *rows = csv.reader(io.StringIO(text), strict=True)
         ours = {*header} <= {*columns} if some else header == [*columns]
         if ours and all(len(row) == len(header) for row in rows):
             return
@@ -1898,9 +1899,12 @@ def as_typed(error, commands, words, default):
     return head + colon + rest
 
 
-def visible(text):
-    """`text` without characters that a terminal would obey, as a file's name may hold them."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
+def visible(text, stream=None):
+    """`text` as `stream`, by default standard output, can show it: without characters that a
+    terminal would obey, as a file's name may hold them, or that its encoding lacks."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
+    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def note(line):
@@ -1910,7 +1914,7 @@ def note(line):
 
 def wrapped(text, stream, indent=""):
     """`text` broken at words, as wide as the terminal is; as it is where `stream` is none."""
-    text = visible(text)
+    text = visible(text, stream)
     stream = getattr(stream, "rich_proxied_file", stream)  # while a bar stands below
     isatty = getattr(stream, "isatty", None)  # what stands in for one may only write
     if not (isatty and isatty()):
@@ -1930,7 +1934,7 @@ def show(result):
         for part in result:
             show(part)
     elif path := getattr(result, "path", result if isinstance(result, (str, Path)) else None):
-        print(visible(str(path)))
+        print(visible(str(path)), flush=True)
 
 
 def help_text(commands, words, default, meanings):

@@ -1096,7 +1096,8 @@ def grad_cam(network, images, label, layer=None):
 
     The sum of the layer's maps, each weighted by the mean gradient of the class's logit over it,
     where that is positive. Without `layer` the last in the order of computing that has maps of
-    more than one position and any gradient.
+    more than one position and any gradient; of a network that is dead everywhere, the last that has
+    maps, and nothing bears on the class.
     """
     names = [layer] if layer else [name for name, _ in network.named_modules() if name]
     # One forward and one backward pass for all layers: which is the last shows only afterwards.
@@ -1106,15 +1107,25 @@ def grad_cam(network, images, label, layer=None):
     # Images do not mix, so the gradient of the sum is that of each image's own score.
     slopes = torch.autograd.grad(scores.sum(), gradient_places(kept.values()),
                                  allow_unused=True) if kept else ()
+    dead, tokens = None, {len(output[0]) for output in kept.values() if output.ndim == 3}
     for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
+        # What attention computes for its heads, N×heads×T×T or N×heads×T×C, is no image.
+        if output.ndim == 4 and tokens & {*output.shape[2:]} and (
+                channels_come_first(find_layer(network, name)) is None):
+            continue
         with contextlib.suppress(ValueError):  # no output of its kind
             # Its rows and columns may be others than the output's; the same is done to the slopes.
             maps, slopes = (captured_maps(network, {name: part}, name, len(images))
                             for part in (output, slope))
-            if maps.ndim == 4 and maps[0, 0].numel() > 1 and slopes.any():
+            if maps.ndim == 4 and maps[0, 0].numel() > 1:
                 # α = the mean of ∂score/∂A over the positions (equation 1), then (Σ α·A)⁺ (2).
                 weights = slopes.mean((2, 3), keepdim=True)
-                return (weights * maps).sum(1).clamp(min=0).detach(), name
+                found = (weights * maps).sum(1).clamp(min=0).detach(), name
+                if slopes.any():
+                    return found
+                dead = dead or found
+    if dead:
+        return dead
     raise ValueError(f"layer={layer or 'any'}: Grad-CAM needs one whose output has rows and "
                      f"columns, and bears on class {label}")
 
@@ -1515,8 +1526,11 @@ def fitting_weights(checkpoint, network):
 def finite(weights):
     """Whether all `weights`, a state dict, are finite numbers, as integers and quantised ones are.
     """
-    return all(value.to_dense().isfinite().all() for value in weights.values()
-               if torch.is_tensor(value) and value.is_floating_point())
+    values = (value.to_dense() for value in weights.values()
+              if torch.is_tensor(value) and value.is_floating_point())
+    # PyTorch does not ask numbers of 8 bits.
+    return all((value.float() if value.element_size() == 1 else value).isfinite().all()
+               for value in values)
 
 
 def in_half(weights):

@@ -275,6 +275,9 @@ RECIPES = {
 # What a resumed run may be told anew; all else would make it another run.
 MAY_CHANGE = ("epochs", "patience", "snapshots", "device", "compile", "log_steps", "save_minutes",
               "keep", "name", "out", "root", "on_nan", "tta")
+# What a checkpoint says of where its last step was taken, besides the commit, and what it is like.
+TRAINED_BY = {"versions": {"python": "", "torch": ""}, "device": "", "precision": "",
+              "processes": 1}
 # Settings of earlier checkpoints and run folders that have another name now.
 RENAMED = {"early": "early_share", "uncropped": "uncropped_epochs", "warmup": "warmup_epochs",
            "log_every": "log_steps", "save_every": "save_minutes"}
@@ -766,7 +769,9 @@ def load_images(config, writes=True, known=None):
 def prepare(config, dataset, device, workers, resume, changed_data):
     """(`State`, `Batches`, `RunFolder`) of a run that begins or, with `resume`, goes on; with
     `changed_data` even if its images are no longer those it began with."""
-    description = describe(config, dataset)
+    description = {**describe(config, dataset), **environment(device),
+                   "precision": "bf16" if in_bf16(device, config.precision) else "fp32",
+                   "processes": workers.world}
     folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
     # Read before the network is built: it may be damaged, or of another run.
     checkpoint = newest_checkpoint(config.folder, folder.say) if resume else None
@@ -814,8 +819,7 @@ def describe(config, dataset):
     return {"model": config.model, "options": dict(config.options),
             "classes": list(dataset.classes), "image_size": config.size,
             "mean": list(dataset.mean), "std": list(dataset.std),
-            "settings": dataclasses.asdict(config), "commit": commit_of_code(),
-            "fingerprint": dataset.fingerprint,
+            "settings": dataclasses.asdict(config), "fingerprint": dataset.fingerprint,
             "held_out": [] if dataset.val is None else torch.bincount(dataset.val.labels).tolist()}
 
 
@@ -1280,7 +1284,7 @@ class RunFolder:
         self.path, self.config, self.description = Path(path), config, description
         self.preprocessing = networks.describe(description).preprocessing
         self.writes, self.saved_step, self.pending = writes, None, None
-        self.saver = ThreadPoolExecutor(1)
+        self.saver, self.kept = ThreadPoolExecutor(1), []
 
     def open(self, state, anew):
         """Make the files on disk agree with `state` (or empty the folder) and begin to write."""
@@ -1311,6 +1315,12 @@ class RunFolder:
         with contextlib.suppress(OSError, ValueError):  # not there, or nobody knows of when
             if networks.read(self.path / "best.pth")["epoch"] > state.epoch:
                 (self.path / "best.pth").unlink()
+        # What a larger `keep` kept, as of a sweep that was told so once, stays.
+        keep, before = self.config.keep, 1
+        with contextlib.suppress(OSError, ValueError):
+            before = read_config(self.path / "config.json").keep
+        less = keep and not 0 < before <= keep
+        self.kept = checkpoints_before(self.path)[0 if less else max(0, keep - 1):]
         data.write_atomically(self.path / "metrics.csv", state.metrics)
         self.write_config()
         logged = [path for path in written_by_a_run(self.path)  # not what others log there
@@ -1406,9 +1416,9 @@ class RunFolder:
         keep, again = self.config.keep, self.saved_step == checkpoint["step"]
         networks.save(self.path / "last.pth", {**checkpoint, "training": training},
                       None if keep == 1 or again else self.older())
-        # Numbers with leading zeros: sorted by name is sorted by step.
         if keep:
-            for path in sorted(self.path.glob(STEPS), reverse=True)[keep - 1:]:
+            ours = [path for path in checkpoints_before(self.path) if path not in self.kept]
+            for path in ours[keep - 1:]:
                 path.unlink()
         return checkpoint["step"]
 
@@ -1532,9 +1542,14 @@ def check_same_run(config, before=None, moved=False):
         raise ValueError(f"{name}={now.get(name)}: the run in {config.folder} has "
                          f"{before.get(name)}; a run goes on with the settings it began with "
                          f"(`name=NAME` starts another)")
-    if now["epochs"] < before["epochs"]:
-        raise ValueError(f"epochs={now['epochs']}: the run in {config.folder} is one of "
-                         f"{before['epochs']} epochs, which may grow but not shrink")
+
+
+def check_epochs(config, before):
+    """ValueError when a checkpoint, or a result, of the run is of more epochs than `config` wants.
+    """
+    if config.epochs < before.epochs:
+        raise ValueError(f"epochs={config.epochs}: the run in {config.folder} is one of "
+                         f"{before.epochs} epochs, which may grow but not shrink")
 
 
 def check_checkpoint(config, checkpoint, description, changed_data, say):
@@ -1542,7 +1557,9 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
     is of another run than the one that `config` and the new `description` speak of, whatever the
     other files of the run say."""
     known = "fingerprint" in checkpoint  # earlier ones have none
-    check_same_run(config, Config.from_json(checkpoint["settings"]), moved=known)
+    before = Config.from_json(checkpoint["settings"])
+    check_same_run(config, before, moved=known)
+    check_epochs(config, before)
     if checkpoint["classes"] != description["classes"]:
         raise ValueError(f"data={config.data}: its classes are "
                          f"{difference(description['classes'], checkpoint['classes'])}")
@@ -1616,13 +1633,19 @@ def remove_written(folder, chosen):
                     (folder / parent).rmdir()
 
 
+def checkpoints_before(folder):
+    """A run's checkpoints before last.pth, the newest first."""
+    # Numbers with leading zeros: sorted by name is sorted by step.
+    return sorted(folder.glob(STEPS), reverse=True)
+
+
 def newest_checkpoint(folder, say):
     """The newest checkpoint in `folder` to go on from, None if there is none: a damaged one is
     named and the one before it taken. OSError when none is left, or one cannot be read now."""
     with contextlib.suppress(FileNotFoundError):
         if data.read_json(folder / "config.json", lambda values: EMPTYING in values):
             return None  # what is left is of the run before
-    paths = [*folder.glob("last.pth"), *sorted(folder.glob(STEPS), reverse=True)]
+    paths = [*folder.glob("last.pth"), *checkpoints_before(folder)]
     for path in paths:
         try:
             checkpoint = networks.read(path)
@@ -1630,6 +1653,9 @@ def newest_checkpoint(folder, say):
                 raise ValueError(f"{path}: holds no training state to go on from")
             if not isinstance(checkpoint.get("commit"), str | None):
                 raise ValueError(f"{path}: its commit is no text")
+            told = {name: like for name, like in TRAINED_BY.items() if name in checkpoint}
+            if not networks.made_like({name: checkpoint[name] for name in told}, told):
+                raise ValueError(f"{path}: says in another way where it was trained")
             try:
                 networks.describe(checkpoint)
             except ValueError as error:
@@ -1774,13 +1800,14 @@ def finish(state, dataset, folder, workers):
         return None
     config, prep, labels = folder.config, folder.preprocessing, dataset.test.labels
     if state.epoch < config.epochs:
-        print(f"validation accuracy has not risen for {config.patience} epochs: that is all")
+        folder.say(f"validation accuracy has not risen for {config.patience} epochs: that is all")
     # Which epoch that is was chosen by validation images; the test set has no say in anything.
     kept = networks.find_checkpoint(folder.path) if dataset.val else folder.path / "last.pth"
     if dataset.val and kept.name != "best.pth":
         why = "best.pth is gone" if state.best_accuracy >= 0 else "no epoch is known to be the best"
         folder.say(f"{folder.path}: {why}; the last epoch is measured")
     network, about = open_network(kept, config.device)
+    trained = networks.read(folder.path / "last.pth")
     logits = finite_logits(network, dataset.test.images, prep)
     last = dict(zip(COLUMNS, state.metrics.rstrip().rpartition("\n")[2].split(",")))
     # Of a run that an earlier version began, the row may be lost.
@@ -1797,10 +1824,9 @@ def finish(state, dataset, folder, workers):
         "epoch": about.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
-        "command": command_of(config), "processes": workers.world,
-        "precision": "bf16" if in_bf16(networks.device_of(network), config.precision) else "fp32",
-        **environment(network),
-        "fingerprint": dataset.fingerprint,
+        "command": command_of(config), "fingerprint": dataset.fingerprint,
+        # Of where the last step was taken, which may be elsewhere. Earlier checkpoints do not tell.
+        **{name: trained.get(name, folder.description[name]) for name in ("commit", *TRAINED_BY)},
     }
     with data.writing(folder.path / "test"):
         # Without it, a run that is killed meanwhile is measured again, board and all.
@@ -1855,6 +1881,7 @@ def finished(run, config=None):
               if name != "data"]  # which may have been moved
     if others:
         raise ValueError(f"{run / 'result.json'}: is of another {others[0]} than config.json")
+    check_epochs(config, measured)
     over = is_over(config, result["epochs"], result["epoch"])
     # With other views of the test images it is measured again.
     return result if over and measured.tta == config.tta else None
@@ -1950,10 +1977,9 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
         board.add_embedding(vectors, labels, sprites, tag=tag, metadata_header=header)
 
 
-def environment(network):
-    """Versions, commit and hardware, as result.json keeps them."""
+def environment(device):
+    """Versions, commit and hardware, as checkpoints and result.json keep them."""
     threads = torch.get_num_threads()
-    device = networks.device_of(network)
     return {"versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
             "commit": commit_of_code(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else

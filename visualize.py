@@ -136,6 +136,11 @@ def fonts_for(letters, families):
     return [*dict.fromkeys(names)]
 
 
+def shortened(name, most=24):
+    """The end of a long name, which says more than its beginning: there is no room for all."""
+    return name if len(name) <= most else f"…{name[1 - most:]}"
+
+
 def plot(figure, position, title, xlabel="", ylabel=""):
     """New axes in `figure` at the subplot `position`, without needless lines."""
     axes = figure.add_subplot(*position)
@@ -590,9 +595,13 @@ def filter_normalized_direction(network, random):
 def filters_of(network):
     """The weights that move over a loss landscape: those of convolutions and, row by row, of linear
     layers, but no biases, nothing of batch norm and no lengths, as weight norm has them: one number
-    a filter has no direction."""
-    return {name: weight.detach() for name, weight in network.named_parameters()
-            if weight.ndim > 1 and weight[0].numel() > 1}
+    a filter has no direction. ValueError where there are none, or some that cannot move."""
+    found = {name: weight.detach() for name, weight in network.named_parameters()
+             if weight.ndim > 1 and weight[0].numel() > 1}
+    if networks.is_quantized(network) or not found:
+        raise ValueError("the network has no weights that could move over a landscape: it is "
+                         "quantised, or has no filters")
+    return found
 
 
 def principal_directions(network, path):
@@ -850,8 +859,8 @@ def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10)
 
     `labels` are the true classes' numbers or, where these are not known, the pictures' names.
     """
-    labels = labels.tolist() if isinstance(labels, torch.Tensor) else labels
-    columns = min(columns, len(images))
+    labels = labels.tolist() if isinstance(labels, torch.Tensor) else [*map(shortened, labels)]
+    columns, classes = min(columns, len(images)), [*map(shortened, classes)]
     rows, bars = math.ceil(len(images) / columns), min(bars, len(classes))
     figure = new_figure(4.2 * columns, rows * (0.6 + 0.17 * bars) + 0.1, title)
     grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1, 1.1] * columns)
@@ -897,6 +906,7 @@ def draw_confusion(matrix, classes, title):
     """
     count, few = len(classes), len(classes) <= 25  # more than that leave no room for numbers
     size, totals = 8 if few else 4, matrix.sum(1, keepdim=True)
+    classes = [*map(shortened, classes)]
     # Shares, not counts: classes may differ in size.
     shares = torch.where(totals > 0, matrix / totals, math.nan)
     side = max(5.0, 0.52 * min(count, 25))
@@ -992,10 +1002,10 @@ def draw_activations(statistics, title):
     rows = math.ceil(len(statistics) / columns)
     figure = new_figure(max(2.8 * columns, 5), 2.2 * rows, title)
     for index, (layer, numbers) in enumerate(statistics.items(), 1):
-        name = layer if len(layer) < 36 else f"…{layer[-34:]}"
-        axes = plot(figure, (rows, columns, index), f"{name}\nmean {numbers['mean']:.2g}, std "
-                    f"{numbers['std']:.2g}\n{numbers['zeros']:.0%} zeros, "
-                    f"{len(numbers['dead'])} of {numbers['units']} units dead")
+        axes = plot(figure, (rows, columns, index), f"{shortened(layer, 36)}\n"
+                    f"mean {numbers['mean']:.2g}, std {numbers['std']:.2g}\n"
+                    f"{numbers['zeros']:.0%} zeros, {len(numbers['dead'])} of {numbers['units']} "
+                    f"units dead")
         axes.title.set_fontsize(8)
         counts = numbers["counts"]
         axes.stairs(counts / counts.sum().clamp(min=1), spaced(*numbers["edges"], len(counts) + 1),
@@ -1351,14 +1361,15 @@ def predictions_of(path, count, ckpt, **flags):
     """`predictions` of the first `count` pictures that `path` means."""
     network, about = open_network(ckpt, **flags)
     pictures, errors = train.read_pictures([path], about.preprocessing.image_size, count)
-    if errors:
+    if not pictures:
         raise OSError("; ".join(errors))
     images = torch.stack([*pictures.values()])
     logits = train.finite_logits(network, images, about.preprocessing)
     figure = draw_predictions(
-        about.preprocessing.pictures(images), [Path(name).name[-32:] for name in pictures], logits,
+        about.preprocessing.pictures(images), [Path(name).name for name in pictures], logits,
         about.class_names(logits.shape[1]), f"{about.title}: probabilities and logits")
-    return save_figure(figure, ckpt, "predictions-image", **flags)
+    made = save_figure(figure, ckpt, "predictions-image", **flags)
+    return Made([made, OSError("; ".join(errors))]) if errors else made
 
 
 def reliability(ckpt: str | None = None, **flags: typing.Unpack[Flags]):

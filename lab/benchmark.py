@@ -59,7 +59,7 @@ def benchmark(model: str = "lenet", data: str = "shapes", root: str = "data",
                 rates[name].append(steps * config.batch_size / way())
             rates["d"].append(matrix_rate(chosen, precision))
     title = (f"{model}, batch {config.batch_size}, {','.join(augment) or 'no augmentation'}, "
-             f"{steps} steps × {rounds} rounds, {train.environment(state.network)['device']}")
+             f"{steps} steps × {rounds} rounds, {train.environment(chosen)['device']}")
     # A forward pass is one multiply-add a weight, the backward pass two: six operations in all.
     return rates_table(rates, 6 * multiply_adds(state.network, images.shape[3]), title)
 

@@ -62,7 +62,7 @@ def gpu(device: str = "auto", data: str = "cifar10", root: str = "data",
                 found = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             rows.append((name, found, f"{time.perf_counter() - started:.0f}"))
             print(": ".join(rows[-1]), "s", flush=True)  # what was found stays, if it is stopped
-    about = train.environment(torch.nn.Linear(1, 1, device=chosen))
+    about = train.environment(chosen)
     title = (f"{about['device']}, torch {about['versions']['torch']}, commit {about['commit']}, "
              f"{sum(int(row[2]) for row in rows) / 60:.1f} minutes")
     return f"{title}\n\n{Table(('what', 'found', 'seconds'), rows).markdown()}"

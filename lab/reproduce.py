@@ -204,7 +204,7 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
         if kept.exists():
             read_results(kept)
     for experiment in choose(what):
-        print(f"\n{experiment.id}  {experiment.shows}", flush=True)
+        data_module.show(f"\n{experiment.id}  {experiment.shows}")
         for run in experiment.runs.values():
             if run.gpu and not able:
                 rows += claims(run)
@@ -485,8 +485,8 @@ def keep_results(path, rows):
         for row in rows:
             key = (row.id, row.run, row.accuracy)
             if key in kept and kept[key].weight > row.weight:
-                print(f"{path}: the row of {row.id}/{row.run} stays as it is: it is of the "
-                      f"report's images, of more epochs or of more seeds")
+                data_module.show(f"{path}: the row of {row.id}/{row.run} stays as it is: it is of "
+                                 f"the report's images, of more epochs or of more seeds")
             else:
                 kept[key] = row
         write_atomically(path, Table([*COLUMNS], [

@@ -744,6 +744,17 @@ def test_no_kind_of_standard_output_ends_a_run(line, tmp_path):
         assert "0 ?pochs ? ? ?" in out and "[/x]" in out and "[v1]" in out and ":cat:" in out
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
+def test_from_python_too_no_encoding_ends_what_prints(encoding, tmp_path):
+    script = (f"import sys; sys.path.insert(0, {str(Path(data.__file__).parent)!r}); import train\n"
+              f"train.train('lenet', data='shapes', limit=4, epochs=1, out='č')\n"
+              f"train.data.Table(['–'], [['½ \\udcff']], title='č').print(); train.data.note('č')")
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True,
+                         check=False, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert ran.returncode == 0 and b"test accuracy" in ran.stdout, ran.stderr
+    assert ("–" in ran.stdout.decode(encoding)) == (encoding == "utf-8")
+
+
 def test_no_name_gives_orders_to_a_terminal(tmp_path, capsys, refused):
     name = "a\x1b[31m\x9b1mb"
     data.Table((name, "x"), [(name, name)], name).print()

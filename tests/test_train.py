@@ -1069,6 +1069,40 @@ def test_epochs_may_grow_and_nothing_else_may_change(tmp_path):
         train.train(tiny(tmp_path))
 
 
+def test_a_result_tells_where_the_run_was_trained_not_where_it_was_measured(tmp_path, monkeypatch):
+    result = train.train(config := tiny(tmp_path))
+    elsewhere = {"versions": {"python": "3", "torch": "9"}, "device": "a GPU", "commit": "abc"}
+    monkeypatch.setattr(train, "environment", lambda device: elsewhere)
+    again = train.train(dataclasses.replace(config, tta="flip"), resume=True)  # takes no step
+    told = ("commit", *train.TRAINED_BY)
+    assert [again[name] for name in told] == [result[name] for name in told]
+    longer = train.train(tiny(tmp_path, epochs=3), resume=True)
+    assert {name: longer[name] for name in elsewhere} == elsewhere
+    train.train(config := tiny(tmp_path, "other"))
+    checkpoint = network.read(path := config.folder / "last.pth")
+    network.save(path, {**checkpoint, "versions": {"torch": torch.zeros(2)}})
+    assert train.newest_checkpoint(config.folder, print)["step"] < checkpoint["step"]
+
+
+def test_more_epochs_that_were_not_begun_can_be_taken_back(tmp_path, monkeypatch):
+    train.train(config := tiny(tmp_path))
+    before = (config.folder / "last.pth").read_bytes()
+    monkeypatch.setattr(train, "train_epoch", lambda *_: 1 / 0)  # as killed in the first step
+    with pytest.raises(ZeroDivisionError):
+        train.train(tiny(tmp_path, epochs=100), resume=True)
+    assert train.read_config(config.folder / "config.json").epochs == 100
+    assert train.train(config, resume=True)["epochs"] == 2
+    assert (config.folder / "last.pth").read_bytes() == before and train.finished(config.folder)
+
+
+def test_checkpoints_that_a_larger_keep_kept_stay(tmp_path):
+    for epochs, keep in ((4, 0), (6, 2), (8, 2)):
+        config = tiny(tmp_path, epochs=epochs, keep=keep, save_minutes=60)
+        train.train(config, resume=True)
+    assert [int(path.stem[5:]) // 6 for path in sorted(config.folder.glob("step-*.pth"))] == [
+        1, 2, 3, 7]
+
+
 def test_the_run_before_survives_a_failed_overwrite(tmp_path):
     train.train(tiny(tmp_path))
     with pytest.raises(OSError, match="no such data set"):

@@ -633,6 +633,16 @@ def test_names_from_outside_are_shown_as_they_are(draw):
         assert any(name in text for text in shown), name
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # that there is no room for all
+def test_of_long_names_the_end_is_shown():
+    names = [f"Animalia_Chordata_Aves_{'x' * 60}_Corvus_{name}" for name in ("corax", "coron")]
+    for draw in (lambda: visualize.draw_confusion(torch.eye(2), names, ""),
+                 lambda: visualize.draw_predictions(torch.zeros(6, 3, 4, 4), torch.arange(6) % 2,
+                                                    torch.eye(2).repeat(3, 1), names, "")):
+        shown = texts_of(draw())
+        assert {"…xxxxxxxxxx_Corvus_corax", "…xxxxxxxxxx_Corvus_coron"} <= {*shown}
+
+
 METRICS = {name: [0.5, 0.6] for name in train.COLUMNS}
 
 
@@ -896,6 +906,11 @@ def test_predictions_of_pictures_of_ones_own(run, tmp_path, refused):
     assert headings[0] == f"one.png\n{answer}" and len(headings) == 3
     assert len(visualize.predictions(str(run), image=tmp_path / "own" / "two.jpg", count=1,
                                      out=str(tmp_path)).axes) == 2
+    (tmp_path / "own" / "zbad.png").write_text("x")
+    *made, error = visualize.predictions(str(run), image=tmp_path / "own", out=str(tmp_path))
+    assert len(made[0].axes) == 6 and "zbad.png: cannot be read" in str(error)
+    with pytest.raises(OSError, match=r"zbad\.png: cannot be read"):
+        visualize.predictions(str(run), image=tmp_path / "own" / "zbad.png", out=str(tmp_path))
     assert "are for test images" in refused(visualize.COMMANDS, [
         "predictions", str(run), f"--image={tmp_path / 'own'}", "--only=wrong"])
 
@@ -978,6 +993,33 @@ def test_the_default_layer_of_grad_cam():
     images = torch.rand(1, 3, 32, 32)
     for name, layer in (("lenet", "conv2"), ("resnet20", "conv4_x"), ("speednet", "conv4_x")):
         assert network.grad_cam(network.build(name).eval(), images, 0)[1] == layer
+
+
+class ClassToken(nn.Module):
+    """A block of a ViT with a class token, which alone is read, and dropout on its attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm, self.dropout = nn.Conv2d(3, 8, 2, 2), nn.LayerNorm(8), nn.Dropout()
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).mT
+        tokens = torch.cat([tokens.mean(1, True), tokens], 1)  # 1 + 16
+        heads = self.norm(tokens).unflatten(2, (2, 4)).transpose(1, 2)  # N×2×17×4
+        shares = self.dropout((heads @ heads.mT).softmax(3))  # N×2×17×17
+        return (tokens + (shares @ heads).transpose(1, 2).flatten(2))[:, 0]
+
+
+def test_grad_cam_takes_nothing_of_attention_for_a_map():
+    cam, layer = network.grad_cam(ClassToken(), torch.rand(1, 3, 8, 8), 0)
+    assert layer == "norm" and cam.shape == (1, 4, 4)
+
+
+def test_grad_cam_of_a_dead_network_shows_nothing():
+    model = nn.Sequential(*small_network()[:7], nn.Linear(150, 5), nn.ReLU(), nn.Linear(5, 7))
+    nn.init.constant_(model[7].bias, -1e3)
+    cam, layer = network.grad_cam(model, torch.rand(1, 3, 12, 12), 2)
+    assert layer == "5" and not cam.any()
 
 
 def test_integrated_gradients_add_up_to_the_difference_of_the_outputs():
@@ -1704,6 +1746,18 @@ def test_quantized_networks_stay_on_the_cpu(monkeypatch):
         opened, _ = network.load(f"{__name__}:odd_network", device=torch.device("meta"))
         assert network.device_of(opened).type == "cpu"
         assert opened(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("make", [quantized, quantized_with_its_outputs, nn.Identity])
+def test_no_landscape_is_drawn_around_weights_that_do_not_move(make):
+    with pytest.raises(ValueError, match="no weights that could move"):
+        visualize.filters_of(make())
+
+
+def test_weights_of_8_bits_are_finite_numbers_too():
+    weights = torch.ones(3).to(torch.float8_e4m3fn)
+    assert network.finite({"scale": weights, "large": torch.tensor(1e300, dtype=torch.float64)})
+    assert not network.finite({"scale": torch.tensor(torch.nan).to(torch.float8_e5m2)})
 
 
 def volumes():
