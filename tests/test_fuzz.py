@@ -20,6 +20,7 @@ from PIL import Image
 import data
 import network
 import train
+import visualize
 
 COUNT = int(os.environ.get("FUZZ", 150))
 STRANGE = [None, 0, -1, 10**18, -1.5, float("nan"), float("inf"), True, "", "x", "1" * 5000, [], {},
@@ -113,6 +114,20 @@ def test_fuzz_checkpoint_contents(tmp_path):
                           description.preprocessing)
         except REFUSALS as error:
             assert "a.pth" in str(error), error
+
+
+def test_fuzz_checkpoints_that_a_run_goes_on_from(tmp_path, capsys):
+    dice, whole = random.Random(10), {
+        **small_checkpoint(), **train.environment(torch.device("cpu")), "precision": "fp32",
+        "processes": 1}
+    for _ in range(COUNT // 3):
+        network.save(tmp_path / "last.pth", strange(whole, dice))
+        with contextlib.suppress(*REFUSALS):
+            found = train.newest_checkpoint(tmp_path, print)
+            told = {name: found[name] for name in train.TRAINED_BY if name in found}
+            assert json.dumps(told)  # in result.json
+    network.save(tmp_path / "last.pth", whole)
+    assert train.newest_checkpoint(tmp_path, print)["device"] == whole["device"]
 
 
 def test_fuzz_resumed_training_state():
@@ -244,6 +259,21 @@ def test_fuzz_names_in_a_folder(tmp_path, capsys):
         except REFUSALS as error:
             assert "cannot be shown" in str(error) and "\n" not in str(error)
         capsys.readouterr().err.encode()
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # that there is no room, or no such letter
+def test_fuzz_names_in_figures():
+    """Whatever classes and runs are called, all figures are drawn."""
+    dice = random.Random(11)
+    for _ in range(max(1, COUNT // 50)):
+        names = [name for name in dice.sample(NAMES, 8) if name.isprintable()]
+        count, logits = len(names), torch.randn(4, len(names))
+        for figure in (visualize.draw_confusion(torch.eye(count), names, dice.choice(names)),
+                       visualize.draw_predictions(torch.zeros(4, 3, 4, 4), torch.arange(4) % count,
+                                                  logits, names, dice.choice(names)),
+                       visualize.draw_pr_curves([(torch.ones(2), torch.ones(2), 1.0)] * count,
+                                                names, dice.choice(names))):
+            figure.savefig(io.BytesIO(), dpi=20)
 
 
 def test_fuzz_settings(tmp_path):
