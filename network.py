@@ -990,8 +990,9 @@ def receptive_fields(network, layer, image_size):
     the image does. It is found, not derived: by the gradient of single units while all that the
     network computes are averages (see `Connections`), through any strides, padding, pooling and
     branches. Values of weights do not count: of a kernel that is partly 0 it is all. The box of a
-    unit that looks at nothing is 0, 0, 0, 0. ValueError for a layer there is not, or whose network
-    hides what it computes.
+    unit that looks at nothing is 0, 0, 0, 0. ValueError for a layer there is not, and for a network
+    that hides what it computes, or computes it with a function of which it is not known here what
+    it looks at.
     """
     refuse_opaque(network)
     device = device_of(network)
