@@ -295,7 +295,8 @@ def name_of(data):
 
 def fingerprint_of(data):
     """What changes with the files behind `data`: see `Dataset`."""
-    return data if data in BUILT_IN else _fingerprint(_list_folder(Path(data).expanduser())[0])
+    folder = Path(os.path.expanduser(data))
+    return data if data in BUILT_IN else _fingerprint(_list_folder(folder)[0])
 
 
 def _source(parts, data, root, image_size, skip_bad, writes, known):
@@ -485,7 +486,7 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
     def decoded(part, rows):
         items = [files[part][row] for row in rows]
         which = "" if len(items) == len(files[part]) else [path for path, *_ in items]
-        name = _digest(str(folder.resolve()), part, image_size, skip_bad, which)[:16]
+        name = _digest(os.path.realpath(folder), part, image_size, skip_bad, which)[:16]
         return _images_of(items, image_size, skip_bad, part,
                           root / f"folder-{name}.cache", writes)
 

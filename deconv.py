@@ -501,7 +501,7 @@ def unit_text(descent, classes):
         return "all units"
     position, activations = descent.positions[0].item(), descent.activations[0]
     unit = position // activations[0].numel()  # a map has H·W positions
-    named = f" ({classes[unit]})" if classes else ""
+    named = f" ({visualize.shortened(classes)[unit]})" if classes else ""
     return f"unit {unit}{named}: {activations.flatten()[position]:.3g}"
 
 
@@ -567,7 +567,7 @@ def draw_occlusion(picture, found, signal, size, stride, unit, label, share, cla
                    for step in divmod(changes.argmax().item(), steps))
     shown = picture.clone()
     shown[:, max(row, 0):row + size, max(column, 0):column + size] = 0.5
-    ranks, names = ranked(found.predictions, classes, len(colors))
+    ranks, names = ranked(found.predictions, visualize.shortened(classes), len(colors))
     figure = visualize.new_figure(17, 4.5, title)
     panels = [
         (shown.permute(1, 2, 0), f"the grey square, {size}×{size},\nwhere it does most", {}),
@@ -599,7 +599,7 @@ def ranked(predictions, classes, most):
     last of `most` ranks on are "others"."""
     numbers, which, counts = predictions.unique(return_inverse=True, return_counts=True)
     order = counts.argsort(descending=True)
-    names = [visualize.shortened(classes[number]) for number in numbers[order].tolist()]
+    names = [classes[number] for number in numbers[order].tolist()]
     names = names if len(names) <= most else [*names[:most - 1], "others"]
     return order.argsort()[which].clamp(max=most - 1), names
 
@@ -635,7 +635,7 @@ def draw_moved(axes, name, amounts, pictures, classes, count=7):
     axes.set_xticks([index + 0.5 for index in range(count)],
                     [f"{amounts[index]:.3g}" for index in chosen], fontsize=8)
     axes.set_yticks([row + 0.5 for row in range(len(classes))],
-                    [*map(visualize.shortened, classes)], fontsize=8)
+                    visualize.shortened(classes), fontsize=8)
     for text, color in zip(axes.get_yticklabels(), itertools.cycle(visualize.COLORS)):
         text.set_color(color)
     axes.set_frame_on(False)
@@ -719,7 +719,7 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     figure = draw_occlusion(
         about.preprocessing.pictures(picture)[0], found, descent.signal[0].cpu(), size, stride,
         f"feature map {unit} of {layer}",
-        f"{kind},\n{visualize.shortened(classes[label])}", logits.softmax(0)[label].item(), classes,
+        f"{kind},\n{visualize.shortened(classes)[label]}", logits.softmax(0)[label].item(), classes,
         f"{about.title}: {source}, behind a grey square")
     return visualize.save_figure(figure, ckpt, "occlusion", **flags)
 

@@ -1383,7 +1383,7 @@ def describe(checkpoint):
 
 def find_checkpoint(path):
     """The checkpoint that `path` means: a file, or best.pth or else last.pth of a run folder."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_dir():
         return path
     for name in ("best.pth", "last.pth"):

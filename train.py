@@ -500,7 +500,7 @@ def config_of(given, resume=False):
 def root_of(saved):
     """The folder of data sets of a run that goes on: what a config.json says is no place to write
     to, so its root only where images or caches of this package are already, else the default."""
-    root = Path(saved.root).expanduser()
+    root = Path(os.path.expanduser(saved.root))
     there = itertools.chain(root.glob("folder-*.cache"), root.glob("cifar-*"))
     if saved.root == Config.root or saved.data == "shapes" or any(there):
         return saved.root
@@ -1500,18 +1500,21 @@ def check_folder(config, resume, overwrite):
 
 
 def check_no_links(paths):
-    """FileExistsError for one of `paths` in a run's folder that is a link: the folder may be from
-    elsewhere, and what is written there would go to where its author says."""
+    """FileExistsError for one of `paths` in a run's folder that is a link, or no file: the folder
+    may be from elsewhere, and what is written there would go to where its author says."""
     for path in paths:
         if path.is_symlink():
             raise FileExistsError(f"{path}: is a link, and a run writes into its own folder alone; "
                                   f"put there what it leads to")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise FileExistsError(f"{path}: is neither a file nor a folder; move it away")
 
 
 def check_apart(config, resume):
     """ValueError when images lie in the run's folder, or it lies among them."""
-    folder, images = config.folder.resolve(), data.folder_of(config.data)
-    places = {} if resume else {"root": Path(config.root).resolve()}  # `resume=.` makes it there
+    # Not Path.resolve, which raises an error of its own where a link leads to itself.
+    folder, images = Path(os.path.realpath(config.folder)), data.folder_of(config.data)
+    places = {} if resume else {"root": Path(os.path.realpath(config.root))}  # for `resume=.`
     places |= {"data": images} if images and images.is_dir() else {}
     for name, path in places.items():
         if folder in (path, *path.parents) or (name == "data" and path in folder.parents):
@@ -1705,7 +1708,7 @@ def open_network(source, device="auto", weights=None, moved=None, **wishes):
         # Its images may have been moved since; a run that went on knows where to.
         place = {}
         with contextlib.suppress(OSError, ValueError):
-            now = read_config(Path(source).expanduser() / "config.json")
+            now = read_config(Path(os.path.expanduser(source)) / "config.json")
             place = {"data": now.data, "root": now.root}
         if moved is not None:
             place["data"] = as_setting(moved)
@@ -2021,7 +2024,8 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
             raise ValueError(f"resume={resume}: says which run it is; leave out "
                              + ", ".join(f"`{name}`" for name in sorted(twice)))
         # Folder and name of one and the same path: of a link, and of ".", where it really is.
-        path = path if path.name == path.resolve().name else path.resolve()
+        real = Path(os.path.realpath(path))
+        path = path if path.name == real.name else real
         given |= {"out": str(path.parent), "name": path.name}
     train(config_of(given, resume), bool(resume), overwrite, changed_data)
 
@@ -2080,7 +2084,7 @@ def predict_command(*paths: str, top: int = 3, out: str | None = None, device: s
     if len(paths) < 2:
         raise ValueError("give a checkpoint or the folder of a run, then pictures or folders")
     if out:
-        out = Path(out).expanduser()
+        out = Path(os.path.expanduser(out))
         check_output(out, ".csv")
         data.check_columns(out, PREDICTED)
     network, description = open_network(paths[0], device, **elsewhere)
@@ -2112,7 +2116,7 @@ def read_pictures(paths, size, most=None):
     """({name: 3×S×S uint8} of the pictures `paths` and in the folders among them, what is wrong
     with those that cannot be read); of the first so many, `most`, if that is given."""
     files = []
-    for path in (Path(path).expanduser() for path in paths):
+    for path in (Path(os.path.expanduser(path)) for path in paths):
         if not path.is_dir():
             files.append(path)
             continue
@@ -2147,7 +2151,7 @@ def export(run: str, out: str):
     Its filters are in half precision, and what only going on needs is left out. How it was made
     goes along: the command, accuracy, seconds, hardware and versions.
     """
-    run, out = Path(run).expanduser(), Path(out).expanduser()
+    run, out = Path(os.path.expanduser(run)), Path(os.path.expanduser(out))
     check_output(out, ".pth")
     before, epochs_before = None, math.inf
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # none of ours

@@ -136,9 +136,13 @@ def fonts_for(letters, families):
     return [*dict.fromkeys(names)]
 
 
-def shortened(name, most=24):
-    """The end of a long name, which says more than its beginning: there is no room for all."""
-    return name if len(name) <= most else f"…{name[1 - most:]}"
+def shortened(names, most=24):
+    """Long `names` by their beginnings and ends, as there is no room for more than `most` letters,
+    or as many more as it takes for two that differ to stay so."""
+    half = most // 2
+    short = [name if len(name) <= most else f"{name[:half]}…{name[half + 1 - most:]}"
+             for name in names]
+    return short if len({*short}) == len({*names}) else shortened(names, most + 8)
 
 
 def plot(figure, position, title, xlabel="", ylabel=""):
@@ -197,7 +201,8 @@ def log_scale(axes):
 
 def percent(axis):
     """Label an axis of shares in per cent; where none can be, below 0 and above 1, not at all."""
-    axis.set_major_formatter(lambda share, _: f"{share * 100:.4g}%" if 0 <= share <= 1 else "")
+    axis.set_major_formatter(lambda share, _: f"{share * 100:.4g}%" if (
+        0 <= round(share, 9) <= 1) else "")  # a tick may be a little more than 1
 
 
 def add_legend(figure, entries):
@@ -240,7 +245,7 @@ def image_grid(images, titles=None, columns=None, suptitle="", scale="each", row
     pitch = tall + 0.06 + (0.19 / cell if titles else 0)
 
     beside = max((len(line) for text in row_titles or () for line in text.split("\n")), default=0)
-    width = columns * 1.06 * cell + 0.07 * beside + (0.7 if shared else 0)
+    width = columns * 1.06 * cell + 0.085 * beside + (0.7 if shared else 0)
     figure = new_figure(max(width, 4) + 0.3, rows * pitch * cell + 0.1, suptitle)
     axes = figure.add_subplot()
     for index, image in enumerate(images):
@@ -277,7 +282,7 @@ def span_of(values):
 
 def folder_of(ckpt):
     """The folder of a checkpoint, which may be that folder itself; `runs` for all else."""
-    path = Path(ckpt or "runs").expanduser()
+    path = Path(os.path.expanduser(ckpt or "runs"))
     return path if path.is_dir() else path.parent if path.exists() else Path("runs")
 
 
@@ -859,8 +864,8 @@ def draw_predictions(images, labels, logits, classes, title, columns=2, bars=10)
 
     `labels` are the true classes' numbers or, where these are not known, the pictures' names.
     """
-    labels = labels.tolist() if isinstance(labels, torch.Tensor) else [*map(shortened, labels)]
-    columns, classes = min(columns, len(images)), [*map(shortened, classes)]
+    labels = labels.tolist() if isinstance(labels, torch.Tensor) else shortened(labels)
+    columns, classes = min(columns, len(images)), shortened(classes)
     rows, bars = math.ceil(len(images) / columns), min(bars, len(classes))
     figure = new_figure(4.2 * columns, rows * (0.6 + 0.17 * bars) + 0.1, title)
     grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1, 1.1] * columns)
@@ -906,7 +911,7 @@ def draw_confusion(matrix, classes, title):
     """
     count, few = len(classes), len(classes) <= 25  # more than that leave no room for numbers
     size, totals = 8 if few else 4, matrix.sum(1, keepdim=True)
-    classes = [*map(shortened, classes)]
+    classes = shortened(classes)
     # Shares, not counts: classes may differ in size.
     shares = torch.where(totals > 0, matrix / totals, math.nan)
     side = max(5.0, 0.52 * min(count, 25))
@@ -945,7 +950,8 @@ def draw_pr_curves(curves, classes, title):
     columns = min(5, len(classes)) if len(classes) <= 25 else 10
     rows = math.ceil(len(classes) / columns)
     figure = new_figure(1.9 * columns + 0.4, 1.9 * rows + 0.2, title)
-    for index, (name, (precision, recall, average)) in enumerate(zip(classes, curves)):
+    names = shortened(classes, 14)
+    for index, (name, (precision, recall, average)) in enumerate(zip(names, curves)):
         measured = NOTHING if math.isnan(average) else f"{average:.3f}"
         axes = plot(figure, (rows, columns, index + 1), f"{name} · {measured}")
         for others in curves if len(classes) <= 25 else ():
@@ -1001,8 +1007,9 @@ def draw_activations(statistics, title):
     columns = min(4, len(statistics))
     rows = math.ceil(len(statistics) / columns)
     figure = new_figure(max(2.8 * columns, 5), 2.2 * rows, title)
-    for index, (layer, numbers) in enumerate(statistics.items(), 1):
-        axes = plot(figure, (rows, columns, index), f"{shortened(layer, 36)}\n"
+    names = shortened([*statistics], 36)
+    for index, (name, numbers) in enumerate(zip(names, statistics.values()), 1):
+        axes = plot(figure, (rows, columns, index), f"{name}\n"
                     f"mean {numbers['mean']:.2g}, std {numbers['std']:.2g}\n"
                     f"{numbers['zeros']:.0%} zeros, {len(numbers['dead'])} of {numbers['units']} "
                     f"units dead")
@@ -1298,7 +1305,7 @@ def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: in
         f"{len(dataset.classes)} classes", *(
             f"{what} {' '.join(f'{value:.4f}' for value in values)}"
             for what, values in statistics.items())])
-    figure = image_grid(shown, columns=count, suptitle=title, row_titles=dataset.classes,
+    figure = image_grid(shown, columns=count, suptitle=title, row_titles=shortened(dataset.classes),
                         cell=0.62 if len(rows) <= 25 else 0.32)
     return save_figure(figure, None, f"samples-{name}", out, format)
 
@@ -1424,7 +1431,7 @@ def activations(ckpt: str | None = None, layers: tuple[str, ...] = (), images: i
     or the checkpoints it kept, and at its end. Without `--layers`: all activations, and the last
     layer."""
     network, about, test = open_test(ckpt, **flags)
-    files = snapshots(ckpt) if ckpt and Path(ckpt).expanduser().is_dir() else []
+    files = snapshots(ckpt) if ckpt and Path(os.path.expanduser(ckpt)).is_dir() else []
     need(flags.get("out") if files else None, images=images)
     test = subset(test, images, seed=0)
     layers = listed(layers) or rectifiers_of(network, about.preprocessing.image_size)
@@ -1680,9 +1687,9 @@ def projector(ckpt: str | None = None, layer: str | None = None, count: int = 10
                          f"are")
     if not flags.get("out"):  # one that is asked for may be where its user likes
         train.check_no_links([folder, *folder.rglob("*")])
-    others = [path for path in folder.rglob("*") if path.is_file() and not train.WRITTEN.fullmatch(
-        f"test/{path.relative_to(folder).as_posix()}")
-        and not path.name.startswith("events.out.tfevents")]
+    others = [path for path in folder.rglob("*") if not path.is_dir() and not (
+        path.is_file() and (path.name.startswith("events.out.tfevents") or train.WRITTEN.fullmatch(
+            f"test/{path.relative_to(folder).as_posix()}")))]
     if others:  # TensorBoard would write over some files
         raise FileExistsError(f"out={folder}: holds {others[0].name}, which is none of the "
                               f"Projector's files; name a folder for these alone")

@@ -493,9 +493,9 @@ def figures_of(experiment, runs, folder):
 
 def results(path: str | None = None, out: str = "docs/results.md"):
     """Write the measured results in the CSV file PATH beside the reported ones, as Markdown."""
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out))
     train.check_output(out, ".md")
-    path = Path(path).expanduser() if path else reproduce.RESULTS
+    path = Path(os.path.expanduser(path)) if path else reproduce.RESULTS
     reproduce.replace(out, results_markdown(path), RESULTS_SIGN)
     return out
 

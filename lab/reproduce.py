@@ -198,7 +198,7 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
     given = {name: value for name, value in given.items() if value is not None}
     # A trial of a few images shows that a line works, and needs no GPU.
     able = limit is not None or train.choose_device().type == "cuda"
-    rows, failed, kept = [], {}, Path(results).expanduser() if results else None
+    rows, failed, kept = [], {}, Path(os.path.expanduser(results)) if results else None
     if kept:  # complains of another table before anything is trained
         train.check_output(kept, ".csv", "results")
         if kept.exists():

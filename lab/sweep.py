@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import re
 import time
 import typing
@@ -118,7 +119,7 @@ def grid_of(flags):
         if "," in flags.get(name, ""):
             raise ValueError(f"{name}={flags[name]}: is of the whole grid and must have no comma")
     axes = {name: split(text) for name, text in flags.items()  # a folder's name may have one
-            if "," in text and not (name == "data" and Path(text).expanduser().exists())}
+            if "," in text and not (name == "data" and Path(os.path.expanduser(text)).exists())}
     if not axes:
         raise ValueError("no flag has several values (for example `lr=0.1,0.01`)")
     fixed = {name: text for name, text in flags.items() if name not in axes}

@@ -1084,6 +1084,35 @@ def test_a_result_tells_where_the_run_was_trained_not_where_it_was_measured(tmp_
     assert train.newest_checkpoint(config.folder, print)["step"] < checkpoint["step"]
 
 
+def test_the_home_of_nobody_is_a_place_as_any_other(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    assert "~nobodyhere/run" in refused(train.COMMANDS, ["evaluate", "~nobodyhere/run"])
+    root = "~nobodyhere/data"
+    train.train(config := tiny(tmp_path, root=root))
+    assert root in refused(train.COMMANDS, ["predict", str(config.folder), root])
+    assert train.train(tiny(tmp_path, root=root, epochs=3), resume=True)["epochs"] == 3
+    assert train.root_of(tiny(tmp_path, root=root, data="pets")) == "data"
+
+
+def test_a_link_that_leads_to_itself_is_told_in_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for place in ({"out": str(tmp_path / "loop")}, {"root": str(tmp_path / "loop")}):
+        with contextlib.suppress(OSError):  # "shapes" needs no root
+            train.train(tiny(tmp_path, **place))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that have a name")
+def test_a_pipe_where_tensorboard_writes_is_refused_before_any_work(tmp_path):
+    train.train(config := tiny(tmp_path))
+    place = next((config.folder / "test").rglob("tensors.tsv"))
+    place.unlink()
+    os.mkfifo(place)
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(FileExistsError, match=r"tensors\.tsv: is neither a file nor a folder"):
+            train.train(config, **how)
+    assert (config.folder / "result.json").exists()
+
+
 def test_more_epochs_that_were_not_begun_can_be_taken_back(tmp_path, monkeypatch):
     train.train(config := tiny(tmp_path))
     before = (config.folder / "last.pth").read_bytes()

@@ -640,7 +640,18 @@ def test_of_long_names_the_end_is_shown():
                  lambda: visualize.draw_predictions(torch.zeros(6, 3, 4, 4), torch.arange(6) % 2,
                                                     torch.eye(2).repeat(3, 1), names, "")):
         shown = texts_of(draw())
-        assert {"…xxxxxxxxxx_Corvus_corax", "…xxxxxxxxxx_Corvus_coron"} <= {*shown}
+        assert {"Animalia_Cho…orvus_corax", "Animalia_Cho…orvus_coron"} <= {*shown}
+    curves = [(torch.ones(2), torch.ones(2), 1.0)] * 2
+    assert "Animali…_corax · 1.000" in texts_of(visualize.draw_pr_curves(curves, names, ""))
+
+
+def test_long_names_that_differ_stay_different():
+    signs = [f"{no} passing {by} vehicles over 3.5 metric tons of weight, 7 to 9 a.m. on Sundays"
+             for no in ("No", "End of no") for by in ("of", "by")]
+    short = visualize.shortened(signs)
+    assert len({*short}) == 4 and visualize.shortened(["cat", *signs])[0] == "cat"
+    assert max(map(len, short)) <= 40
+    assert visualize.shortened(signs[:1]) == [f"{signs[0][:12]}…{signs[0][-11:]}"]
 
 
 METRICS = {name: [0.5, 0.6] for name in train.COLUMNS}
@@ -650,6 +661,9 @@ METRICS = {name: [0.5, 0.6] for name in train.COLUMNS}
 def test_no_share_is_told_that_cannot_be(share):
     texts = texts_of(visualize.draw_curves({"a": [{name: [share] * 2 for name in METRICS}]}))
     told = [float(text[:-1]) for text in texts if text.endswith("%")]
+    tick = visualize.new_figure(2, 2, "").add_subplot().xaxis
+    visualize.percent(tick)
+    assert tick.get_major_formatter()(1.0000000000000002) == "100%"
     assert share * 100 in told and all(0 <= number <= 100 for number in told)
 
 
