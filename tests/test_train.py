@@ -1088,8 +1088,7 @@ def test_the_home_of_nobody_is_a_place_as_any_other(tmp_path, monkeypatch, refus
     monkeypatch.chdir(tmp_path)
     assert "~nobodyhere/run" in refused(train.COMMANDS, ["evaluate", "~nobodyhere/run"])
     root = "~nobodyhere/data"
-    train.train(config := tiny(tmp_path, root=root))
-    assert root in refused(train.COMMANDS, ["predict", str(config.folder), root])
+    train.train(tiny(tmp_path, root=root))
     assert train.train(tiny(tmp_path, root=root, epochs=3), resume=True)["epochs"] == 3
     assert train.root_of(tiny(tmp_path, root=root, data="pets")) == "data"
 
