@@ -501,7 +501,7 @@ def unit_text(descent, classes):
         return "all units"
     position, activations = descent.positions[0].item(), descent.activations[0]
     unit = position // activations[0].numel()  # a map has H·W positions
-    named = f" ({visualize.shortened(classes)[unit]})" if classes else ""
+    named = f" ({visualize.shortened(classes, 14)[unit]})" if classes else ""
     return f"unit {unit}{named}: {activations.flatten()[position]:.3g}"
 
 
