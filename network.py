@@ -603,6 +603,12 @@ def gradient_places(outputs):
     return [getattr(output, "edge", None) or output for output in outputs]
 
 
+def slopes_of(value, places, **options):
+    """`torch.autograd.grad`; ValueError where there is none, as of activation checkpoints."""
+    with told("no gradient leads back through the network"):
+        return torch.autograd.grad(value, places, **options)
+
+
 def hands_on(given, output):
     """Whether a module gave its input back or a view of it, as an identity does, dropout that is
     off, and what has worked on it in place."""
@@ -781,6 +787,7 @@ def _pooled(function, x, kernel_size, stride=None, padding=0, dilation=1, ceil_m
         (value, value) if isinstance(value, int) else (*value, *value)[:2]
         for value in (kernel_size, stride or kernel_size, padding, dilation))
     found = function(x, kernel, stride, padding, dilation, ceil_mode)
+    x = x.where(x.detach() > -50, 0)  # whose padding may be −∞ and looks at nothing
     size = found[0].shape if isinstance(found, tuple) else found.shape
     # With `ceil_mode` a last window may reach over the edge by less than a stride; where there is
     # none, the place that this makes for it is cut off again.
@@ -824,6 +831,22 @@ def _grouped(_function, x, num_groups, *_others, **_named):
     return _scaled(None, x + means.view(*means.shape, *[1] * (x.ndim - 2)))
 
 
+def _local(_function, x, size, *_others, **_named):
+    """Local response normalisation: each value looks at `size` channels of its place."""
+    ends = F.pad(x[:, None], (0, 0, 0, 0, size // 2, (size - 1) // 2))
+    return _scaled(None, x + F.avg_pool3d(ends, (size, 1, 1), 1)[:, 0])
+
+
+def _layer_norm(_function, x, normalized_shape, *_others, **_named):
+    """Each value looks at all of the last dimensions."""
+    return _scaled(None, x + x.mean([*range(-len(normalized_shape), 0)], True))
+
+
+def _size(value):
+    """A number without its sign, and anything else as it is."""
+    return abs(value) if isinstance(value, (int, float)) else value
+
+
 def _gate(_function, x, *_others, **_named):
     """What multiplies, such as a sigmoid: near ½ for all values, and not alike for others."""
     return 0.5 + 1e-3 * _scaled(None, x)
@@ -847,10 +870,10 @@ def _batch_norm(_function, x, *others, **named):
 # What takes the place of a function, given it and its arguments, in `Connections`.
 CONNECTIONS = {
     **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "tanhshrink", "hardshrink", "softshrink",
-                     "softsign", "logsigmoid", "sign", "round", "floor", "ceil", "trunc", "neg",
-                     "negative", "reciprocal", "exp", "expm1", "log", "log1p", "log2", "log10",
-                     "sqrt", "rsqrt", "abs", "absolute", "square", "sin", "cos", "erf", "atan"],
-                     _scaled),
+                     "softsign", "log_sigmoid", "rpow", "sign", "round", "floor", "ceil", "trunc",
+                     "neg", "negative", "reciprocal", "exp", "expm1", "log", "log1p", "log2",
+                     "log10", "sqrt", "rsqrt", "abs", "absolute", "square", "sin", "cos", "erf",
+                     "atan"], _scaled),
     **dict.fromkeys(["sub", "rsub", "subtract", "div", "rdiv", "divide", "true_divide", "pow"],
                     _added),
     **dict.fromkeys(["sigmoid", "hardsigmoid"], _gate),
@@ -869,8 +892,8 @@ CONNECTIONS = {
     **dict.fromkeys(["max", "maximum", "fmax", "min", "minimum", "fmin"], _largest),
     "batch_norm": _batch_norm, "group_norm": _grouped,
     "instance_norm": lambda _, x, *others, **named: _grouped(None, x, x.shape[1]),
-    "layer_norm": lambda _, x, normalized_shape, *others, **named: _scaled(
-        None, x + x.mean([*range(-len(normalized_shape), 0)], True)),
+    "layer_norm": _layer_norm, "rms_norm": _layer_norm, "local_response_norm": _local,
+    "glu": lambda _, x, dim=-1: _scaled(None, sum(x.chunk(2, dim))),
     "normalize": lambda _, x, p=2, dim=1, **named: _scaled(None, x + x.mean(dim, True)),
 }
 # What moves, copies, adds, averages or multiplies, and has the right gradient as it is.
@@ -878,18 +901,20 @@ PASSING = {
     "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze",
     "permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "rot90",
     "roll", "flip", "fliplr", "flipud", "narrow", "select", "split", "chunk", "tensor_split",
-    "unbind", "getitem", "index_select", "diagonal", "tril", "triu", "expand", "expand_as",
-    "repeat", "tile", "repeat_interleave", "contiguous", "clone", "to", "type", "type_as", "float",
-    "double", "half", "bfloat16", "cat", "concat", "concatenate", "stack", "hstack", "vstack",
-    "pad", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "real", "base",
-    "add", "iadd", "radd", "mul", "imul", "rmul", "multiply", "addcmul", "sum", "mean", "std",
-    "var", "var_mean", "std_mean", "norm", "vector_norm", "logsumexp", "prod", "cumsum",
-    "interpolate", "upsample", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool2d",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "dropout", "dropout1d",
-    "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "where", "masked_fill",
-    "matmul", "rmatmul", "bmm", "mm", "einsum", "baddbmm", "addmm", "affine_grid", "nan_to_num"}
-PRODUCTS = {"matmul", "bmm", "mm", "einsum"}
+    "broadcast_to", "ravel", "unbind", "getitem", "index_select", "diagonal", "tril", "triu",
+    "expand", "expand_as", "repeat", "tile", "repeat_interleave", "contiguous", "clone", "to",
+    "type", "type_as", "float", "double", "half", "bfloat16", "cat", "concat", "concatenate",
+    "stack", "hstack", "vstack", "pad", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle",
+    "channel_shuffle", "real", "base", "add", "iadd", "radd", "mul", "imul", "rmul", "multiply",
+    "addcmul", "sum", "mean", "std", "var", "var_mean", "std_mean", "norm", "linalg_norm",
+    "linalg_vector_norm", "logsumexp", "prod", "cumsum", "interpolate", "upsample", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "lp_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+    "feature_alpha_dropout", "where", "masked_fill", "matmul", "rmatmul", "bmm", "mm", "einsum",
+    "tensordot", "baddbmm", "addmm", "affine_grid", "nan_to_num"}
+PRODUCTS = {"matmul", "bmm", "mm", "einsum", "tensordot"}
 COMPARISONS = {"gt", "lt", "ge", "le", "greater", "less", "greater_equal", "less_equal"}
+CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
 
 
 class Connections(TorchFunctionMode):
@@ -904,6 +929,8 @@ class Connections(TorchFunctionMode):
     def __init__(self, network):
         super().__init__()
         self.unknown, self.weights = [], {}
+        # Where something is above 0, and places of maxima, by their ids: (they, what they are of).
+        self.choices = {}
         self.note_weights([*network.parameters(), *network.buffers()])
 
     def note_weights(self, values):
@@ -916,36 +943,74 @@ class Connections(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
         if name == "__get__":  # of an attribute, such as x.mT
             name = function.__self__.__name__
-        plain_name = name.split(".")[0].strip("_")
-        leaves = tree_leaves((args, kwargs))
-        if not any(map(_computed, leaves)):
-            # As it is: what is made of weights alone is one, what is made of nothing may be a mask.
-            held = any(id(value) in self.weights for value in leaves)
-            with torch.no_grad() if held else contextlib.nullcontext():
-                value = function(*args, **kwargs)
-            if held:
-                self.note_weights(value)
-            return value
+        plain_name, leaves = name.split(".")[0].strip("_"), tree_leaves((args, kwargs))
+        if any(map(_computed, leaves)):
+            with torch.enable_grad():  # frozen layers look at something, too
+                return self.connected(function, name, plain_name, leaves, args, kwargs)
+        # As it is: what is made of weights alone is one, what is made of nothing may be a mask.
+        held = any(id(value) in self.weights for value in leaves)
+        with torch.no_grad() if held else contextlib.nullcontext():
+            value = function(*tree_map(self.exactly, args), **tree_map(self.exactly, kwargs))
+        if held:
+            # Copies, because something of the images may be written into them.
+            value = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
+            self.note_weights(value)
+        for choice in self.choices_in(leaves):  # `~(x > 0)`, `(x > 0).float()`
+            if isinstance(value, Tensor) and plain_name in (*CASTS, "invert", "logical_not"):
+                self.choices[id(value)] = value, choice
+            elif isinstance(value, Tensor):
+                self.unknown.append(plain_name)
+        return value
+
+    def connected(self, function, name, plain_name, leaves, args, kwargs):
+        """What stands in for what `function` computes from the images."""
         named = {key: value for key, value in kwargs.items() if key not in ("input", "query")}
         given = args or [kwargs.get("input", kwargs.get("query"))]
+        # Who is told where x is above 0, or largest, looks at what x does: known where it is x.
+        choices = self.choices_in(leaves)
+        others = [choice for choice in choices if not any(choice is value for value in leaves)]
+        largest = "norm" in plain_name and any(
+            isinstance(value, float) and math.isinf(value) for value in leaves)
+        if (others and plain_name != "max_unpool2d") or largest:
+            self.unknown.append(plain_name)
+        if choices and plain_name == "where":
+            return _scaled(None, sum(filter(_computed, leaves)))
         if plain_name in CONNECTIONS and isinstance(given[0], Tensor):
             value = CONNECTIONS[plain_name](function, *given, **named)
+            for places in value[1:] if isinstance(value, tuple) else ():
+                self.choices[id(places)] = places, None
             in_place = re.search("[^_]_$", name)  # sub_, not __sub__
             return given[0].copy_(value) if in_place else value
+        if re.search("^__(i|set)|[^_]_$", name):  # it writes into a copy of weights
+            self.weights.pop(id(given[0]), None)
+        if re.fullmatch("i?add|r?add|i?mul|rmul|multiply|addcmul", plain_name):  # a + −1·b
+            args, kwargs = tree_map(_size, (args, kwargs))
         value = function(*tree_map(self.stand_in, args), **tree_map(self.stand_in, kwargs))
         made = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
-        # All values here are above 0, so that this comparison alone is the same for all images.
-        with_zero = plain_name in COMPARISONS and not any(
-            torch.as_tensor(other).any() for other in [*args, *kwargs.values()][1:2])
+        if plain_name in COMPARISONS and not any(
+                torch.as_tensor(other).any() for other in [*args, *kwargs.values()][1:2]):
+            # All values here are above 0, so that this comparison alone is the same for all.
+            self.choices[id(value)] = value, given[0]
+            return value
         # These take no more of the images than a size or a type.
         no_values = re.match("new_|.*_like$", plain_name) or (
             not _computed(given[0]) and re.match("to$|.*_as$", plain_name)) or (
             not made and not isinstance(value, (float, list)))  # as of x.item()
         passing = plain_name in PASSING and made and all(map(_computed, made))
-        if not (with_zero or no_values or passing):
+        if not (no_values or passing):
             self.unknown.append(plain_name)
+        if plain_name in CASTS and _computed(given[0]) and value.is_floating_point():
+            return given[0].to(value.device)  # in half precision small gradients would be 0
         # The scores of attention grow with the number of channels.
         return _scaled(None, value) if plain_name in PRODUCTS else value
+
+    def choices_in(self, leaves):
+        """What the `choices` among `leaves` are of."""
+        return [self.choices[id(value)][1] for value in leaves if id(value) in self.choices]
+
+    def exactly(self, value):
+        """A weight in the type that the images have here, and anything else as it is."""
+        return value.to(exact_type(value.device)) if id(value) in self.weights else value
 
     def stand_in(self, value):
         """`constant` for a weight, and anything else as it is."""
@@ -1010,13 +1075,16 @@ def receptive_fields(network, layer, image_size):
         raise ValueError(f"layer={layer}: behind {unknown[0]} no receptive field can be found")
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
+    if not maps.isfinite().all():
+        raise ValueError(f"layer={layer}: what it computes is not finite, which hides which pixels "
+                         f"it looks at")
     maps = maps if maps.ndim == 3 else maps[:, None, None]
     # Channels with the same values look at the same pixels: one of each kind is asked.
     kinds, kind = maps.detach().flatten(1).unique(dim=0, return_inverse=True)
 
     def box_of(units):
         """Top, left, bottom and right of the pixels that any of `units` looks at, or zeros."""
-        gradient, = torch.autograd.grad(units.sum(), noise, retain_graph=True)
+        gradient, = slopes_of(units.sum(), [noise], retain_graph=True)
         seen = gradient[0, 0].nonzero().cpu()  # pixels×2; the GPU waits here
         return torch.cat([seen.amin(0), seen.amax(0) + 1]) if len(seen) else torch.zeros(4).long()
 
@@ -1069,7 +1137,7 @@ def class_gradient(network, images, label):
     """The gradient of class number `label`'s logit (see `class_scores`) at normalised images
     N×3×S×S: N×3×S×S."""
     scores, images, _ = class_scores(network, images, label)
-    return torch.autograd.grad(scores.sum(), images, materialize_grads=True)[0]
+    return slopes_of(scores.sum(), [images], materialize_grads=True)[0]
 
 
 def smooth_gradient(network, images, label, count=50, noise=0.15, seed=0):
@@ -1106,8 +1174,8 @@ def grad_cam(network, images, label, layer=None):
     kept = {name: output for name, output in outputs.items()
             if isinstance(output, Tensor) and output.requires_grad}
     # Images do not mix, so the gradient of the sum is that of each image's own score.
-    slopes = torch.autograd.grad(scores.sum(), gradient_places(kept.values()),
-                                 allow_unused=True) if kept else ()
+    slopes = slopes_of(scores.sum(), gradient_places(kept.values()),
+                       allow_unused=True) if kept else ()
     dead, tokens = None, {len(output[0]) for output in kept.values() if output.ndim == 3}
     for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
         # What attention computes for its heads, N×heads×T×T or N×heads×T×C, is no image.

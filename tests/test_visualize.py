@@ -207,6 +207,10 @@ def test_receptive_fields_behind_a_pool_that_gives_its_places_too(pool):
     lambda x: x.quantile(0.5, 1, True), lambda x: x.gather(3, x.argsort(3)),
     lambda x: torch.fft.fft2(x).real, lambda x: x * (x > x.detach().median()),
     lambda x: x * (x > 0.9), lambda x: x * x.mean().item(), Largest.apply,
+    lambda x: x * ((x - x.mean((2, 3), True)) > 0),
+    lambda x: x * (x.mean((2, 3), True) > 0).float(),
+    lambda x: x.flatten(2)[..., x.abs().sum(1).flatten(1).max(1)[1]],
+    lambda x: x * (x > 0).float().mean(), lambda x: x / x.norm(float("inf")),
     lambda x: x + x.data.mean(), lambda x: x[:, x.mean((0, 2, 3)).argsort()]])
 def test_where_one_value_is_chosen_no_receptive_field_is_told(choose):
     with pytest.raises(ValueError, match=r"layer=1: behind .* no receptive field can be found"):
@@ -346,6 +350,69 @@ def test_attention_sees_keys_where_the_values_say_nothing(attend):
     stack = nn.Sequential(nn.Conv2d(3, 64, 4, 4), Lambda(lambda x: x.flatten(2).mT), Lambda(
         lambda x: attend(x, x, torch.ones_like(x))), nn.Linear(64, 2))
     assert network.receptive_fields(stack, "3", 16)[0, 1, 1].tolist() == [0, 0, 16, 16]
+
+
+def frozen(x):
+    with torch.no_grad():
+        return x / x.abs().amax((1, 2, 3), keepdim=True)
+
+
+class Positions(nn.Module):
+    """Tokens that are added to their positions, in place, in half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.fc = nn.Parameter(torch.randn(1, 17, 4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        tokens = self.positions.repeat(len(x), 1, 1)
+        tokens[:, 1:] += x.half().flatten(2).mT
+        return self.fc(tokens)
+
+
+@pytest.mark.parametrize("layer, box", [
+    (Lambda(frozen), [0, 0, 6, 6]), (nn.LocalResponseNorm(2), [1, 2, 4, 5]),
+    (nn.RMSNorm([4]), [1, 0, 4, 6]), (nn.LogSigmoid(), [1, 2, 4, 5]), (Positions(), [1, 2, 4, 5]),
+    (Lambda(lambda x: torch.where(x > 0, x, x.mean((2, 3), True))), [0, 0, 6, 6]),
+    (Lambda(lambda x: torch.add(x, x.roll(1, 1), alpha=-1)), [1, 2, 4, 5]),
+    (Lambda(lambda x: x + -1 * x.roll(1, 1)), [1, 2, 4, 5]),
+    (Lambda(lambda x: F.conv2d(x * 1, torch.linspace(0, 1, 4, dtype=x.dtype).view(1, 4, 1, 1))),
+     [1, 2, 4, 5])])
+def test_receptive_fields_behind_what_looks_like_nothing(layer, box):
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), layer)
+    assert network.receptive_fields(stack, "1", 6)[0, 1, 2].tolist() == box
+
+
+def test_receptive_fields_behind_padding_by_minus_infinity():
+    """TensorFlow's pooling; the fields of Conv 3×3, pool 3×3 by 2 and Conv 3×3."""
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConstantPad2d((0, 1, 0, 1), -torch.inf),
+                          nn.MaxPool2d(3, 2), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+                          nn.Conv2d(4, 4, 1))
+    assert network.receptive_fields(stack, "7", 20)[0, 3, 3].tolist() == [6, 6, 15, 15]
+
+
+def test_small_gradients_are_not_lost_in_half_precision():
+    class Cast(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.to(next(self.parameters()).dtype))
+
+    stack = Cast(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(15))).half()
+    assert network.receptive_fields(stack, "14", 48)[0, 24, 24].tolist() == [9, 9, 40, 40]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_through_activation_checkpoints_no_way_leads_back(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    stack = nn.Sequential(nn.Conv2d(3, 3, 1), Lambda(lambda x: checkpoint(
+        inner, x, use_reentrant=reentrant)), nn.Flatten(), nn.Linear(400, 4))
+    with pytest.raises(ValueError, match=r"no gradient leads|no receptive field|cannot take"):
+        network.receptive_fields(stack, "1", 12)
+    if reentrant:
+        for explain in (network.grad_cam, network.class_gradient):
+            with pytest.raises(ValueError, match="no gradient leads back through the network"):
+                explain(stack, torch.rand(1, 3, 12, 12), 1)
 
 
 class Standardised(nn.Linear):
