@@ -567,7 +567,7 @@ def draw_occlusion(picture, found, signal, size, stride, unit, label, share, cla
                    for step in divmod(changes.argmax().item(), steps))
     shown = picture.clone()
     shown[:, max(row, 0):row + size, max(column, 0):column + size] = 0.5
-    ranks, names = ranked(found.predictions, visualize.shortened(classes), len(colors))
+    ranks, names = ranked(found.predictions, classes, len(colors))
     figure = visualize.new_figure(17, 4.5, title)
     panels = [
         (shown.permute(1, 2, 0), f"the grey square, {size}×{size},\nwhere it does most", {}),
@@ -708,7 +708,7 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     # In the precision in which `occlude` computes, with whose probabilities it is compared.
     logits = train.finite_logits(network, picture, replace(about.preprocessing,
                                                            precision="fp32"))[0]
-    classes = about.class_names(len(logits))
+    classes = visualize.shortened(about.class_names(len(logits)))
     kind = "true class"
     if label is None:
         label, kind = logits.argmax().item(), "class predicted at first"
@@ -718,9 +718,8 @@ def occlusion(ckpt: str | None = None, image: str | None = None, index: int = 0,
     found = occlude(network, layer, picture, about.preprocessing, unit, label, size, stride)
     figure = draw_occlusion(
         about.preprocessing.pictures(picture)[0], found, descent.signal[0].cpu(), size, stride,
-        f"feature map {unit} of {layer}",
-        f"{kind},\n{visualize.shortened(classes)[label]}", logits.softmax(0)[label].item(), classes,
-        f"{about.title}: {source}, behind a grey square")
+        f"feature map {unit} of {layer}", f"{kind},\n{classes[label]}",
+        logits.softmax(0)[label].item(), classes, f"{about.title}: {source}, behind a grey square")
     return visualize.save_figure(figure, ckpt, "occlusion", **flags)
 
 

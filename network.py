@@ -756,10 +756,10 @@ def _attended(_function, query, key, value, *_others, attn_mask=None, **_named):
 
 
 def _dot_products(_function, query, key, value, attn_mask=None, _dropout=0, is_causal=False,
-                  **named):
+                  **_named):
     """Attention of …×L×E queries; its mask is False, or far below 0, where it hides."""
     shown = query.new_ones(query.shape[-2], key.shape[-2]) > 0
-    shown = shown.tril() if is_causal or named.get("is_causal") else shown
+    shown = shown.tril() if is_causal else shown
     if attn_mask is not None:
         shown = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -50
     return _looked_at(query, key, value, shown).repeat_interleave(value.shape[-1], -1)
@@ -842,11 +842,6 @@ def _layer_norm(_function, x, normalized_shape, *_others, **_named):
     return _scaled(None, x + x.mean([*range(-len(normalized_shape), 0)], True))
 
 
-def _size(value):
-    """A number without its sign, and anything else as it is."""
-    return abs(value) if isinstance(value, (int, float)) else value
-
-
 def _gate(_function, x, *_others, **_named):
     """What multiplies, such as a sigmoid: near ½ for all values, and not alike for others."""
     return 0.5 + 1e-3 * _scaled(None, x)
@@ -896,25 +891,24 @@ CONNECTIONS = {
     "glu": lambda _, x, dim=-1: _scaled(None, sum(x.chunk(2, dim))),
     "normalize": lambda _, x, p=2, dim=1, **named: _scaled(None, x + x.mean(dim, True)),
 }
+PRODUCTS = {"matmul", "bmm", "mm", "einsum", "tensordot"}
+CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
 # What moves, copies, adds, averages or multiplies, and has the right gradient as it is.
 PASSING = {
-    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze",
-    "permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "rot90",
-    "roll", "flip", "fliplr", "flipud", "narrow", "select", "split", "chunk", "tensor_split",
-    "broadcast_to", "ravel", "unbind", "getitem", "index_select", "diagonal", "tril", "triu",
-    "expand", "expand_as", "repeat", "tile", "repeat_interleave", "contiguous", "clone", "to",
-    "type", "type_as", "float", "double", "half", "bfloat16", "cat", "concat", "concatenate",
-    "stack", "hstack", "vstack", "pad", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "real", "base", "add", "iadd", "radd", "mul", "imul", "rmul", "multiply",
-    "addcmul", "sum", "mean", "std", "var", "var_mean", "std_mean", "norm", "linalg_norm",
-    "linalg_vector_norm", "logsumexp", "prod", "cumsum", "interpolate", "upsample", "avg_pool1d",
-    "avg_pool2d", "avg_pool3d", "lp_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
-    "feature_alpha_dropout", "where", "masked_fill", "matmul", "rmatmul", "bmm", "mm", "einsum",
-    "tensordot", "baddbmm", "addmm", "affine_grid", "nan_to_num"}
-PRODUCTS = {"matmul", "bmm", "mm", "einsum", "tensordot"}
+    *PRODUCTS, *CASTS, "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten",
+    "squeeze", "unsqueeze", "permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims",
+    "movedim", "moveaxis", "rot90", "roll", "flip", "fliplr", "flipud", "narrow", "select", "split",
+    "chunk", "tensor_split", "broadcast_to", "ravel", "unbind", "getitem", "index_select",
+    "diagonal", "tril", "triu", "expand", "expand_as", "repeat", "tile", "repeat_interleave",
+    "contiguous", "clone", "double", "cat", "concat", "concatenate", "stack", "hstack", "vstack",
+    "pad", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "real", "base",
+    "add", "mul", "multiply", "addcmul", "sum", "mean", "std", "var", "var_mean", "std_mean",
+    "norm", "linalg_norm", "linalg_vector_norm", "logsumexp", "prod", "cumsum", "interpolate",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool2d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "dropout", "dropout1d", "dropout2d", "dropout3d",
+    "alpha_dropout", "feature_alpha_dropout", "where", "masked_fill", "rmatmul", "baddbmm", "addmm",
+    "affine_grid", "nan_to_num"}
 COMPARISONS = {"gt", "lt", "ge", "le", "greater", "less", "greater_equal", "less_equal"}
-CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
 
 
 class Connections(TorchFunctionMode):
@@ -943,10 +937,15 @@ class Connections(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
         if name == "__get__":  # of an attribute, such as x.mT
             name = function.__self__.__name__
-        plain_name, leaves = name.split(".")[0].strip("_"), tree_leaves((args, kwargs))
+        name = name.split(".")[0]  # of relu.default, as operators are called
+        leaves = tree_leaves((args, kwargs))
         if any(map(_computed, leaves)):
             with torch.enable_grad():  # frozen layers look at something, too
-                return self.connected(function, name, plain_name, leaves, args, kwargs)
+                return self.connected(function, name, leaves, args, kwargs)
+        return self.apart(function, name.strip("_"), leaves, args, kwargs)
+
+    def apart(self, function, name, leaves, args, kwargs):
+        """What `function` computes from anything but the images."""
         # As it is: what is made of weights alone is one, what is made of nothing may be a mask.
         held = any(id(value) in self.weights for value in leaves)
         with torch.no_grad() if held else contextlib.nullcontext():
@@ -956,53 +955,46 @@ class Connections(TorchFunctionMode):
             value = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
             self.note_weights(value)
         for choice in self.choices_in(leaves):  # `~(x > 0)`, `(x > 0).float()`
-            if isinstance(value, Tensor) and plain_name in (*CASTS, "invert", "logical_not"):
+            if isinstance(value, Tensor) and name in (*CASTS, "invert", "logical_not"):
                 self.choices[id(value)] = value, choice
             elif isinstance(value, Tensor):
-                self.unknown.append(plain_name)
+                self.unknown.append(name)
         return value
 
-    def connected(self, function, name, plain_name, leaves, args, kwargs):
+    def connected(self, function, full_name, leaves, args, kwargs):
         """What stands in for what `function` computes from the images."""
+        name, in_place = full_name.strip("_"), re.search("^__set|[^_]_$", full_name)
         named = {key: value for key, value in kwargs.items() if key not in ("input", "query")}
         given = args or [kwargs.get("input", kwargs.get("query"))]
         # Who is told where x is above 0, or largest, looks at what x does: known where it is x.
         choices = self.choices_in(leaves)
         others = [choice for choice in choices if not any(choice is value for value in leaves)]
-        largest = "norm" in plain_name and any(
+        largest = "norm" in name and any(
             isinstance(value, float) and math.isinf(value) for value in leaves)
-        if (others and plain_name != "max_unpool2d") or largest:
-            self.unknown.append(plain_name)
-        if choices and plain_name == "where":
+        if (others and name != "max_unpool2d") or largest:
+            self.unknown.append(name)
+        if choices and name == "where":
             return _scaled(None, sum(filter(_computed, leaves)))
-        if plain_name in CONNECTIONS and isinstance(given[0], Tensor):
-            value = CONNECTIONS[plain_name](function, *given, **named)
+        if name in CONNECTIONS and isinstance(given[0], Tensor):
+            value = CONNECTIONS[name](function, *given, **named)
             for places in value[1:] if isinstance(value, tuple) else ():
                 self.choices[id(places)] = places, None
-            in_place = re.search("[^_]_$", name)  # sub_, not __sub__
             return given[0].copy_(value) if in_place else value
-        if re.search("^__(i|set)|[^_]_$", name):  # it writes into a copy of weights
+        if in_place:  # it may write into a copy of weights
             self.weights.pop(id(given[0]), None)
-        if re.fullmatch("i?add|r?add|i?mul|rmul|multiply|addcmul", plain_name):  # a + −1·b
-            args, kwargs = tree_map(_size, (args, kwargs))
+        if name in ("add", "mul", "multiply", "addcmul"):  # as of a + −1·b
+            args, kwargs = tree_map(unsigned, (args, kwargs))
         value = function(*tree_map(self.stand_in, args), **tree_map(self.stand_in, kwargs))
-        made = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
-        if plain_name in COMPARISONS and not any(
+        if name in COMPARISONS and not any(
                 torch.as_tensor(other).any() for other in [*args, *kwargs.values()][1:2]):
             # All values here are above 0, so that this comparison alone is the same for all.
             self.choices[id(value)] = value, given[0]
-            return value
-        # These take no more of the images than a size or a type.
-        no_values = re.match("new_|.*_like$", plain_name) or (
-            not _computed(given[0]) and re.match("to$|.*_as$", plain_name)) or (
-            not made and not isinstance(value, (float, list)))  # as of x.item()
-        passing = plain_name in PASSING and made and all(map(_computed, made))
-        if not (no_values or passing):
-            self.unknown.append(plain_name)
-        if plain_name in CASTS and _computed(given[0]) and value.is_floating_point():
+        elif not is_told(name, given[0], value):
+            self.unknown.append(name)
+        elif name in CASTS and _computed(given[0]) and value.is_floating_point():
             return given[0].to(value.device)  # in half precision small gradients would be 0
         # The scores of attention grow with the number of channels.
-        return _scaled(None, value) if plain_name in PRODUCTS else value
+        return _scaled(None, value) if name in PRODUCTS else value
 
     def choices_in(self, leaves):
         """What the `choices` among `leaves` are of."""
@@ -1015,6 +1007,23 @@ class Connections(TorchFunctionMode):
     def stand_in(self, value):
         """`constant` for a weight, and anything else as it is."""
         return constant(value) if id(value) in self.weights else value
+
+
+def is_told(name, first, value):
+    """Whether the gradient tells what the `value` of a function looks at, given its `first`
+    argument; also where that is nothing, as it takes no more of the images than a size or a type.
+    """
+    made = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+    if not made:
+        return not isinstance(value, (float, list))  # as of x.item()
+    if re.match("new_|.*_like$", name) or (not _computed(first) and re.match("to$|.*_as$", name)):
+        return True
+    return name in PASSING and all(map(_computed, made))
+
+
+def unsigned(value):
+    """A number without its sign, and anything else as it is."""
+    return abs(value) if isinstance(value, (int, float)) else value
 
 
 def constant(weight):

@@ -780,6 +780,10 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     if checkpoint:
         others = check_checkpoint(config, checkpoint, description, changed_data, folder.say)
         restore(state, as_today(checkpoint, config.folder), len(batches), epoch_anew=others)
+        if is_over(config, state.epoch, state.best_epoch):
+            # The last step was taken there, maybe elsewhere; earlier checkpoints do not tell where.
+            description |= {name: checkpoint[name] for name in ("commit", *TRAINED_BY)
+                            if name in checkpoint}
     else:
         folder.say(f"{config.folder}: {'nothing to resume; ' if resume else ''}starting")
         fit_first_layer(state.network, dataset, config.size)
@@ -1810,7 +1814,6 @@ def finish(state, dataset, folder, workers):
         why = "best.pth is gone" if state.best_accuracy >= 0 else "no epoch is known to be the best"
         folder.say(f"{folder.path}: {why}; the last epoch is measured")
     network, about = open_network(kept, config.device)
-    trained = networks.read(folder.path / "last.pth")
     logits = finite_logits(network, dataset.test.images, prep)
     last = dict(zip(COLUMNS, state.metrics.rstrip().rpartition("\n")[2].split(",")))
     # Of a run that an earlier version began, the row may be lost.
@@ -1828,8 +1831,7 @@ def finish(state, dataset, folder, workers):
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
         "command": command_of(config), "fingerprint": dataset.fingerprint,
-        # Of where the last step was taken, which may be elsewhere. Earlier checkpoints do not tell.
-        **{name: trained.get(name, folder.description[name]) for name in ("commit", *TRAINED_BY)},
+        **{name: folder.description[name] for name in ("commit", *TRAINED_BY)},
     }
     with data.writing(folder.path / "test"):
         # Without it, a run that is killed meanwhile is measured again, board and all.
