@@ -893,38 +893,19 @@ CONNECTIONS = {
 }
 PRODUCTS = {"matmul", "bmm", "mm", "einsum", "tensordot"}
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
-# What moves, copies, adds, averages or multiplies, and has the right gradient as it is.
-PASSING = {
-    *PRODUCTS, *CASTS, "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten",
-    "squeeze", "unsqueeze", "permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims",
-    "movedim", "moveaxis", "rot90", "roll", "flip", "fliplr", "flipud", "narrow", "select", "split",
-    "chunk", "tensor_split", "broadcast_to", "ravel", "unbind", "getitem", "index_select",
-    "diagonal", "tril", "triu", "expand", "expand_as", "repeat", "tile", "repeat_interleave",
-    "contiguous", "clone", "double", "cat", "concat", "concatenate", "stack", "hstack", "vstack",
-    "pad", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "real", "base",
-    "add", "mul", "multiply", "addcmul", "sum", "mean", "std", "var", "var_mean", "std_mean",
-    "norm", "linalg_norm", "linalg_vector_norm", "logsumexp", "prod", "cumsum", "interpolate",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool2d", "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "dropout", "dropout1d", "dropout2d", "dropout3d",
-    "alpha_dropout", "feature_alpha_dropout", "where", "masked_fill", "rmatmul", "baddbmm", "addmm",
-    "affine_grid", "nan_to_num"}
-COMPARISONS = {"gt", "lt", "ge", "le", "greater", "less", "greater_equal", "less_equal"}
 
 
 class Connections(TorchFunctionMode):
     """While open, a gradient is above 0 where there is any connection, and elsewhere exactly 0.
 
     All weights are one positive constant, maxima are means, activations the identity, and a
-    normalisation adds the mean of what it looks at (see `CONNECTIONS`). What is neither there nor
-    in `PASSING`, because it chooses, hides its gradient, has weights of either sign, as Fourier's
-    transform, or because nobody thought of it, is noted in `unknown`.
+    normalisation adds the mean of what it looks at (see `CONNECTIONS`). What is not there runs as
+    it is. Where it chooses, or hides its gradient, that is found out (see `check_fields`).
     """
 
     def __init__(self, network):
         super().__init__()
-        self.unknown, self.weights = [], {}
-        # Where something is above 0, and places of maxima, by their ids: (they, what they are of).
-        self.choices = {}
+        self.weights = {}
         self.note_weights([*network.parameters(), *network.buffers()])
 
     def note_weights(self, values):
@@ -934,91 +915,45 @@ class Connections(TorchFunctionMode):
                              and value.numel()})
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        kwargs, leaves = dict(kwargs or {}), tree_leaves((args, kwargs))
+        if any(map(_computed, leaves)):
+            with torch.enable_grad():  # frozen layers look at something, too
+                return self.connected(function, args, kwargs)
+        # What is made of weights alone is one, and what is made of nothing may be a mask.
+        if not any(id(value) in self.weights for value in leaves):
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            value = function(*tree_map(exactly, args), **tree_map(exactly, kwargs))
+        # Copies, because something of the images may be written into them.
+        value = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
+        self.note_weights(value)
+        return value
+
+    def connected(self, function, args, kwargs):
+        """What stands in for what `function` computes from the images."""
+        name = getattr(function, "__name__", "")
         if name == "__get__":  # of an attribute, such as x.mT
             name = function.__self__.__name__
         name = name.split(".")[0]  # of relu.default, as operators are called
-        leaves = tree_leaves((args, kwargs))
-        if any(map(_computed, leaves)):
-            with torch.enable_grad():  # frozen layers look at something, too
-                return self.connected(function, name, leaves, args, kwargs)
-        return self.apart(function, name.strip("_"), leaves, args, kwargs)
-
-    def apart(self, function, name, leaves, args, kwargs):
-        """What `function` computes from anything but the images."""
-        # As it is: what is made of weights alone is one, what is made of nothing may be a mask.
-        held = any(id(value) in self.weights for value in leaves)
-        with torch.no_grad() if held else contextlib.nullcontext():
-            value = function(*tree_map(self.exactly, args), **tree_map(self.exactly, kwargs))
-        if held:
-            # Copies, because something of the images may be written into them.
-            value = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
-            self.note_weights(value)
-        for choice in self.choices_in(leaves):  # `~(x > 0)`, `(x > 0).float()`
-            if isinstance(value, Tensor) and name in (*CASTS, "invert", "logical_not"):
-                self.choices[id(value)] = value, choice
-            elif isinstance(value, Tensor):
-                self.unknown.append(name)
-        return value
-
-    def connected(self, function, full_name, leaves, args, kwargs):
-        """What stands in for what `function` computes from the images."""
-        name, in_place = full_name.strip("_"), re.search("^__set|[^_]_$", full_name)
+        name, in_place = name.strip("_"), re.search("^__set|[^_]_$", name)
         named = {key: value for key, value in kwargs.items() if key not in ("input", "query")}
         given = args or [kwargs.get("input", kwargs.get("query"))]
-        # Who is told where x is above 0, or largest, looks at what x does: known where it is x.
-        choices = self.choices_in(leaves)
-        others = [choice for choice in choices if not any(choice is value for value in leaves)]
-        largest = "norm" in name and any(
-            isinstance(value, float) and math.isinf(value) for value in leaves)
-        if (others and name != "max_unpool2d") or largest:
-            self.unknown.append(name)
-        if choices and name == "where":
-            return _scaled(None, sum(filter(_computed, leaves)))
         if name in CONNECTIONS and isinstance(given[0], Tensor):
             value = CONNECTIONS[name](function, *given, **named)
-            for places in value[1:] if isinstance(value, tuple) else ():
-                self.choices[id(places)] = places, None
             return given[0].copy_(value) if in_place else value
         if in_place:  # it may write into a copy of weights
             self.weights.pop(id(given[0]), None)
         if name in ("add", "mul", "multiply", "addcmul"):  # as of a + −1·b
             args, kwargs = tree_map(unsigned, (args, kwargs))
         value = function(*tree_map(self.stand_in, args), **tree_map(self.stand_in, kwargs))
-        if name in COMPARISONS and not any(
-                torch.as_tensor(other).any() for other in [*args, *kwargs.values()][1:2]):
-            # All values here are above 0, so that this comparison alone is the same for all.
-            self.choices[id(value)] = value, given[0]
-        elif not is_told(name, given[0], value):
-            self.unknown.append(name)
-        elif name in CASTS and _computed(given[0]) and value.is_floating_point():
+        if name in CASTS and _computed(given[0]) and value.is_floating_point():
             return given[0].to(value.device)  # in half precision small gradients would be 0
         # The scores of attention grow with the number of channels.
         return _scaled(None, value) if name in PRODUCTS else value
 
-    def choices_in(self, leaves):
-        """What the `choices` among `leaves` are of."""
-        return [self.choices[id(value)][1] for value in leaves if id(value) in self.choices]
-
-    def exactly(self, value):
-        """A weight in the type that the images have here, and anything else as it is."""
-        return value.to(exact_type(value.device)) if id(value) in self.weights else value
-
     def stand_in(self, value):
-        """`constant` for a weight, and anything else as it is."""
-        return constant(value) if id(value) in self.weights else value
-
-
-def is_told(name, first, value):
-    """Whether the gradient tells what the `value` of a function looks at, given its `first`
-    argument; also where that is nothing, as it takes no more of the images than a size or a type.
-    """
-    made = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
-    if not made:
-        return not isinstance(value, (float, list))  # as of x.item()
-    if re.match("new_|.*_like$", name) or (not _computed(first) and re.match("to$|.*_as$", name)):
-        return True
-    return name in PASSING and all(map(_computed, made))
+        """`constant` for a weight, and anything else `exactly` as it is."""
+        return constant(value) if id(value) in self.weights else exactly(value)
 
 
 def unsigned(value):
@@ -1039,16 +974,18 @@ def constant(weight):
     return torch.ones_like(weight, dtype=kind)
 
 
-def custom_functions(value):
-    """Names of the `torch.autograd.Function`s of somebody's own that `value` was computed with."""
-    seen, waiting = set(), [value.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return sorted(node.name() for node in seen
-                  if isinstance(node, torch.autograd.function.BackwardCFunction))
+class InDouble(TorchFunctionMode):
+    """While open, whatever is computed is computed in `exact_type`."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(exactly, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def exactly(value):
+    """Real numbers in `exact_type`, and anything else as it is."""
+    is_real = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(exact_type(value.device)) if is_real else value
 
 
 def exact_type(device):
@@ -1064,30 +1001,22 @@ def receptive_fields(network, layer, image_size):
     the image does. It is found, not derived: by the gradient of single units while all that the
     network computes are averages (see `Connections`), through any strides, padding, pooling and
     branches. Values of weights do not count: of a kernel that is partly 0 it is all. The box of a
-    unit that looks at nothing is 0, 0, 0, 0. ValueError for a layer there is not, and for a network
-    that hides what it computes, or computes it with a function of which it is not known here what
-    it looks at.
+    unit that looks at nothing is 0, 0, 0, 0. ValueError for a layer there is not, and where an
+    experiment contradicts what the gradient tells (see `check_fields`), as where the network
+    chooses by its input, or hides what it computes.
     """
     refuse_opaque(network)
-    device = device_of(network)
-    dtype = exact_type(device)
     # Grey noise: channels with other fields get other values, and those with the same the same.
     # All three colour channels are one leaf, so that a field has no channels.
     noise = 1 + torch.rand(1, 1, image_size, image_size, generator=generator("fields"))
-    noise = noise.to(device, dtype).requires_grad_()
-    with (evaluation(network), Connections(network) as mode,
-          capture(network, [layer], stop=True) as outputs):
-        forward(network, noise.expand(-1, 3, -1, -1).contiguous(), dtype)
-    maps = captured_maps(network, outputs, layer, 1)[0]  # C×H×W, or C for a linear layer
-    unknown = mode.unknown + custom_functions(maps)
-    if unknown:
-        raise ValueError(f"layer={layer}: behind {unknown[0]} no receptive field can be found")
+    noise = exactly(noise.to(device_of(network))).requires_grad_()
+    with Connections(network):
+        maps = units_of(network, layer, noise.expand(-1, 3, -1, -1).contiguous())
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
     if not maps.isfinite().all():
         raise ValueError(f"layer={layer}: what it computes is not finite, which hides which pixels "
                          f"it looks at")
-    maps = maps if maps.ndim == 3 else maps[:, None, None]
     # Channels with the same values look at the same pixels: one of each kind is asked.
     kinds, kind = maps.detach().flatten(1).unique(dim=0, return_inverse=True)
 
@@ -1101,7 +1030,39 @@ def receptive_fields(network, layer, image_size):
         boxes_of(maps[(kind == number).nonzero()[0, 0]], box_of) for number in range(len(kinds))])
     if not fields.any():
         raise ValueError(f"layer={layer}: what it computes hides which pixels it looks at")
-    return fields[kind.cpu()]
+    fields = fields[kind.cpu()]
+    check_fields(network, layer, image_size, fields)
+    return fields
+
+
+def units_of(network, layer, image):
+    """What `layer` makes of one image, 1×3×H×W, in its type: C×H×W, of a linear layer C×1×1."""
+    with evaluation(network), capture(network, [layer], stop=True) as outputs:
+        forward(network, image, image.dtype)
+    maps = captured_maps(network, outputs, layer, 1)[0]
+    return maps if maps.ndim == 3 else maps[:, None, None]
+
+
+@torch.no_grad()
+def check_fields(network, layer, image_size, fields, sample=8):
+    """ValueError where pixels outside of its receptive field, of `fields`, C×H×W×4, change a unit
+    of `layer` after all: for a `sample` of the rows of an image of noise, and of its columns, the
+    network as it is sees others in their place."""
+    random = generator("check")
+    image = exactly(torch.randn(1, 3, image_size, image_size, generator=random))
+    lines = torch.randperm(image_size, generator=random)[:sample].tolist()
+    with InDouble():
+        before = units_of(network, layer, image.to(device_of(network)))
+        rounding = 1e3 * torch.finfo(before.dtype).eps * before.abs().max()
+        for dim, line in itertools.product((0, 1), lines):
+            other = image.clone()
+            other.select(2 + dim, line).normal_(0, 3, generator=random)
+            after = units_of(network, layer, other.to(device_of(network)))
+            changed = ((after - before).abs() > rounding).cpu()
+            outside = (line < fields[..., dim]) | (line >= fields[..., 2 + dim])
+            if (changed & outside).any():
+                raise ValueError(f"layer={layer}: its receptive fields cannot be found: pixels "
+                                 f"outside of what its gradients tell, or chance, change it")
 
 
 def boxes_of(units, box_of, sample=8):
@@ -1381,7 +1342,18 @@ def read(path):
         raise ValueError(f"{path}: not a checkpoint of this package (no valid {wrong[0]!r})")
     if nested(checkpoint):
         raise ValueError(f"{path}: not a checkpoint of this package (nested too deeply)")
+    if not all(map(fills_memory, tree_leaves(checkpoint))):
+        raise ValueError(f"{path}: not a checkpoint of this package (it holds tensors that claim "
+                         f"more memory than they fill)")
     return checkpoint
+
+
+def fills_memory(value):
+    """Whether a tensor fills the memory it claims, not so if it is sparse or one number a million
+    times; True for anything else."""
+    return not isinstance(value, Tensor) or (
+        value.layout == torch.strided and not value.is_meta
+        and value.untyped_storage().nbytes() >= value.nbytes)
 
 
 @dataclass(frozen=True)
@@ -1622,16 +1594,13 @@ def in_half(weights):
 
 def made_like(value, pattern):
     """Whether `value` is made as `pattern` is: dictionaries with the same keys, tuples of the same
-    length, tensors of the same shape and type that fill the memory they claim, all else of the same
-    type."""
+    length, tensors of the same shape and type, all else of the same type."""
     if isinstance(pattern, dict):
         return (isinstance(value, dict) and value.keys() == pattern.keys()
                 and all(made_like(value[key], pattern[key]) for key in pattern))
     if isinstance(pattern, Tensor):
         return (isinstance(value, Tensor) and value.shape == pattern.shape
-                and value.dtype == pattern.dtype and value.layout == torch.strided
-                and not value.is_meta
-                and value.untyped_storage().nbytes() >= value.nbytes)
+                and value.dtype == pattern.dtype)
     if isinstance(pattern, tuple):
         return (type(value) is type(pattern) and len(value) == len(pattern)
                 and all(map(made_like, value, pattern)))
