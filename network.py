@@ -1424,10 +1424,11 @@ def describe(checkpoint):
         checkpoint["image_size"], *(colours(name, checkpoint[name]) for name in ("mean", "std")),
         checkpoint["settings"].get("precision", "fp32"))
     training = checkpoint.get("training")
+    seconds = training.get("epoch_seconds") if isinstance(training, dict) else None
     return Description(checkpoint["model"], tuple(checkpoint["classes"]), preprocessing,
                        checkpoint["options"], checkpoint["settings"], checkpoint.get("epoch", 0),
                        checkpoint.get("step", 0), checkpoint.get("fingerprint"),
-                       isinstance(training, dict) and bool(training.get("epoch_seconds")))
+                       isinstance(seconds, float) and seconds > 0)
 
 
 def find_checkpoint(path):

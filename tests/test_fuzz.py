@@ -130,6 +130,13 @@ def test_fuzz_checkpoints_that_a_run_goes_on_from(tmp_path, capsys):
     assert train.newest_checkpoint(tmp_path, print)["device"] == whole["device"]
 
 
+def test_a_time_that_is_no_number_is_none(tmp_path):
+    whole = small_checkpoint()
+    whole["training"]["epoch_seconds"] = torch.ones(2)
+    network.save(tmp_path / "a.pth", whole)
+    assert not network.load(tmp_path / "a.pth")[1].within_epoch
+
+
 def test_fuzz_resumed_training_state():
     dice, whole = random.Random(3), small_checkpoint()
     description = {name: whole[name] for name in ("classes", "image_size")}
