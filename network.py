@@ -931,11 +931,7 @@ class Connections(TorchFunctionMode):
 
     def connected(self, function, args, kwargs):
         """What stands in for what `function` computes from the images."""
-        name = getattr(function, "__name__", "")
-        if name == "__get__":  # of an attribute, such as x.mT
-            name = function.__self__.__name__
-        name = name.split(".")[0]  # of relu.default, as operators are called
-        name, in_place = name.strip("_"), re.search("^__set|[^_]_$", name)
+        name, in_place = naming(function)
         named = {key: value for key, value in kwargs.items() if key not in ("input", "query")}
         given = args or [kwargs.get("input", kwargs.get("query"))]
         if name in CONNECTIONS and isinstance(given[0], Tensor):
@@ -945,7 +941,7 @@ class Connections(TorchFunctionMode):
             self.weights.pop(id(given[0]), None)
         if name in ("add", "mul", "multiply", "addcmul"):  # as of a + −1·b
             args, kwargs = tree_map(unsigned, (args, kwargs))
-        value = function(*tree_map(self.stand_in, args), **tree_map(self.stand_in, kwargs))
+        value = called(function, self.stand_in, args, kwargs)
         if name in CASTS and _computed(given[0]) and value.is_floating_point():
             return given[0].to(value.device)  # in half precision small gradients would be 0
         # The scores of attention grow with the number of channels.
@@ -978,8 +974,25 @@ class InDouble(TorchFunctionMode):
     """While open, whatever is computed is computed in `exact_type`."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        args, kwargs = tree_map(exactly, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        return called(function, exactly, args, kwargs or {})
+
+
+def called(function, stand_in, args, kwargs):
+    """What `function` makes of `stand_in` of each of its arguments. What it works on in place is
+    given as it is, since it would be lost in a copy."""
+    first = args[:1] if naming(function)[1] else ()
+    rest, kwargs = tree_map(stand_in, (args[len(first):], kwargs))
+    return function(*first, *rest, **kwargs)
+
+
+def naming(function):
+    """(The name of a function without underscores, whether it works on its first argument in place)
+    """
+    name = getattr(function, "__name__", "")
+    if name == "__get__":  # of an attribute, such as x.mT
+        name = function.__self__.__name__
+    name = name.split(".")[0]  # of relu.default, as operators are called
+    return name.strip("_"), bool(re.search("^__set|[^_]_$", name))
 
 
 def exactly(value):

@@ -338,6 +338,18 @@ def test_a_token_looks_at_those_that_no_mask_hides(mask, by_hand):
                                for token in range(16)]
 
 
+def test_a_mask_that_is_filled_in_place_hides():
+    def halves(x):
+        half = torch.zeros(16)
+        half[8:] = 1
+        hidden = (half[:, None] - half).masked_fill_(half[:, None] != half, -100.0)
+        return (x @ x.mT + hidden.to(x)).softmax(2) @ x
+
+    stack = nn.Sequential(nn.Conv2d(3, 8, 4, 4), Lambda(lambda x: x.flatten(2).mT), Lambda(halves),
+                          nn.Linear(8, 8))
+    assert network.receptive_fields(stack, "3", 16)[0, 1, 1].tolist() == [0, 0, 8, 16]
+
+
 def test_queries_look_at_keys_and_values():
     class Cross(nn.Module):
         def __init__(self):
@@ -373,6 +385,12 @@ def test_attention_sees_keys_where_the_values_say_nothing(attend):
     assert network.receptive_fields(stack, "3", 16)[0, 1, 1].tolist() == [0, 0, 16, 16]
 
 
+def interleaved(x):
+    out = torch.zeros(1, 4, 8, 4)
+    out[:, :, 1::2] = x
+    return out
+
+
 def frozen(x):
     with torch.no_grad():
         return x / x.abs().amax((1, 2, 3), keepdim=True)
@@ -392,7 +410,8 @@ class Positions(nn.Module):
 
 
 @pytest.mark.parametrize("layer, box", [
-    (Lambda(frozen), [0, 0, 6, 6]), (nn.LocalResponseNorm(2), [1, 2, 4, 5]),
+    (Lambda(frozen), [0, 0, 6, 6]), (Lambda(interleaved), [0, 2, 3, 5]),
+    (nn.LocalResponseNorm(2), [1, 2, 4, 5]),
     (nn.RMSNorm([4]), [1, 0, 4, 6]), (nn.LogSigmoid(), [1, 2, 4, 5]), (Positions(), [1, 2, 4, 5]),
     (Lambda(lambda x: x.median(1, True)[0]), [1, 2, 4, 5]), (Lambda(twice), [1, 2, 4, 5]),
     (Lambda(lambda x: x.topk(2, 1)[0]), [1, 2, 4, 5]), (Lambda(Twice.apply), [1, 2, 4, 5]),
