@@ -6,7 +6,9 @@ FUZZ sets how many of each kind are tried.
 import contextlib
 import copy
 import hashlib
+import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 
 import data
+import deconv
 import network
 import train
 import visualize
@@ -347,3 +350,38 @@ def test_fuzz_command_lines(monkeypatch, capsys, tmp_path):
             assert leave.code in (0, 2), line
         printed = capsys.readouterr()
         assert "Traceback" not in printed.err and printed.err.count("\n") <= 1, line
+
+
+VALUES = {
+    "layer": ["conv1", "conv1.0", "fc", "nosuch"], "layers": ["conv1,fc", "all", "conv1,,conv2"],
+    "data": ["pets", "shapes", "nosuch"], "image": ["pets/test/a/0.png", "pets", "mine.txt"],
+    "class": ["a", "$b_", "9"], "format": ["pdf", "xyz"], "units": ["0,1", "99", "a"],
+    "out": ["figures.svg", "F.JPG", "new/folder", "pets", "pets/test/a/0.png", "mine.txt",
+            "run/last.pth", "run/figure.xyz", "run"]}
+NUMBERS = ["1", "2", "5", "-1", "0", "1.5", "1e9", "none", "true", "", "é[x]"]
+
+
+def test_fuzz_commands_that_look_at_a_run(tmp_path, monkeypatch, capsys, coarse_figures):
+    """Each draws, or says in one line why not; what was there before stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    for part, name in itertools.product(("train", "test"), ("a", "$b_")):
+        (tmp_path / "pets" / part / name).mkdir(parents=True)
+        for number in range(4):
+            picture = Image.new("RGB", (32, 32), (40 * number, 9 * len(name), 99))
+            picture.save(tmp_path / "pets" / part / name / f"{number}.png")
+    (tmp_path / "mine.txt").write_text("mine")
+    train.train("lenet", data="pets", epochs=1, batch_size=4, name="run", out=".")
+    dice, commands = random.Random(12), {**visualize.COMMANDS, **deconv.COMMANDS}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for _ in range(COUNT // 5):
+        name = dice.choice(list(commands))
+        flags = [flag for flag in inspect.signature(commands[name]).parameters
+                 if flag not in ("ckpt", "runs", "network") and dice.random() < 0.2]
+        line = [name, "run", *(f"--{flag}={dice.choice(VALUES.get(flag, NUMBERS))}"
+                               for flag in flags)]
+        try:
+            data.command_line(commands, argv=line)
+        except SystemExit as leave:
+            assert leave.code in (0, 2), line
+            assert leave.code == 0 or capsys.readouterr().err.splitlines()[-1][:7] == "error: "
+        assert all(path.read_bytes() == content for path, content in before.items()), line
