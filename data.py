@@ -506,7 +506,7 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
 def tell_left_out(folder, left_out):
     """Say what of a folder is not taken: {kind: number}."""
     if told := [f"{what} ({count})" for what, count in sorted(left_out.items()) if count]:
-        note(f"{folder}: left out {', '.join(told)}")
+        say_once(f"{folder}: left out {', '.join(told)}")
 
 
 def _fingerprint(files):
@@ -1911,6 +1911,12 @@ def visible(text, stream=None):
 def note(line):
     """Tell something on standard error."""
     print(wrapped(line, sys.stderr), file=sys.stderr)
+
+
+@functools.cache
+def say_once(line):
+    """`note` a line, the first time only."""
+    note(line)
 
 
 def wrapped(text, stream, indent=""):

@@ -18,7 +18,6 @@ import csv
 import dataclasses
 import datetime
 import errno
-import functools
 import importlib
 import io
 import itertools
@@ -45,7 +44,7 @@ from torch import distributed, nn
 
 import data
 import network as networks
-from data import AUGMENTATIONS, Made, Table, closest, load_split, text_of
+from data import AUGMENTATIONS, Made, Table, closest, load_split, say_once, text_of
 
 # The columns of metrics.csv as TensorBoard groups them: what is compared stands side by side.
 TAGS = {"train/loss": "loss/train", "train/accuracy": "accuracy/train", "val/loss": "loss/val",
@@ -120,7 +119,7 @@ def as_setting(value):
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, dict):  # of a network's options
         return {name: as_setting(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, range)):
         return tuple(map(as_setting, value))
     return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
 
@@ -526,15 +525,15 @@ def train_epoch(state, batches, config, workers, folder, bar, stop):
     # has nothing to gain from waiting less.
     read_steps = READ_STEPS.get(state.sums.device.type, POINT_STEPS)
     # Steps of this epoch that were taken before a stop.
-    first = state.step - state.epoch * steps
+    first = state.step - state.uncounted - state.epoch * steps
     # Convolutions and the pooling at the end take any size: fewer pixels, less time.
     early_epochs = round(config.early_share * config.epochs, 6)  # .55·100 is a little more than 55
     size = config.early_size if state.epoch < early_epochs else None
     crop = state.epoch < config.epochs - config.uncropped_epochs
     for step, (images, labels) in enumerate(batches.epoch(state.epoch, first, size, crop),
                                             first + 1):
-        lr = learning_rate(state.step, config.epochs * steps, config.warmup_epochs * steps,
-                           config.lr, config.schedule)
+        lr = learning_rate(state.epoch * steps + step - 1, config.epochs * steps,
+                           config.warmup_epochs * steps, config.lr, config.schedule)
         train_step(state, images, labels, config, workers, lr, batches.batch_size)
         state.step += 1
         last, at_point, reads = step == steps, step % point_steps == 0, step % read_steps == 0
@@ -728,6 +727,7 @@ class State:
     logged: tuple[float, ...] = (0.0,) * 4
     epoch: int = 0  # epochs that are done
     step: int = 0  # steps that are done, over all epochs
+    uncounted: int = 0  # of those, what `epoch` epochs of the images as they are now do not have
     epoch_seconds: float = 0.0  # of the epoch so far
     seconds: float = 0.0  # of the epochs that are done, their steps alone
     best_accuracy: float = -1.0  # on validation images: below any, so that the first epoch is best
@@ -872,7 +872,7 @@ def as_today(checkpoint, folder):
     """A run's checkpoint by an earlier version as this one writes it: its metrics.csv was in the
     run's `folder` alone, its sums were tensors, of one loss, and its optimizer had settings; sums
     of steps that were not read yet were not kept."""
-    training = {"sums": torch.zeros(4), **checkpoint["training"]}
+    training = {"sums": torch.zeros(4), "uncounted": 0, **checkpoint["training"]}
     if "metrics" not in training:
         rows = [row for row in read_rows(folder) if row["epoch"] <= checkpoint["epoch"]]
         training["metrics"] = Table(COLUMNS, [
@@ -892,12 +892,13 @@ def restore(state, checkpoint, steps, epoch_anew=False):
     """Put `state` where `checkpoint` was saved; ValueError when it is not one of this run.
 
     `steps` is the number of steps of an epoch. With `epoch_anew` back to the start of the epoch: of
-    other images than before, no steps of it count, and no accuracy on them.
+    other images than before, no steps of it count, and no accuracy on them. The steps are numbered
+    on, whatever an epoch had of them: checkpoints and TensorBoard's points go by their numbers.
     """
     optimizer, training = state.optimizer, dict(checkpoint["training"])
     if epoch_anew:
-        checkpoint = {**checkpoint, "step": checkpoint["epoch"] * steps}
-        training |= {"totals": (0.0,) * 4, "logged": (0.0,) * 4, "sums": torch.zeros(4),
+        training |= {"uncounted": checkpoint["step"] - checkpoint["epoch"] * steps,
+                     "totals": (0.0,) * 4, "logged": (0.0,) * 4, "sums": torch.zeros(4),
                      "epoch_seconds": 0.0, "best_accuracy": -1.0, "best_epoch": checkpoint["epoch"]}
     # An optimizer makes its momenta in its first step, and nothing else tells which it will have:
     # so it takes one, of length 0, and what the checkpoint holds must be made like that.
@@ -908,7 +909,8 @@ def restore(state, checkpoint, steps, epoch_anew=False):
     optimizer.step()
     if not (networks.made_like(training, training_state(state))
             and networks.made_like(checkpoint["weights"], state.network.state_dict())
-            and 0 <= checkpoint["epoch"] <= checkpoint["step"] // steps <= checkpoint["epoch"]):
+            and checkpoint["epoch"] >= 0
+            and (checkpoint["step"] - training["uncounted"]) // steps == checkpoint["epoch"]):
         raise ValueError("the checkpoint does not fit this run: its weights, its optimizer or its "
                          "step among those of an epoch are those of another")
     state.evaluated.load_state_dict(checkpoint["weights"])
@@ -988,11 +990,12 @@ def live_progress(config, batches):
 
         def update(state, step):
             if step is None:
-                bar.update(task, completed=state.step, doing="validating")
+                bar.update(task, completed=(state.epoch + 1) * len(batches), doing="validating")
             elif time.monotonic() - shown[0] > 0.5:  # a small network takes thousands of steps
                 loss, correct, count, _ = state.totals
                 count = count or math.nan  # all may have been skipped
-                bar.update(task, completed=state.step, epoch=f"{state.epoch + 1}/{config.epochs}",
+                bar.update(task, completed=state.epoch * len(batches) + step,
+                           epoch=f"{state.epoch + 1}/{config.epochs}",
                            doing=f"loss {loss / count:.3f}  acc {correct / count:.1%}  "
                                  f"{step * batches.batch_size / state.epoch_seconds:.0f} images/s")
                 shown[0] = time.monotonic()
@@ -1780,12 +1783,6 @@ def as_named(split, classes, description, data):
     return split and split._replace(labels=numbers[split.labels])
 
 
-@functools.cache
-def say_once(line):
-    """Print a line on standard error, the first time only."""
-    data.note(line)
-
-
 def difference(classes, known):
     """How `classes` differ from those that a network knows, for a message."""
     every = [*dict.fromkeys([*classes, *known])]
@@ -1879,7 +1876,7 @@ def finished(run, config=None):
         return None
     saved = read_config(run / "config.json")
     config = config or saved
-    check_same_run(config, saved)
+    check_same_run(config, saved, moved=True)
     result = data.read_json(run / "result.json", checked)
     measured = Config.from_json(result["settings"])
     others = [name for name in differing(saved.all_settings(), measured.all_settings())
@@ -1888,8 +1885,10 @@ def finished(run, config=None):
         raise ValueError(f"{run / 'result.json'}: is of another {others[0]} than config.json")
     check_epochs(config, measured)
     over = is_over(config, result["epochs"], result["epoch"])
-    # With other views of the test images it is measured again.
-    return result if over and measured.tta == config.tta else None
+    # With other views of the test images it is measured again, and so it is with those of another
+    # folder, which are compared then.
+    same = data.folder_of(config.data) == data.folder_of(saved.data) and measured.tta == config.tta
+    return result if over and same else None
 
 
 def write_board(folder, network, dataset, logits, result, step):
@@ -2017,7 +2016,7 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
     if resume and overwrite:
         raise ValueError("`resume` and `overwrite`: take one of the two")
     given = parse_flags(flags)
-    if isinstance(resume, str):
+    if isinstance(resume, (str, os.PathLike)):
         path = Path(resume)
         path = path.parent if path.is_file() else path
         if not (path / "config.json").exists():

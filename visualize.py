@@ -57,6 +57,7 @@ from data import (
     read_json,
     read_text,
     resize,
+    say_once,
     subset,
     write_atomically,
     writing,
@@ -131,7 +132,7 @@ def fonts_for(letters, families):
             if drawn and "Last Resort" not in name:  # which has boxes alone
                 names, left = [*names, name], left - drawn
     if left:
-        train.say_once(f"no font here draws {''.join(map(chr, sorted(left)))}: figures have boxes "
+        say_once(f"no font here draws {''.join(map(chr, sorted(left)))}: figures have boxes "
                        f"instead")
     return [*dict.fromkeys(names)]
 

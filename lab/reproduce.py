@@ -189,13 +189,15 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
     and measured accuracies; `--results=FILE` keeps each of them in a CSV file once it is known.
     Where a run or a figure fails, the others go on, and the end is an error.
     """
+    given = {"data": data, "root": root, "limit": limit, "epochs": epochs, "precision": precision}
+    given = {name: value for name, value in given.items() if value is not None}
+    if what is None and (given or results or seeds != 1):
+        raise ValueError("which experiment? Without WHAT no flag counts, and all are listed")
     if what is None:
         return costs()
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: must be at least 1")
     out = os.path.expanduser(out)
-    given = {"data": data, "root": root, "limit": limit, "epochs": epochs, "precision": precision}
-    given = {name: value for name, value in given.items() if value is not None}
     # A trial of a few images shows that a line works, and needs no GPU.
     able = limit is not None or train.choose_device().type == "cuda"
     rows, failed, kept = [], {}, Path(os.path.expanduser(results)) if results else None

@@ -13,8 +13,10 @@ import visualize
 from data import (
     Busy,
     Table,
+    as_typed,
     check_columns,
     fingerprint_of,
+    say_once,
     show,
     text_of,
     value_in,
@@ -39,7 +41,8 @@ def sweep(**flags):
         config.tta != "none" for config in configs)]
     page, sheet = folder / "sweep.md", folder / "sweep.csv"
     columns = [*choices[0], *RESULT, "state"]
-    check_unchanged(page, SIGN)  # before anything is trained
+    train.check_apart(configs[0], resume=True)  # before anything is trained
+    check_unchanged(page, SIGN)
     check_sheet(sheet, page, columns)
     visualize.file_of(folder / "curves.png")  # complains of one that is none of ours
     while len(done) < len(configs):  # again and again: another process may hold a run, and die
@@ -49,7 +52,7 @@ def sweep(**flags):
                     done[number] = (train.finished(config.folder, config)
                                     or train.train(config, resume=True))
                 except Busy as error:  # another process trains it
-                    train.say_once(f"{error}; waiting")
+                    say_once(f"{error}; waiting")
                     continue
                 except (ValueError, OSError) as error:  # without what it holds: a whole network
                     done[number] = ValueError(str(error))
@@ -98,7 +101,7 @@ def row_of(result, told, now):
     """The cells of a run in the table: what is `told` of its result, or of the error that it ended
     in. `now` is `fingerprint_of`."""
     if isinstance(result, Exception):
-        return [*[""] * len(told), f"failed: {' '.join(str(result).split())}"]
+        return [*[""] * len(told), f"failed: {as_typed(result, {'sweep': sweep}, ['sweep'], None)}"]
     state = "finished" + ", on images that have changed since" * changed_since(result, now)
     return [*(train.format_cell(result[name]) for name in told), state]
 
@@ -108,13 +111,23 @@ def split(text):
     return [part.strip() for part in text.split(",")]
 
 
+def axis_of(value, of_lists):
+    """What one would type for a `value` that Python gives for a flag whose values are lists, or
+    are not: an axis, where it is a list of lists, or of anything else."""
+    if not of_lists:
+        return text_of(value)
+    parts = value if isinstance(value, tuple) and any(
+        isinstance(part, tuple) for part in value) else [value]
+    return ",".join(text_of(part).replace(",", "+") for part in parts)
+
+
 def grid_of(flags):
     """What each run of a grid is told apart by, {flag: text}, and the runs' settings."""
     known = train.settings_flags(["--resume"])  # those of all networks
     # From Python numbers come, and lists: an axis, or one value of a setting that is a list.
     lists = {name for name, flag in known.items() if typing.get_origin(flag.kind) is tuple}
-    flags = {name: value if isinstance(value, str) else text_of(value).replace(
-        ",", "+" if name in lists else ",") for name, value in flags.items()}
+    flags = {name: value if isinstance(value, str) else axis_of(train.as_setting(value), name in
+             lists) for name, value in flags.items()}
     for name in ("name", "out", "root"):
         if "," in flags.get(name, ""):
             raise ValueError(f"{name}={flags[name]}: is of the whole grid and must have no comma")

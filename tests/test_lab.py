@@ -3,6 +3,7 @@
 import dataclasses
 import html.parser
 import io
+import itertools
 import json
 import os
 import re
@@ -291,6 +292,7 @@ def test_commas_in_a_sweep(tmp_path, refused):
 
 
 @pytest.mark.parametrize("words, said", [
+    (["reproduce", "--limit=32"], "which experiment?"), (["reproduce", "--seeds=3"], "which exp"),
     (["results", "--out=x.PNG"], "out=x.PNG: must be a file whose name ends in .md"),
     (["reproduce", "1.1", "--results=x.json"], "results=x.json: must be a file whose name ends in"),
     (["report", "1.1", "--out=x.htm"], "out=x.htm: must be a folder")])
@@ -330,6 +332,33 @@ def test_a_sweep_says_which_runs_were_on_images_that_changed(tmp_path, monkeypat
         once()
     folder.rename(tmp_path / "moved")  # gone, they may be the same
     assert [row[-1] for row in again(seed="0,1")[0].rows] == ["finished"] * 2
+    with pytest.raises(ValueError, match="2 of 2 runs failed"):  # found, they are not
+        again(data="moved", seed="0,1")
+    text = (tmp_path / "runs" / "sweep-lenet-seed" / "sweep.md").read_text()
+    assert "failed: --data=moved: files were added, removed" in text and "changed_data" not in text
+
+
+def test_a_sweep_goes_on_where_its_images_were_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part, name in itertools.product(("train", "test"), "ab"):
+        (tmp_path / "pets" / part / name).mkdir(parents=True)
+        visualize.image_grid([torch.rand(3, 4, 4)]).savefig(f"pets/{part}/{name}/0.png")
+    again = partial(sweep.sweep, image_size=32, val=0, epochs=1, batch_size=2, seed=range(2))
+    first = again(data="pets")[0].rows
+    Path("pets").rename("moved")
+    assert again(data="moved")[0].rows == first and first[0][-1] == "finished"
+    with pytest.raises(ValueError, match="must lie apart"):
+        again(data="moved", out="moved/train", name="c")
+    assert not Path("moved", "train", "c").exists()
+
+
+@pytest.mark.parametrize("flag, values, labels", [
+    ("lr", torch.tensor([0.5, 0.25]).numpy(), ["0.5", "0.25"]), ("seed", range(2), ["0", "1"]),
+    ("augment", [("flip",), ("flip", "crop")], ["flip", "flip+crop"]),
+    ("lr", [0.5, 0.25], ["0.5", "0.25"]), ("model", ("lenet", "convnet"), ["lenet", "convnet"])])
+def test_axes_of_a_sweep_from_python(flag, values, labels):
+    choices, _ = sweep.grid_of({flag: values, "data": "shapes"})
+    assert [choice[flag] for choice in choices] == labels
 
 
 def test_results_are_kept_in_place_of_older_ones_of_the_same_run(tmp_path):

@@ -632,9 +632,13 @@ def test_a_run_goes_on_where_its_images_were_moved(tmp_path, monkeypatch):
         train.train(tiny(tmp_path / "runs", **more, data="shapes"), resume=True)
     train.train(tiny(tmp_path / "runs", **more, data="moved"), resume=True)
     assert train.read_config(first.folder / "config.json").data == "moved"
-    for name in ("others", "pets"):  # whose images nobody compares
-        with pytest.raises(ValueError, match=f"data={name}: the run in .* has moved"):
-            train.finished(first.folder, tiny(tmp_path / "runs", **more, data=name))
+    with pytest.raises(ValueError, match=r"data=pets: the run in .* has moved"):
+        train.finished(first.folder, tiny(tmp_path / "runs", **more, data="pets"))  # it is gone
+    # Whose images nobody has compared yet; who goes on with it does.
+    assert train.finished(first.folder, tiny(tmp_path / "runs", **more, data="others")) is None
+    Path("moved").rename("again")
+    train.train(tiny(tmp_path / "runs", **more, data="again"), resume=True)
+    assert train.finished(first.folder)["settings"]["data"] == "again"
     old = network.read(first.folder / "last.pth")
     del old["fingerprint"]  # as checkpoints of earlier versions
     network.save(first.folder / "last.pth", old)
@@ -727,6 +731,30 @@ def test_after_images_have_changed_the_best_epoch_is_one_on_the_new(tmp_path):
     more = tiny(tmp_path / "runs", **values, epochs=3)
     assert train.train(more, resume=True, changed_data=True)["val/accuracy"] is None
     assert train.finished(more.folder, more)["epochs"] == 3
+
+
+def test_steps_are_numbered_on_where_an_epoch_has_fewer_of_them(tmp_path):
+    """5 steps an epoch, then 2: of the epochs that are done no checkpoint and no point goes."""
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"), images=10)
+    values = {"data": pets, "val": 0, "limit": None, "batch_size": 4, "image_size": 32, "keep": 0,
+              "save_minutes": 60.0, "schedule": "linear", "warmup_epochs": 0,
+              "root": str(tmp_path / "cache")}
+    train.train(config := tiny(tmp_path / "runs", **values, epochs=3))
+    second = (config.folder / "step-000000010.pth").read_bytes()
+    for number, name in itertools.product(range(6), ("cat", "dog")):
+        Path(pets, "train", name, f"{number}.png").unlink()
+    more = {"resume": True, "changed_data": True}
+    train.train(tiny(tmp_path / "runs", **values, epochs=6), **more)
+    rows, steps = train.read_rows(config.folder), [5, 10, 15, 17, 19, 21]
+    assert [row["step"] for row in rows] == steps
+    assert [step for tag, step in event_steps(config.folder) if tag == "loss/train"] == steps
+    assert [network.read(path)["epoch"] for path in train.checkpoints_before(config.folder)] == [
+        5, 4, 3, 2, 1]
+    assert (config.folder / "step-000000010.pth").read_bytes() == second
+    # The schedule goes by epochs of the images there are: the last of its 12 steps is at 1 − 11/12.
+    assert rows[-1]["lr"] == pytest.approx(config.lr / 12, rel=1e-4)
+    train.train(tiny(tmp_path / "runs", **values, epochs=7), **more)
+    assert network.read(config.folder / "last.pth")["step"] == 23
 
 
 def test_a_limited_run_s_images_are_the_same_where_they_were_moved(tmp_path):
@@ -1961,6 +1989,12 @@ def test_a_device_may_be_given_as_one():
     assert train.choose_device(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(ValueError, match="device=None: must be of auto, "):
         train.choose_device(None)
+
+
+def test_a_run_to_go_on_with_may_be_given_as_a_path(tmp_path):
+    train.train(tiny(tmp_path))
+    train.train_command(resume=tmp_path / "run", epochs=3)
+    assert train.finished(tmp_path / "run")["epochs"] == 3
 
 
 @pytest.mark.parametrize("flag", ["resume", "overwrite", "changed_data"])
