@@ -707,8 +707,27 @@ def evaluation(network):
     try:
         yield network
     finally:
+        network.train(before[network])  # some put their weights back here, as LoRA does
         for module, training in before.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def unchanged(network):
+    """After it modules have the attributes they had, and do not know what they kept meanwhile."""
+    before = [(vars(module), name, value,
+               value.copy() if isinstance(value, (dict, set)) else value)
+              for module in network.modules() for name, value in vars(module).items()]
+    try:
+        yield
+    finally:
+        for attributes, *_ in before:
+            attributes.clear()
+        for attributes, name, value, content in before:
+            if isinstance(value, (dict, set)):  # in place, for those who have it, too, as hooks do
+                value.clear()
+                value.update(content)
+            attributes[name] = value
 
 
 # ---------------------------------------------------------------------------- receptive fields
@@ -1050,7 +1069,9 @@ def receptive_fields(network, layer, image_size):
 
 def units_of(network, layer, image):
     """What `layer` makes of one image, 1×3×H×W, in its type: C×H×W, of a linear layer C×1×1."""
-    with evaluation(network), capture(network, [layer], stop=True) as outputs:
+    # What a module keeps of this, such as positions, would be in another type than its own.
+    with (unchanged(network), evaluation(network),
+          capture(network, [layer], stop=True) as outputs):
         forward(network, image, image.dtype)
     maps = captured_maps(network, outputs, layer, 1)[0]
     return maps if maps.ndim == 3 else maps[:, None, None]
@@ -1162,8 +1183,7 @@ def grad_cam(network, images, label, layer=None):
     dead, tokens = None, {len(output[0]) for output in kept.values() if output.ndim == 3}
     for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
         # What attention computes for its heads, N×heads×T×T or N×heads×T×C, is no image.
-        if output.ndim == 4 and tokens & {*output.shape[2:]} and (
-                channels_come_first(find_layer(network, name)) is None):
+        if output.ndim == 4 and tokens & {*output.shape[2:]}:
             continue
         with contextlib.suppress(ValueError):  # no output of its kind
             # Its rows and columns may be others than the output's; the same is done to the slopes.

@@ -350,6 +350,61 @@ def test_a_mask_that_is_filled_in_place_hides():
     assert network.receptive_fields(stack, "3", 16)[0, 1, 1].tolist() == [0, 0, 8, 16]
 
 
+def test_receptive_fields_leave_nothing_behind():
+    """Not the positions that a network computed for them in another type, nor their places."""
+    class Positions(nn.Conv2d):
+        def forward(self, x):
+            if not hasattr(self, "positions"):
+                self.register_buffer("positions", torch.ones_like(x[:1, :1]), persistent=False)
+                self.sizes[x.shape] = x.new_ones(1)
+            return super().forward(x + self.positions * self.sizes[x.shape])
+
+    stack = nn.Sequential(Positions(3, 4, 3), nn.ReLU())
+    stack[0].sizes, seen = {}, []
+    hook = stack[0].register_forward_hook(lambda *_: seen.append(1))
+    assert network.receptive_fields(stack, "1", 8)[0, 2, 2].tolist() == [2, 2, 5, 5]
+    assert not hasattr(stack[0], "positions") and not stack[0].sizes and stack.training
+    assert stack(torch.randn(2, 3, 8, 8)).dtype == torch.float32
+    hook.remove()
+    count = len(seen)
+    stack(torch.randn(2, 3, 8, 8))
+    assert len(seen) == count
+
+
+def test_weights_that_are_merged_for_evaluation_are_taken_apart_again():
+    """LoRA (Hu et al. 2021) as loralib has it: `train` takes out what `eval` adds."""
+    class Merged(nn.Linear):
+        def train(self, mode=True):
+            if mode != self.training:
+                self.weight.data += -1.0 if mode else 1.0
+                self.weight.requires_grad_(mode)
+            return super().train(mode)
+
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Dropout(), Merged(4, 2))
+    stack[4].eval()
+    before = stack[5].weight.clone()
+    network.grad_cam(stack, torch.randn(1, 3, 8, 8), 1)
+    assert torch.allclose(stack[5].weight, before) and stack[5].weight.requires_grad
+    assert [module.training for module in stack] == [True] * 4 + [False, True]
+
+
+def test_grad_cam_takes_no_normalised_heads_for_a_map():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.norm = nn.Linear(8, 24), nn.LayerNorm(4)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            return ((self.norm(q) @ self.norm(k).mT).softmax(3) @ v).transpose(1, 2).flatten(2)
+
+    stack = nn.Sequential(nn.Conv2d(3, 8, 4, 4), Lambda(lambda x: x.flatten(2).mT), Attention(),
+                          Lambda(lambda x: x.mean(1)))
+    cam, layer = network.grad_cam(stack, torch.randn(1, 3, 16, 16), 1)
+    assert cam.shape == (1, 4, 4) and layer in ("2", "2.qkv")
+
+
 def test_queries_look_at_keys_and_values():
     class Cross(nn.Module):
         def __init__(self):
