@@ -777,6 +777,7 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     checkpoint = newest_checkpoint(config.folder, folder.say) if resume else None
     state = new_state(config, description, device)
     batches = batches_of(config, dataset, device, workers)
+    others = False
     if checkpoint:
         others = check_checkpoint(config, checkpoint, description, changed_data, folder.say)
         restore(state, as_today(checkpoint, config.folder), len(batches), epoch_anew=others)
@@ -792,6 +793,8 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     announce(state, config, dataset, device, workers, folder.say)
     workers.any(False, state.sums)  # none writes before all have read
     folder.open(state, anew=checkpoint is None)
+    if others:  # they are known from now on, also where no epoch follows
+        folder.save(state)
     return state, batches, folder
 
 

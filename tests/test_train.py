@@ -731,6 +731,7 @@ def test_after_images_have_changed_the_best_epoch_is_one_on_the_new(tmp_path):
     more = tiny(tmp_path / "runs", **values, epochs=3)
     assert train.train(more, resume=True, changed_data=True)["val/accuracy"] is None
     assert train.finished(more.folder, more)["epochs"] == 3
+    train.train(more, resume=True)  # known from now on
 
 
 def test_steps_are_numbered_on_where_an_epoch_has_fewer_of_them(tmp_path):
