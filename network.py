@@ -942,7 +942,7 @@ class Connections(TorchFunctionMode):
         if not any(id(value) in self.weights for value in leaves):
             return function(*args, **kwargs)
         with torch.no_grad():
-            value = function(*tree_map(exactly, args), **tree_map(exactly, kwargs))
+            value = called(function, exactly, args, kwargs)
         # Copies, because something of the images may be written into them.
         value = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
         self.note_weights(value)
@@ -1082,16 +1082,16 @@ def check_fields(network, layer, image_size, fields, sample=8):
     """ValueError where pixels outside of its receptive field, of `fields`, C×H×W×4, change a unit
     of `layer` after all: for a `sample` of the rows of an image of noise, and of its columns, the
     network as it is sees others in their place."""
-    random = generator("check")
-    image = exactly(torch.randn(1, 3, image_size, image_size, generator=random))
+    random, device = generator("check"), device_of(network)
+    image = torch.randn(1, 3, image_size, image_size, generator=random)
     lines = torch.randperm(image_size, generator=random)[:sample].tolist()
     with InDouble():
-        before = units_of(network, layer, image.to(device_of(network)))
+        before = units_of(network, layer, exactly(image.to(device)))
         rounding = 1e3 * torch.finfo(before.dtype).eps * before.abs().max()
         for dim, line in itertools.product((0, 1), lines):
             other = image.clone()
             other.select(2 + dim, line).normal_(0, 3, generator=random)
-            after = units_of(network, layer, other.to(device_of(network)))
+            after = units_of(network, layer, exactly(other.to(device)))
             changed = ((after - before).abs() > rounding).cpu()
             outside = (line < fields[..., dim]) | (line >= fields[..., 2 + dim])
             if (changed & outside).any():

@@ -912,7 +912,7 @@ def restore(state, checkpoint, steps, epoch_anew=False):
     optimizer.step()
     if not (networks.made_like(training, training_state(state))
             and networks.made_like(checkpoint["weights"], state.network.state_dict())
-            and checkpoint["epoch"] >= 0
+            and min(checkpoint["epoch"], checkpoint["step"]) >= 0
             and (checkpoint["step"] - training["uncounted"]) // steps == checkpoint["epoch"]):
         raise ValueError("the checkpoint does not fit this run: its weights, its optimizer or its "
                          "step among those of an epoch are those of another")

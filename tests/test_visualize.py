@@ -464,9 +464,18 @@ class Positions(nn.Module):
         return self.fc(tokens)
 
 
+class Filled(nn.Linear):
+    """A linear layer by hand whose weights are written into a matrix first."""
+
+    def forward(self, x):
+        matrix = torch.zeros(4, 4)
+        matrix[:] = self.weight
+        return (x.movedim(1, 3) @ matrix).movedim(3, 1)
+
+
 @pytest.mark.parametrize("layer, box", [
-    (Lambda(frozen), [0, 0, 6, 6]), (Lambda(interleaved), [0, 2, 3, 5]),
-    (nn.LocalResponseNorm(2), [1, 2, 4, 5]),
+    (nn.Sequential(Filled(4, 4)), [1, 2, 4, 5]), (Lambda(interleaved), [0, 2, 3, 5]),
+    (Lambda(frozen), [0, 0, 6, 6]), (nn.LocalResponseNorm(2), [1, 2, 4, 5]),
     (nn.RMSNorm([4]), [1, 0, 4, 6]), (nn.LogSigmoid(), [1, 2, 4, 5]), (Positions(), [1, 2, 4, 5]),
     (Lambda(lambda x: x.median(1, True)[0]), [1, 2, 4, 5]), (Lambda(twice), [1, 2, 4, 5]),
     (Lambda(lambda x: x.topk(2, 1)[0]), [1, 2, 4, 5]), (Lambda(Twice.apply), [1, 2, 4, 5]),
