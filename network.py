@@ -718,9 +718,12 @@ def unchanged(network):
     before = [(vars(module), name, value,
                value.copy() if isinstance(value, (dict, set)) else value)
               for module in network.modules() for name, value in vars(module).items()]
+    weights = [(value, value.data) for value in [*network.parameters(), *network.buffers()]]
     try:
         yield
     finally:
+        for value, data in weights:  # `weight.data = …` may have given it another type
+            value.data = data
         for attributes, *_ in before:
             attributes.clear()
         for attributes, name, value, content in before:
@@ -1042,7 +1045,7 @@ def receptive_fields(network, layer, image_size):
     # All three colour channels are one leaf, so that a field has no channels.
     noise = 1 + torch.rand(1, 1, image_size, image_size, generator=generator("fields"))
     noise = exactly(noise.to(device_of(network))).requires_grad_()
-    with Connections(network):
+    with unchanged(network), evaluation(network), Connections(network):
         maps = units_of(network, layer, noise.expand(-1, 3, -1, -1).contiguous())
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
@@ -1069,9 +1072,7 @@ def receptive_fields(network, layer, image_size):
 
 def units_of(network, layer, image):
     """What `layer` makes of one image, 1×3×H×W, in its type: C×H×W, of a linear layer C×1×1."""
-    # What a module keeps of this, such as positions, would be in another type than its own.
-    with (unchanged(network), evaluation(network),
-          capture(network, [layer], stop=True) as outputs):
+    with capture(network, [layer], stop=True) as outputs:
         forward(network, image, image.dtype)
     maps = captured_maps(network, outputs, layer, 1)[0]
     return maps if maps.ndim == 3 else maps[:, None, None]
@@ -1085,7 +1086,8 @@ def check_fields(network, layer, image_size, fields, sample=8):
     random, device = generator("check"), device_of(network)
     image = torch.randn(1, 3, image_size, image_size, generator=random)
     lines = torch.randperm(image_size, generator=random)[:sample].tolist()
-    with InDouble():
+    # What a module keeps of this, such as positions, would be in another type than its own.
+    with unchanged(network), evaluation(network), InDouble():
         before = units_of(network, layer, exactly(image.to(device)))
         rounding = 1e3 * torch.finfo(before.dtype).eps * before.abs().max()
         for dim, line in itertools.product((0, 1), lines):

@@ -371,6 +371,18 @@ def test_receptive_fields_leave_nothing_behind():
     assert len(seen) == count
 
 
+def test_weights_that_a_network_changes_keep_their_type():
+    """EEGNet's convolutions (Lawhern et al. 2018), whose filters have a largest norm."""
+    class Constrained(nn.Conv2d):
+        def forward(self, x):
+            self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=1.0)
+            return super().forward(x)
+
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), Constrained(4, 4, 3))
+    assert network.receptive_fields(stack, "1", 8)[0, 1, 1].tolist() == [1, 1, 6, 6]
+    assert stack(torch.randn(1, 3, 8, 8)).dtype == torch.float32
+
+
 def test_weights_that_are_merged_for_evaluation_are_taken_apart_again():
     """LoRA (Hu et al. 2021) as loralib has it: `train` takes out what `eval` adds."""
     class Merged(nn.Linear):
