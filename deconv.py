@@ -221,11 +221,25 @@ def bends(x, value, least):
     x, value = (part.flatten()[::1 + x.numel() // 4096].float() for part in (x, value))
     x, order = x.sort()
     value = value[order]
-    # Along `x` one function goes up and down a few times; several, as of channels, at each step.
-    ways = value.diff().abs().sum() / (value.max() - value.min())
-    low, slopes = (x < 0) & (x >= -x[-1]), (value / x).abs()
+    # Of one function each value is about what its neighbours along `x` suggest; of several, as of
+    # channels, or of `x` and something more, it is not.
+    (x0, x1, x2), (y0, y1, y2) = (
+        [part[i:len(part) - 2 + i] for i in range(3)] for part in (
+            part[::max(1, len(part) // 128)] for part in (x, value)))
+    apart = (y1 - y0.lerp(y2, (x1 - x0) / (x2 - x0).clamp(min=1e-30))).abs()
+    if apart.mean() > 0.1 * (y2 - y0).abs().mean():
+        return False
+    low = (x < 0) & (x >= -x[-1])
     high = torch.searchsorted(x, -x[low])
-    return bool(ways < 3 and slopes[low].mean() < 0.9 * slopes[high].mean())
+    return abs(slope(x[low], value[low])) < 0.9 * abs(slope(x[high], value[high]))
+
+
+def slope(x, value):
+    """The slope of the line that fits `value` over sorted `x` best; NaN where these are all one."""
+    if not len(x) or x[0] == x[-1]:
+        return math.nan
+    x = x - x.mean()
+    return ((x * value).sum() / x.square().sum()).item()
 
 
 # ---------------------------------------------------------------------------- down to the pixels
@@ -480,16 +494,18 @@ def draw_reconstructions(picture, descents, title, classes):
     for row, (layer, ways) in enumerate(descents.items()):
         first = next(iter(ways.values()))
         top, left, side = window(first.signal[0])
+        seen = first.signal[0].any()
         panels = {f"{layer}, {unit_text(first, classes.get(layer))}": picture,
-                  f"its {side}×{side} pixels": picture}
+                  f"its {side}×{side} pixels" if seen else "nothing comes back": picture}
         panels |= {f"back, batch norm {bn}" if both else "what comes back":
                    as_pictures(way.signal)[0].cpu() for bn, way in ways.items()}
         for column, (text, panel) in enumerate(panels.items()):
             cut = panel[:, top:top + side, left:left + side] if column else panel
             visualize.show(figure.add_subplot(grid[row, column]), cut, text)
-        figure.axes[-len(panels)].add_patch(Rectangle(
-            (left - 0.5, top - 0.5), side, side, fill=False, color=visualize.COLORS[1],
-            linewidth=1.5))
+        if seen:
+            figure.axes[-len(panels)].add_patch(Rectangle(
+                (left - 0.5, top - 0.5), side, side, fill=False, color=visualize.COLORS[1],
+                linewidth=1.5))
         if both:
             draw_norms(figure, grid[row, -1], {bn: way.norms for bn, way in ways.items()})
     return figure
@@ -565,12 +581,14 @@ def draw_occlusion(picture, found, signal, size, stride, unit, label, share, cla
     changes = (found.probabilities - share).abs()
     row, column = (step * stride + stride // 2 - size // 2
                    for step in divmod(changes.argmax().item(), steps))
-    shown = picture.clone()
-    shown[:, max(row, 0):row + size, max(column, 0):column + size] = 0.5
+    shown, where = picture.clone(), "that changes nothing"
+    if changes.max() > 1e-6:  # else rounding
+        shown[:, max(row, 0):row + size, max(column, 0):column + size] = 0.5
+        where = "where it does most"
     ranks, names = ranked(found.predictions, classes, len(colors))
     figure = visualize.new_figure(17, 4.5, title)
     panels = [
-        (shown.permute(1, 2, 0), f"the grey square, {size}×{size},\nwhere it does most", {}),
+        (shown.permute(1, 2, 0), f"the grey square, {size}×{size},\n{where}", {}),
         (found.activations, f"{unit},\nsummed, by the square's position", {}),
         (as_pictures(signal[None])[0].permute(1, 2, 0), f"{unit},\nback in the pixels", {}),
         (found.probabilities, f"probability of the {label}\n({share:.1%} without the square)",

@@ -693,6 +693,8 @@ def end_epoch(state, dataset, batches, folder):
     best = accuracy is not None and accuracy > state.best_accuracy
     if best:
         state.best_accuracy, state.best_epoch = accuracy, state.epoch
+    elif state.best_accuracy < 0 and folder.writes:  # the best on other images than this epoch's
+        (folder.path / "best.pth").unlink(missing_ok=True)
     state.seconds += state.epoch_seconds
     state.epoch_seconds, state.totals, state.logged = 0.0, (0.0,) * 4, (0.0,) * 4
     folder.save(state, best, state.epoch in snapshot_epochs(config, state.network))
@@ -1809,7 +1811,7 @@ def finish(state, dataset, folder, workers):
     if state.epoch < config.epochs:
         folder.say(f"validation accuracy has not risen for {config.patience} epochs: that is all")
     # Which epoch that is was chosen by validation images; the test set has no say in anything.
-    kept = networks.find_checkpoint(folder.path) if dataset.val else folder.path / "last.pth"
+    kept = networks.find_checkpoint(folder.path)
     if dataset.val and kept.name != "best.pth":
         why = "best.pth is gone" if state.best_accuracy >= 0 else "no epoch is known to be the best"
         folder.say(f"{folder.path}: {why}; the last epoch is measured")

@@ -15,7 +15,7 @@ from torch import nn
 import network as networks
 import train
 import visualize
-from data import Batches, load, name_of, progress
+from data import Batches, load, name_of, progress, text_of
 
 MEASURES = ("loss_low", "loss_high", "change_low", "change_high", "beta")
 
@@ -84,9 +84,10 @@ def short_run(model, lr, dataset, device, steps, batch_size, seed, every=0):
     return [row | {"loss": loss} for row, loss in zip(rows, torch.stack(losses).tolist())]
 
 
-def draw_smoothness(rows, models, title):
+def draw_smoothness(rows, models, lr, every, title):
     """Four plots of `short_run`'s rows, all `models` in each (Santurkar et al. 2018, figure 4): the
-    band of losses over separate runs, and the three measures along the gradient."""
+    band of losses over separate runs, and the three measures along the gradient, of the run at
+    `lr`, each `every` steps; where they are no numbers, there is a gap."""
     figure = visualize.new_figure(11, 7.4, title)
     losses, ahead, gradients, beta = (
         visualize.plot(figure, (2, 2, position), name, "step", unit)
@@ -97,7 +98,7 @@ def draw_smoothness(rows, models, title):
             ("effective β-smoothness along the gradient", "largest change / distance moved")), 1))
     for index, model in enumerate(models):
         own = [row for row in rows if row["model"] == model]
-        measured = [row for row in own if not math.isnan(row["beta"])]
+        measured = [row for row in own if row["lr"] == lr and row["step"] % every == 0]
         steps, *columns = ([row[name] for row in measured] for name in ("step", *MEASURES))
         loss_low, loss_high, change_low, change_high, largest = columns
         draw_band(losses, *loss_range(own), index)
@@ -156,7 +157,10 @@ def smoothness(models: tuple[str, ...] = ("vgg_a", "vgg_a_bn"), data: str = "cif
     title = (f"{name_of(data)}, batches of {batch_size}; bands: learning rates "
              f"{', '.join(f'{lr:g}' for lr in sorted(lrs))}; along the gradient: at {lrs[0]:g}, "
              f"steps of {lrs[0] / 2:g} to {4 * lrs[0]:g}")
-    figure = draw_smoothness([row for row in rows if row["lr"] in lrs], models, title)
+    rows = [row for row in rows if row["model"] in models and row["lr"] in lrs]
+    if steps > 1 and not any(row["step"] and math.isfinite(row["loss"]) for row in rows):
+        raise ValueError(f"lrs={text_of(lrs)}: the loss of all runs is infinite after a step")
+    figure = draw_smoothness(rows, models, lrs[0], every, title)
     return visualize.save_figure(figure, None, "smoothness", out, format), table
 
 

@@ -113,11 +113,12 @@ def split(text):
 
 def axis_of(value, of_lists):
     """What one would type for a `value` that Python gives for a flag whose values are lists, or
-    are not: an axis, where it is a list of lists, or of anything else."""
+    are not: an axis, where it is a list of lists, of texts as one would type them, or of anything
+    else."""
     if not of_lists:
         return text_of(value)
     parts = value if isinstance(value, tuple) and any(
-        isinstance(part, tuple) for part in value) else [value]
+        isinstance(part, tuple) or "+" in str(part) for part in value) else [value]
     return ",".join(text_of(part).replace(",", "+") for part in parts)
 
 

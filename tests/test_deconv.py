@@ -270,6 +270,17 @@ def test_a_hand_made_rectifier_with_a_slope_a_channel_is_said():
         deconv.project(Called(lambda x: x.where(x > 0, x * slopes)), "c", images(4, 16))
 
 
+@pytest.mark.parametrize("call, bends", [
+    (F.silu, True), (F.elu, True), (lambda x: x.where(x > 0, 0.8 * x), True),
+    (lambda x: F.layer_norm(x, x.shape), False), (lambda x: x + 0.05 * torch.randn(64), False),
+    (lambda x: (x.view(2, -1) * torch.tensor([[0.95], [1.05]])).flatten(), False),
+    (lambda x: x * 1.1 + 0.02, False)])
+def test_a_rectifier_of_64_values_is_told_from_what_moves_them_a_little(call, bends):
+    torch.manual_seed(0)
+    draws = [torch.randn(64) * scale for scale in (0.3, 1, 3) for _ in range(100)]
+    assert {deconv.keeps_less(x, call(x)) for x in draws} == {bends}
+
+
 def assigned(x):
     """Two of its channels rectified in their places."""
     x = x.clone()
@@ -555,6 +566,26 @@ def test_the_square_is_drawn_where_it_was(stride, centres):
         assert axes.get_xlim() == (0, 32) and axes.get_ylim() == (32, 0)
     left, right, *_ = figure.axes[1].images[0].get_extent()
     assert (right - left) / len(centres) == min(stride, 32)
+
+
+def test_a_square_that_changes_nothing_is_not_shown():
+    nothing = deconv.Occlusion(torch.ones(4, 4), torch.full((4, 4), 0.3), torch.zeros(4, 4).long())
+    black = torch.zeros(3, 32, 32)
+    figure = deconv.draw_occlusion(black, nothing, black, 8, 8, "", "", 0.3 + 1e-8, ["a", "b"], "")
+    assert not figure.axes[0].images[0].get_array().any()
+    assert "that changes nothing" in figure.axes[0].get_title()
+
+
+def test_of_a_unit_that_is_dead_no_pixels_are_framed():
+    built = network.build("convnet").eval()
+    descents = {"conv1": {"through": deconv.descend(built, "conv1", images(1, 32))}}
+    with torch.no_grad():
+        built.conv2[0].weight.fill_(0)
+        built.conv2[0].bias.fill_(-1)
+    descents["conv2"] = {"through": deconv.descend(built, "conv2", images(1, 32))}
+    figure = deconv.draw_reconstructions(torch.zeros(3, 32, 32), descents, "", {})
+    assert [len(figure.axes[first].patches) for first in (0, 3)] == [1, 0]
+    assert figure.axes[4].get_title() == "nothing comes back"
 
 
 class Parts(nn.Module):

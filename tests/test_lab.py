@@ -355,6 +355,7 @@ def test_a_sweep_goes_on_where_its_images_were_moved(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag, values, labels", [
     ("lr", torch.tensor([0.5, 0.25]).numpy(), ["0.5", "0.25"]), ("seed", range(2), ["0", "1"]),
     ("augment", [("flip",), ("flip", "crop")], ["flip", "flip+crop"]),
+    ("augment", ["flip", "flip+crop"], ["flip", "flip+crop"]),
     ("lr", [0.5, 0.25], ["0.5", "0.25"]), ("model", ("lenet", "convnet"), ["lenet", "convnet"])])
 def test_axes_of_a_sweep_from_python(flag, values, labels):
     choices, _ = sweep.grid_of({flag: values, "data": "shapes"})

@@ -62,7 +62,27 @@ def test_the_command_keeps_what_it_measured_and_names_are_literal(tmp_path, monk
     assert figure.path == tmp_path / "smoothness.png" and table.exists()
     monkeypatch.setattr(smoothness, "short_run", None)  # all is there
     smoothness.smoothness(**flags)
-    rows = [{"model": "_a$b$", "step": 0, "loss": 1} | dict.fromkeys(smoothness.MEASURES, 1)]
-    figure = smoothness.draw_smoothness(rows, ["_a$b$"], "$x^{")
+    rows = [{"model": "_a$b$", "lr": 1, "step": 0, "loss": 1} | dict.fromkeys(
+        smoothness.MEASURES, 1)]
+    figure = smoothness.draw_smoothness(rows, ["_a$b$"], 1, 1, "$x^{")
     figure.savefig(io.BytesIO(), dpi=20)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_a$b$"]
+
+
+def test_where_a_measure_is_no_number_the_curve_has_a_gap():
+    rows = [{"model": "a", "lr": lr, "step": step, "loss": 1.0} | dict.fromkeys(
+        smoothness.MEASURES, math.nan if lr == 1 or step % 2 else step + 1.0)
+        for lr in (2, 1) for step in range(8)]
+    rows[4]["beta"] = math.nan  # the gradients beyond all bounds, not the losses
+    figure = smoothness.draw_smoothness(rows, ["a"], 2, 2, "")
+    [line] = figure.axes[3].lines
+    assert [*line.get_xdata()] == [0, 2, 4, 6]
+    assert [*map(str, line.get_ydata())] == ["1.0", "3.0", "nan", "7.0"]
+    [band] = figure.axes[1].collections
+    assert {x for x, _ in band.get_paths()[0].vertices.tolist()} == {0, 2, 4, 6}
+
+
+def test_runs_that_all_diverge_are_one_line(tmp_path, few_shapes, refused):
+    assert "lrs=1e+30" in refused(smoothness.COMMANDS, [
+        "smoothness", "--models=lenet", "--data=shapes", "--steps=3", "--every=1", "--lrs=1e30",
+        "--batch_size=4", f"--out={tmp_path}"])

@@ -734,6 +734,26 @@ def test_after_images_have_changed_the_best_epoch_is_one_on_the_new(tmp_path):
     train.train(more, resume=True)  # known from now on
 
 
+def test_a_best_epoch_on_images_that_changed_is_not_shown_for_the_last(tmp_path):
+    """None is held out of 8 images: the old best one would be exported beside another's figures."""
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"), images=6)
+    values = {"data": pets, "val": None, "limit": None, "batch_size": 4, "image_size": 32,
+              "root": str(tmp_path / "cache")}
+    train.train(config := tiny(tmp_path / "runs", **values))
+    assert (config.folder / "best.pth").exists()
+    for number, name in itertools.product(range(2), ("cat", "dog")):
+        Path(pets, "train", name, f"{number}.png").unlink()
+    done = train.train(tiny(tmp_path / "runs", **values), resume=True, changed_data=True)
+    assert done["checkpoint"] == "best.pth"  # no epoch of the images as they are
+    more = tiny(tmp_path / "runs", **values, epochs=config.epochs + 1)
+    result = train.train(more, resume=True)
+    assert result["epoch"] == more.epochs and result["checkpoint"] == "last.pth"
+    assert network.read(train.export(str(config.folder), str(tmp_path / "out.pth")))[
+        "epoch"] == more.epochs
+    _, about = train.open_network(config.folder)
+    assert about.epoch == more.epochs
+
+
 def test_steps_are_numbered_on_where_an_epoch_has_fewer_of_them(tmp_path):
     """5 steps an epoch, then 2: of the epochs that are done no checkpoint and no point goes."""
     pets = image_folder(tmp_path / "pets", ("cat", "dog"), images=10)
