@@ -184,7 +184,9 @@ def distinct(numbers, error=0.2):
     steps = [abs(after - before) for before, after in itertools.pairwise(numbers)]
     steps = [math.inf, *steps, math.inf]
     for digits in range(3, 17):
-        texts = [f"{float(f'{number:.{digits}g}'):.15g}" for number in numbers]  # 1000, not 1e+03
+        texts = [f"{number:.{digits}g}" for number in numbers]
+        texts = [text if abs(float(text)) >= 1e7 else f"{float(text):.15g}"  # 1000, not 1e+03
+                 for text in texts]
         if all(abs(float(text) - number) <= error * min(both)
                for text, number, *both in zip(texts, numbers, steps, steps[1:])):
             break

@@ -122,7 +122,10 @@ def loss_range(rows):
 
 
 def draw_band(axes, steps, low, high, index):
-    """The band of model number `index`, told from others in grey print by its hatching."""
+    """The band of model number `index`, told from others in grey print by its hatching; only its
+    lower edge where the upper is beyond all bounds."""
+    axes.plot(steps, low, alpha=0.45, linewidth=0.8, color=visualize.COLORS[
+        index % len(visualize.COLORS)])
     axes.fill_between(steps, low, high, alpha=0.45, linewidth=0.8, hatch=("", "////", "....")[
         index % 3], color=visualize.COLORS[index % len(visualize.COLORS)])
 
