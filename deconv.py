@@ -279,7 +279,8 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
     networks.refuse_opaque(network)
     images = images.detach().to(torch.promote_types(images.dtype, torch.float32), copy=True)
     images.requires_grad_()
-    with networks.evaluation(network), torch.enable_grad(), BackwardRule(rule, bn) as mode:
+    with (networks.unchanged(network), networks.evaluation(network), torch.enable_grad(),
+          BackwardRule(rule, bn) as mode):
         outputs, found = forward_to(network, layer, images, mode, rule, watch)
         start = found.detach().flatten(1)
         positions = strongest(found.detach(), unit)

@@ -510,12 +510,11 @@ def takes_grey(network, pixels):
             lambda value: value is not linear.weight, network.parameters()))
 
 
-def forward(network, images, dtype=None, compiled=True, weights=None):
+def forward(network, images, dtype=None, weights=None):
     """What the network makes of normalised `images`, N×3×H×W, brought to its own type or `dtype`.
 
-    Where its first layer takes one channel, it gets the mean of the three. Unless it is to run
-    `compiled`, if it was, its Python code runs. `weights` take the place of its own, and gradients
-    lead to them. ValueError, in one line, when it cannot take the images.
+    Where its first layer takes one channel, it gets the mean of the three. `weights` take the place
+    of its own, and gradients lead to them. ValueError, in one line, when it cannot take the images.
     """
     values = itertools.chain(network.parameters(), network.buffers())
     dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
@@ -526,8 +525,7 @@ def forward(network, images, dtype=None, compiled=True, weights=None):
     with told(f"the network cannot take one batch of images, {shape} of {str(dtype)[6:]}"):
         if weights is not None:
             return torch.func.functional_call(network, weights, (images.to(dtype),))
-        was_compiled = getattr(network, "_compiled_call_impl", None) is not None
-        return (network.forward if was_compiled and not compiled else network)(images.to(dtype))
+        return network(images.to(dtype))
 
 
 def logits_of(network, images, weights=None):
@@ -561,7 +559,7 @@ def capture(network, layers, stop=False, inputs=False):
     that an activation in place behind the layer does not change it. A layer that is called
     several times leaves its first output; the layer "" is the network itself. `stop` ends the
     block, quietly, as soon as all the layers have been reached; then it may be their `inputs`
-    that are kept. The hooks come off whatever happens.
+    that are kept. Of what is compiled the Python code runs. The hooks come off whatever happens.
     """
     outputs, shared = {}, []
 
@@ -582,6 +580,8 @@ def capture(network, layers, stop=False, inputs=False):
         return handed
 
     with contextlib.ExitStack() as hooks:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes long
+            hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in layers:
             module = find_layer(network, layer) if layer else network
             if isinstance(module, torch.jit.ScriptModule):
@@ -715,22 +715,25 @@ def evaluation(network):
 @contextlib.contextmanager
 def unchanged(network):
     """After it modules have the attributes they had, and do not know what they kept meanwhile."""
-    before = [(vars(module), name, value,
-               value.copy() if isinstance(value, (dict, set)) else value)
-              for module in network.modules() for name, value in vars(module).items()]
+    before = {}
+
+    def keep(value):
+        if isinstance(value, (dict, set, list)) and id(value) not in before:
+            before[id(value)] = value, value.copy()
+            for part in value.values() if isinstance(value, dict) else value:
+                keep(part)
+
+    for module in network.modules():
+        keep(vars(module))
     weights = [(value, value.data) for value in [*network.parameters(), *network.buffers()]]
     try:
         yield
     finally:
         for value, data in weights:  # `weight.data = …` may have given it another type
             value.data = data
-        for attributes, *_ in before:
-            attributes.clear()
-        for attributes, name, value, content in before:
-            if isinstance(value, (dict, set)):  # in place, for those who have it, too, as hooks do
-                value.clear()
-                value.update(content)
-            attributes[name] = value
+        for value, content in before.values():  # in place, for those who have it, too, as hooks do
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
 
 
 # ---------------------------------------------------------------------------- receptive fields
@@ -1129,7 +1132,7 @@ def class_scores(network, images, label, layers=()):
     these as what they are leaves of, the outputs of `layers`), from which gradients lead back."""
     refuse_opaque(network)
     images = images.detach().clone().requires_grad_()
-    with evaluation(network), capture(network, layers) as outputs:
+    with unchanged(network), evaluation(network), capture(network, layers) as outputs:
         # A clone, as a network may work in place from the start.
         logits = logits_of(network, images.clone())
     if not logits.requires_grad:
@@ -1207,12 +1210,12 @@ def grad_cam(network, images, label, layer=None):
 # ---------------------------------------------------------------------------- summary
 
 
-def outputs_of(network, names, image_size, compiled=True, count=1):
+def outputs_of(network, names, image_size, count=1):
     """{name: output} of the modules called `names`, in the order in which they end, for `count`
-    black images; on the meta device only shapes are computed. `compiled` see `forward`."""
+    black images; on the meta device only shapes are computed."""
     images = torch.zeros(count, 3, image_size, image_size, device=device_of(network))
     with torch.no_grad(), evaluation(network), capture(network, names) as outputs:
-        forward(network, images, compiled=compiled)
+        forward(network, images)
     return outputs
 
 
@@ -1285,7 +1288,7 @@ def largest_output(network, image_size):
     """The number of values in the largest output of a layer, for one image of that side."""
     names = [name for name, module in network.named_modules()
              if name and not isinstance(module, torch.jit.ScriptModule)]  # which takes no hooks
-    outputs = outputs_of(network, names, image_size, compiled=False).values()
+    outputs = outputs_of(network, names, image_size).values()
     return max([3 * image_size**2, *(output.numel() for output in outputs
                                      if isinstance(output, Tensor))])
 
@@ -1477,6 +1480,7 @@ def find_checkpoint(path):
     raise FileNotFoundError(f"{path}: a folder without best.pth or last.pth")
 
 
+@torch.random.fork_rng(devices=[])  # what is drawn for weights to be replaced is nobody's
 def load(source, weights=None, device="cpu", image_size=None, mean=None, std=None):
     """The network that `source` means, in evaluation mode, and its `Description`.
 

@@ -1982,7 +1982,8 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
         # but as many coordinates as there are points.
         features = torch.linalg.qr(features.T, mode="r").R.T
     sprites = data.resize(images.float() / 255, min(images.shape[3], 32)).clamp(0, 1)
-    for tag, vectors in (("features", features), ("pixels", sprites.flatten(1))):
+    pixels = (255 * sprites.flatten(1)).round().byte()  # as text a fifth as long as shares of 1
+    for tag, vectors in (("features", features), ("pixels", pixels)):
         board.add_embedding(vectors, labels, sprites, tag=tag, metadata_header=header)
 
 

@@ -1,5 +1,6 @@
 """Figures and what they show: answers worked out by hand, or found a second time by brute force."""
 
+import copy
 import csv
 import dataclasses
 import io
@@ -399,6 +400,44 @@ def test_weights_that_are_merged_for_evaluation_are_taken_apart_again():
     network.grad_cam(stack, torch.randn(1, 3, 8, 8), 1)
     assert torch.allclose(stack[5].weight, before) and stack[5].weight.requires_grad
     assert [module.training for module in stack] == [True] * 4 + [False, True]
+
+
+def test_what_modules_keep_of_a_look_is_gone_after_it():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.kept = [], {"input": {}}
+
+        def forward(self, x):
+            self.kept["input"].setdefault("x", x)
+            self.last.append(x)
+            return x + 0 * self.last[0].mean() + 0 * self.kept["input"]["x"].mean()
+
+    stack = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)).eval(), Keeping(), nn.ReLU(),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    for look in (lambda: network.receptive_fields(stack, "2", 8),
+                 lambda: network.grad_cam(stack, torch.randn(1, 3, 8, 8), 1),
+                 lambda: deconv.project(stack, "2", torch.randn(2, 3, 8, 8))):
+        look()
+        copy.deepcopy(stack)  # impossible of what leads back to an image
+        assert not stack[1].last and stack[1].kept == {"input": {}}
+
+
+def test_a_network_that_is_compiled_is_looked_into():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
+                           nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    image = torch.randn(1, 3, 8, 8)
+    before = [visualize.feature_maps(layers, ["1.0"], image)["1.0"],
+              deconv.project(layers, "1", image), network.grad_cam(layers, image, 1)[0]]
+    for part in (layers, layers[1]):
+        part.compile(backend="eager")
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                layers(image)
+    after = [visualize.feature_maps(layers, ["1.0"], image)["1.0"],
+             deconv.project(layers, "1", image), network.grad_cam(layers, image, 1)[0]]
+    assert all(map(torch.equal, before, after))
+    assert network.receptive_fields(layers, "1.0", 8)[0, 1, 1].tolist() == [1, 1, 6, 6]
 
 
 def test_grad_cam_takes_no_normalised_heads_for_a_map():
