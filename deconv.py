@@ -207,39 +207,40 @@ def cuts_off(x, side):
 
 def keeps_less(x, value):
     """Whether `value` is a function of `x` alone, place by place, nearer to 0 at −a than at a: one
-    for all, or in maps N×C×H×W one for each channel, as far as eight of them tell."""
-    if x.shape != value.shape:
+    in each channel of each image, in maps N×C×H×W of 16 values or more, or else one for all. Of few
+    values, or of channels with one sign each, nobody can tell."""
+    if x.shape != value.shape or x.numel() < 64:
         return False
-    return bends(x, value, 64) or (x.ndim == 4 and all(
-        bends(x[:, channel], value[:, channel], 256) for channel in range(min(8, x.shape[1]))))
-
-
-def bends(x, value, least):
-    """What `keeps_less` asks, of one function, if there are at `least` so many values to tell."""
-    if x.numel() < least:
-        return False
-    x, value = (part.flatten()[::1 + x.numel() // 4096].float() for part in (x, value))
-    x, order = x.sort()
-    value = value[order]
+    maps = x.ndim == 4 and x[0, 0].numel() >= 16
+    x, value = (part.flatten(0, 1).flatten(1) if maps else part.flatten()[None]
+                for part in (x, value))  # one function a row
+    x, value = (part[::1 + len(part) // 64, ::1 + part.shape[1] // 4096].float()
+                for part in (x, value))
+    x, order = x.sort(1)
+    value = value.gather(1, order)
     # Of one function each value is about what its neighbours along `x` suggest; of several, as of
-    # channels, or of `x` and something more, it is not.
+    # channels or places, or of `x` and something more, it is not.
     (x0, x1, x2), (y0, y1, y2) = (
-        [part[i:len(part) - 2 + i] for i in range(3)] for part in (
-            part[::max(1, len(part) // 128)] for part in (x, value)))
-    apart = (y1 - y0.lerp(y2, (x1 - x0) / (x2 - x0).clamp(min=1e-30))).abs()
+        [part[:, i:part.shape[1] - 2 + i] for i in range(3)] for part in (
+            part[:, ::max(1, part.shape[1] // 128)] for part in (x, value)))
+    apart = (y1 - line(x1, x0, x2, y0, y2)).abs()
     if apart.mean() > 0.1 * (y2 - y0).abs().mean():
         return False
-    low = (x < 0) & (x >= -x[-1])
-    high = torch.searchsorted(x, -x[low])
-    return abs(slope(x[low], value[low])) < 0.9 * abs(slope(x[high], value[high]))
+    # Slopes of the lines that fit best below 0, and above it at the same distances: of a norm or a
+    # gate they are the same in each row, and of what rectifies a part, in some.
+    low = (x < 0) & (x >= -x[:, -1:])
+    after = torch.searchsorted(x.contiguous(), -x.contiguous()).clamp(1, x.shape[1] - 1)
+    above = line(-x, *(part.gather(1, index) for part in (x, value)
+                       for index in (after - 1, after)))
+    away = (x - (x * low).sum(1, True) / low.sum(1, True).clamp(min=1)) * low
+    tells = (low.sum(1) >= 4) & (away.square().sum(1) > 1e-6 * (x * low).square().sum(1))
+    below, above = ((away * part).sum(1)[tells].abs() for part in (value, above))
+    return bool(below.sum() < 0.9 * above.sum() and (below < 0.999 * above).all())
 
 
-def slope(x, value):
-    """The slope of the line that fits `value` over sorted `x` best; NaN where these are all one."""
-    if not len(x) or x[0] == x[-1]:
-        return math.nan
-    x = x - x.mean()
-    return ((x * value).sum() / x.square().sum()).item()
+def line(x, x0, x1, y0, y1):
+    """The value at `x` of the lines from (`x0`, `y0`) to (`x1`, `y1`)."""
+    return y0.lerp(y1, (x - x0) / (x1 - x0).clamp(min=1e-30))
 
 
 # ---------------------------------------------------------------------------- down to the pixels

@@ -281,6 +281,17 @@ def test_a_rectifier_of_64_values_is_told_from_what_moves_them_a_little(call, be
     assert {deconv.keeps_less(x, call(x)) for x in draws} == {bends}
 
 
+@pytest.mark.parametrize("call, bends", [
+    (F.gelu, True), (lambda x: F.leaky_relu(x, 0.8), True), (torch.tanh, False),
+    (lambda x: x * torch.tensor([0.5, 0.7, 0.9, 1.1])[:, None, None], False)])
+def test_a_rectifier_of_maps_is_told_from_gates_of_their_channels(call, bends):
+    torch.manual_seed(0)
+    middles = torch.tensor([-0.5, -0.1, 0.1, 0.5])[:, None, None]  # of its channels
+    draws = [torch.randn(2, 4, 8, 8) * spread + middles for spread in (0.1, 0.3, 1)
+             for _ in range(20)]
+    assert {deconv.keeps_less(x, call(x)) for x in draws} == {bends}
+
+
 def assigned(x):
     """Two of its channels rectified in their places."""
     x = x.clone()
