@@ -286,6 +286,11 @@ def folder_of(data):
     return None if data in BUILT_IN else Path(os.path.realpath(data))
 
 
+def place_of(data):
+    """A text for where the images of the data set `data` are: one for all ways to write it."""
+    return str(folder_of(data) or data)
+
+
 def name_of(data):
     """The name of the data set `data`, as pages and figures tell it: of a folder its own, which may
     be called as a built-in set is."""

@@ -439,7 +439,7 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
     that goes on, its own settings: train("convnet", data="shapes", epochs=3, dropout=0.2).
 
     `resume` goes on with the run in `config.folder` if there is one; `overwrite` starts it anew;
-    `changed_data` goes on though files of its data set are others now.
+    `changed_data` goes on though files of its data set are others now, normalised as they were.
     Raises FileExistsError for a run that exists when neither is asked for. Ctrl-C saves the run
     and then raises SystemExit, in a notebook too.
     """
@@ -448,6 +448,8 @@ def train(config="lenet", resume=False, overwrite=False, changed_data=False, **s
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r}: must be True or False; `out` and `name` say which "
                              f"run is meant")
+    if changed_data and not resume:
+        raise ValueError("`changed_data`: is of a run that goes on (`resume`)")
     if isinstance(config, str):
         config = config_of(parse_flags({"model": config, **settings}), resume)
     elif settings:
@@ -777,11 +779,15 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     folder = RunFolder(config.folder, config, description, writes=workers.rank == 0)
     # Read before the network is built: it may be damaged, or of another run.
     checkpoint = newest_checkpoint(config.folder, folder.say) if resume else None
-    state = new_state(config, description, device)
-    batches = batches_of(config, dataset, device, workers)
-    others = False
+    state, others = new_state(config, description, device), False
     if checkpoint:
         others = check_checkpoint(config, checkpoint, description, changed_data, folder.say)
+        # How it wants its images is a part of the network, also where these are others now.
+        for name in ("mean", "std"):
+            description[name] = checkpoint[name]
+            dataset = dataclasses.replace(dataset, **{name: tuple(checkpoint[name])})
+    batches = batches_of(config, dataset, device, workers)
+    if checkpoint:
         restore(state, as_today(checkpoint, config.folder), len(batches), epoch_anew=others)
         if is_over(config, state.epoch, state.best_epoch):
             # The last step was taken there, maybe elsewhere; earlier checkpoints do not tell where.
@@ -828,6 +834,7 @@ def describe(config, dataset):
     return {"model": config.model, "options": dict(config.options),
             "classes": list(dataset.classes), "image_size": config.size,
             "mean": list(dataset.mean), "std": list(dataset.std),
+            "data_mean": list(dataset.mean), "data_std": list(dataset.std),  # of the images as now
             "settings": dataclasses.asdict(config), "fingerprint": dataset.fingerprint,
             "held_out": [] if dataset.val is None else torch.bincount(dataset.val.labels).tolist()}
 
@@ -1294,9 +1301,13 @@ class RunFolder:
 
     def __init__(self, path, config, description, writes=True):
         self.path, self.config, self.description = Path(path), config, description
-        self.preprocessing = networks.describe(description).preprocessing
         self.writes, self.saved_step, self.pending = writes, None, None
         self.saver, self.kept = ThreadPoolExecutor(1), []
+
+    @property
+    def preprocessing(self):
+        """How the network wants its images."""
+        return networks.describe(self.description).preprocessing
 
     def open(self, state, anew):
         """Make the files on disk agree with `state` (or empty the folder) and begin to write."""
@@ -1537,6 +1548,7 @@ def check_apart(config, resume):
 def differing(now, before):
     """The names of settings that have another value in `now` than in `before`, both of all of them
     by name, and make another run."""
+    now, before = ({**values, "data": data.place_of(values["data"])} for values in (now, before))
     return [name for name in sorted({*now, *before})
             if now.get(name) != before.get(name) and name not in MAY_CHANGE]
 
@@ -1549,9 +1561,7 @@ def check_same_run(config, before=None, moved=False):
     if before is None and not path.exists():
         return
     now, before = config.all_settings(), (before or read_config(path)).all_settings()
-    # The same folder may be written in several ways, and moved images may be at another path.
-    here, there = (data.folder_of(values["data"]) for values in (now, before))
-    if here and (here == there or (moved and here.is_dir())):
+    if moved and (folder := data.folder_of(now["data"])) and folder.is_dir():
         before["data"] = now["data"]
     for name in differing(now, before):
         raise ValueError(f"{name}={now.get(name)}: the run in {config.folder} has "
@@ -1586,8 +1596,10 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
                          f"(`overwrite`)")
     # Other images may have the same names and sizes, but not the same mean colour; as for another
     # decoder of the same files, it rounds otherwise.
-    colors = [part.mean + part.std for part in (
-        networks.describe(each).preprocessing for each in (checkpoint, description))]
+    colors = [part.mean + part.std for part in (networks.describe({
+        **each, "mean": each.get("data_mean", each["mean"]),
+        "std": each.get("data_std", each["std"])}).preprocessing
+        for each in (checkpoint, description))]
     others = (checkpoint.get("fingerprint") != description["fingerprint"]
               or math.dist(*colors) > 1e-4)
     if others and not changed_data and known:
@@ -1720,8 +1732,10 @@ def open_network(source, device="auto", weights=None, moved=None, **wishes):
         # Its images may have been moved since; a run that went on knows where to.
         place = {}
         with contextlib.suppress(OSError, ValueError):
-            now = read_config(Path(os.path.expanduser(source)) / "config.json")
-            place = {"data": now.data, "root": now.root}
+            path = networks.find_checkpoint(source)
+            if WRITTEN.fullmatch(path.name):
+                now = read_config(path.parent / "config.json")
+                place = {"data": now.data, "root": now.root}
         if moved is not None:
             place["data"] = as_setting(moved)
         description = dataclasses.replace(description, settings={**description.settings, **place})
@@ -2024,9 +2038,10 @@ def train_command(*, resume: bool | str = False, overwrite: bool = False,
     given = parse_flags(flags)
     if isinstance(resume, (str, os.PathLike)):
         path = Path(resume)
-        path = path.parent if path.is_file() else path
+        path = path.parent if path.name == "last.pth" else path  # from no other does it go on
         if not (path / "config.json").exists():
-            raise FileNotFoundError(f"resume={resume}: no such run")
+            raise FileNotFoundError(f"resume={resume}: no such run (its folder, or the "
+                                    f"last.pth in it)")
         if twice := {"out", "name"} & {*given}:
             raise ValueError(f"resume={resume}: says which run it is; leave out "
                              + ", ".join(f"`{name}`" for name in sorted(twice)))

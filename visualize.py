@@ -52,6 +52,7 @@ from data import (
     mean_of_image_stds,
     name_of,
     pixel_statistics,
+    place_of,
     progress,
     read_image,
     read_json,
@@ -559,6 +560,8 @@ def group_runs(runs):
             settings = read_json(run / "config.json", dict)
         same = {name: value for name, value in settings.items()
                 if name not in ("seed", "name", "out", "device", "root")}
+        if isinstance(same.get("data"), str):
+            same["data"] = place_of(same["data"])
         # One seed twice, as of another's run or of a copy, is no further seed.
         key = repr(sorted(same.items(), key=repr))
         seeds = (key, repr(settings.get("seed")))
@@ -1579,6 +1582,8 @@ def landscape(ckpt: str | None = None, directions: typing.Literal["random", "pca
     if to is not None and (hessian or directions != "random"):
         raise ValueError("`to`: draws a line between two networks; leave out `hessian` and "
                          "`directions`")
+    if span != 1 and (to is not None or directions != "random"):
+        raise ValueError("`span`: is of random directions, and has no effect here")
     if points < 3:
         raise ValueError(f"points={points}: must be at least 3")
     network, about = open_network(ckpt, **flags)

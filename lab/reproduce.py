@@ -191,7 +191,7 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
     """
     given = {"data": data, "root": root, "limit": limit, "epochs": epochs, "precision": precision}
     given = {name: value for name, value in given.items() if value is not None}
-    if what is None and (given or results or seeds != 1):
+    if what is None and (given or results or seeds != 1 or out != "runs/reproduce"):
         raise ValueError("which experiment? Without WHAT no flag counts, and all are listed")
     if what is None:
         return costs()

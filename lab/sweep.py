@@ -41,7 +41,8 @@ def sweep(**flags):
         config.tta != "none" for config in configs)]
     page, sheet = folder / "sweep.md", folder / "sweep.csv"
     columns = [*choices[0], *RESULT, "state"]
-    train.check_apart(configs[0], resume=True)  # before anything is trained
+    for config in configs:  # before anything is trained
+        train.check_apart(config, resume=True)
     check_unchanged(page, SIGN)
     check_sheet(sheet, page, columns)
     visualize.file_of(folder / "curves.png")  # complains of one that is none of ours

@@ -293,6 +293,7 @@ def test_commas_in_a_sweep(tmp_path, refused):
 
 @pytest.mark.parametrize("words, said", [
     (["reproduce", "--limit=32"], "which experiment?"), (["reproduce", "--seeds=3"], "which exp"),
+    (["reproduce", "--out=x"], "which experiment?"),
     (["results", "--out=x.PNG"], "out=x.PNG: must be a file whose name ends in .md"),
     (["reproduce", "1.1", "--results=x.json"], "results=x.json: must be a file whose name ends in"),
     (["report", "1.1", "--out=x.htm"], "out=x.htm: must be a folder")])
@@ -350,6 +351,9 @@ def test_a_sweep_goes_on_where_its_images_were_moved(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="must lie apart"):
         again(data="moved", out="moved/train", name="c")
     assert not Path("moved", "train", "c").exists()
+    with pytest.raises(ValueError, match="must lie apart"):  # of any of its runs
+        again(data="shapes,moved", out=".", name="moved")
+    assert sorted(path.name for path in Path("moved").iterdir()) == ["test", "train"]
 
 
 @pytest.mark.parametrize("flag, values, labels", [
@@ -742,6 +746,11 @@ def test_a_mean_is_of_seeds_of_the_same_settings_each_once(finished, tmp_path):
         entry.runs["base"], tmp_path)] == [0, 1, 12]
     shutil.rmtree(tmp_path / "4.1-base")  # the first that is there tells the settings
     assert report.with_seeds(tmp_path / "4.1-base")[1:] == folders[1:]
+    # The same folder may be written in several ways.
+    folders = [put("a", data="pets"), put("a-seed1", seed=1, data=os.path.abspath("pets"))]
+    put("a-seed2", seed=2, data="x/pets")
+    assert report.with_seeds(tmp_path / "a") == folders
+    assert [*visualize.group_runs(folders)] == ["a and 1 more seed"]
 
 
 @pytest.mark.parametrize("words, message", [

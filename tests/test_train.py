@@ -754,6 +754,63 @@ def test_a_best_epoch_on_images_that_changed_is_not_shown_for_the_last(tmp_path)
     assert about.epoch == more.epochs
 
 
+@pytest.mark.parametrize("val", [0, 4])
+def test_a_network_wants_its_images_as_it_did_before_they_changed(val, tmp_path):
+    from PIL import Image
+
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"), images=10)
+    values = {"data": pets, "val": val, "limit": None, "batch_size": 4, "image_size": 32,
+              "root": str(tmp_path / "cache")}
+    before = train.train(config := tiny(tmp_path / "runs", **values))
+    wishes = train.open_network(config.folder / "last.pth")[1].preprocessing
+    for number, name in itertools.product(range(20), ("cat", "dog")):
+        Image.new("L", (32, 32), 255).save(Path(pets, "train", name, f"white{number}.png"))
+    # No epoch follows: the same network has the same figures on the same test images.
+    after = train.train(config, resume=True, changed_data=True)
+    assert [after[name] for name in ("test/loss", "checkpoint")] == [
+        before[name] for name in ("test/loss", "checkpoint")]
+    more = tiny(tmp_path / "runs", **values, epochs=4)
+    train.train(more, resume=True)  # the images are known
+    assert train.open_network(config.folder / "last.pth")[1].preprocessing == wishes
+    assert train.evaluate(str(config.folder), root=values["root"])
+    for name in ("cat", "dog"):  # of the same size, with the same name
+        path = Path(pets, "train", name, "0.png")
+        size = path.stat().st_size
+        Image.new("L", (32, 32), 254).save(path)
+        path.write_bytes(path.read_bytes().ljust(size, b"\0")[:size])
+    with pytest.raises(ValueError, match=r"files were added, removed or changed.*`changed_data`"):
+        train.train(tiny(tmp_path / "runs", **values, epochs=5), resume=True)
+
+
+def test_a_file_of_a_run_knows_where_its_images_were_moved(tmp_path):
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"))
+    values = {"val": 0, "limit": None, "batch_size": 4, "image_size": 32,
+              "root": str(tmp_path / "cache")}
+    train.train(config := tiny(tmp_path / "runs", **values, data=pets))
+    Path(pets).rename(tmp_path / "moved")
+    train.train(tiny(tmp_path / "runs", **values, data=str(tmp_path / "moved")), resume=True)
+    for name in ("", "last.pth", "snapshot-00001.pth"):
+        assert train.evaluate(str(config.folder / name), root=values["root"])
+    shutil.copy(config.folder / "last.pth", config.folder / "mine.pth")  # maybe another run's
+    with pytest.raises(FileNotFoundError, match="no such data set or folder"):
+        train.evaluate(str(config.folder / "mine.pth"), root=values["root"])
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_alone(tmp_path):
+    train.train(config := tiny(tmp_path, epochs=1))
+    for name in ("best.pth", "metrics.csv"):
+        with pytest.raises(FileNotFoundError, match=rf"resume=.*{name}: .*last\.pth"):
+            train.train_command(resume=str(config.folder / name), epochs="2")
+    train.train_command(resume=str(config.folder / "last.pth"), epochs="2")
+    assert network.read(config.folder / "last.pth")["epoch"] == 2
+
+
+def test_changed_images_are_of_a_run_that_goes_on(tmp_path):
+    with pytest.raises(ValueError, match="`changed_data`: is of a run that goes on"):
+        train.train(tiny(tmp_path), changed_data=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_steps_are_numbered_on_where_an_epoch_has_fewer_of_them(tmp_path):
     """5 steps an epoch, then 2: of the epochs that are done no checkpoint and no point goes."""
     pets = image_folder(tmp_path / "pets", ("cat", "dog"), images=10)

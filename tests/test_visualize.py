@@ -2147,6 +2147,8 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
     (["activations", "RUN", "--layers=conv7"], "conv7"),
     (["landscape", "RUN", "--to=torchvision:resnet18"], "resnet18"),
     (["landscape", "RUN", "--to=RUN/none"], "none"),
+    (["landscape", "RUN", "--to=RUN", "--span=0.5"], "--span: is of random directions"),
+    (["landscape", "RUN", "--directions=pca", "--span=0.5"], "--span: is of random directions"),
     (["predictions", "RUN", "--order=size"], "size.*random, loss"),
     (["filters", "RUN", "--layer=conv2", "--channel=rgb"], "channel=rgb.*0 to 5"),
     (["features", "RUN", "--index=99999"], "index=99999.*0 to"),
