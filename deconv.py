@@ -583,7 +583,7 @@ def draw_occlusion(picture, found, signal, size, stride, unit, label, share, cla
     changes = (found.probabilities - share).abs()
     row, column = (step * stride + stride // 2 - size // 2
                    for step in divmod(changes.argmax().item(), steps))
-    shown, where = picture.clone(), "that changes nothing"
+    shown, where = picture.clone(), "which leaves the probability as it is"
     if changes.max() > 1e-6:  # else rounding
         shown[:, max(row, 0):row + size, max(column, 0):column + size] = 0.5
         where = "where it does most"

@@ -551,6 +551,15 @@ class _Reached(BaseException):
     """All layers asked for have been computed."""
 
 
+class Captured(dict):
+    """{layer: output}, and the numbers of positions of the `squares` among the maps that the
+    network computed on its way; 0 stands for maps of another shape."""
+
+    def __init__(self, outputs=(), squares=()):
+        super().__init__(outputs)
+        self.squares = {*squares}
+
+
 @contextlib.contextmanager
 def capture(network, layers, stop=False, inputs=False):
     """While open, a forward pass leaves the outputs of `layers` in the dictionary it yields.
@@ -561,7 +570,13 @@ def capture(network, layers, stop=False, inputs=False):
     block, quietly, as soon as all the layers have been reached; then it may be their `inputs`
     that are kept. Of what is compiled the Python code runs. The hooks come off whatever happens.
     """
-    outputs, shared = {}, []
+    outputs, shared = Captured(), []
+
+    def count(module, _given, output):
+        first = channels_come_first(module)
+        if first is not None and isinstance(output, Tensor) and output.ndim == 4:
+            rows, columns = output.shape[2:] if first else output.shape[1:3]
+            outputs.squares.add(rows * columns if rows == columns else 0)
 
     def keep(layer, given, output):
         handed = output.clone() if isinstance(output, Tensor) else output
@@ -582,6 +597,9 @@ def capture(network, layers, stop=False, inputs=False):
     with contextlib.ExitStack() as hooks:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes long
             hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in network.modules():
+            if channels_come_first(module) is not None:
+                hooks.enter_context(module.register_forward_hook(count))
         for layer in layers:
             module = find_layer(network, layer) if layer else network
             if isinstance(module, torch.jit.ScriptModule):
@@ -643,7 +661,8 @@ def captured_maps(network, outputs, layer, count):
     told by square maps, N×S×S×C, and in N×S×S×S by the kinds of what is inside the layer; three
     dimensions are tokens N×T×C. Tokens become N×C×S×S with the largest square S·S there is in T;
     those before it, at most five, such as the class token, are left out. Of N×C×L, L is as many
-    rows as columns, or one row.
+    rows as columns, or one row. Where the network computes maps, a square is one of theirs, or of
+    half as many rows: else they are a sequence, as of columns.
     """
     if layer not in outputs:
         raise ValueError(f"layer={layer}: is not called when the network runs (in a network that "
@@ -665,14 +684,17 @@ def captured_maps(network, outputs, layer, count):
         first = rows != columns
         if rows == columns == last:
             first = {channels_come_first(part) for part in module.modules()} - {None} != {False}
-    if maps.ndim == 3 and first:
-        side = math.isqrt(maps.shape[2])
-        return maps.unflatten(2, (side, -1) if side**2 == maps.shape[2] else (1, -1))
     if maps.ndim == 3:
-        side = math.isqrt(maps.shape[1])  # 14 for ViT-B/16 at 224: a class token and 14·14 others
-        if maps.shape[1] - side**2 > 5:
+        side = math.isqrt(maps.shape[2 if first else 1])
+        square = not outputs.squares or outputs.squares & {side**2, 4 * side**2}
+    if maps.ndim == 3 and first:
+        return maps.unflatten(2, (side, -1) if square and side**2 == maps.shape[2] else (1, -1))
+    if maps.ndim == 3:  # side is 14 for ViT-B/16 at 224: a class token and 14·14 others
+        if maps.shape[1] - side**2 > 5 or not square:
+            why = (f"{maps.shape[1]} are no square of tokens" if maps.shape[1] - side**2 > 5 else
+                   "none of the network's maps is of so many tokens")
             raise ValueError(f"layer={layer}: returns {maps.shape[1]}×{maps.shape[2]} for an "
-                             f"image, and {maps.shape[1]} are no square of tokens")
+                             f"image, and {why}")
         maps = maps[:, -side * side:].unflatten(1, (side, side))
     elif maps.ndim == 2 or first:
         return maps  # N×C, or N×C×H×W
@@ -1127,26 +1149,29 @@ def boxes_of(units, box_of, sample=8):
 # ---------------------------------------------------------------------------- a class's reasons
 
 
+@contextlib.contextmanager
 def class_scores(network, images, label, layers=()):
     """(The logit of class number `label`, one for all or one each, of normalised N×3×S×S images,
-    these as what they are leaves of, the outputs of `layers`), from which gradients lead back."""
+    these as what they are leaves of, the outputs of `layers`), from which gradients lead back while
+    it is open: what was checkpointed runs again on the way."""
     refuse_opaque(network)
     images = images.detach().clone().requires_grad_()
-    with unchanged(network), evaluation(network), capture(network, layers) as outputs:
-        # A clone, as a network may work in place from the start.
-        logits = logits_of(network, images.clone())
-    if not logits.requires_grad:
-        raise ValueError("no gradient leads from the network's outputs to what they depend on")
-    labels = torch.as_tensor(label, device=logits.device).expand(len(images))
-    return logits.gather(1, labels[:, None])[:, 0], images, outputs
+    with unchanged(network), evaluation(network):
+        with capture(network, layers) as outputs:
+            # A clone, as a network may work in place from the start.
+            logits = logits_of(network, images.clone())
+        if not logits.requires_grad:
+            raise ValueError("no gradient leads from the network's outputs to what they depend on")
+        labels = torch.as_tensor(label, device=logits.device).expand(len(images))
+        yield logits.gather(1, labels[:, None])[:, 0], images, outputs
 
 
 @torch.enable_grad()
 def class_gradient(network, images, label):
     """The gradient of class number `label`'s logit (see `class_scores`) at normalised images
     N×3×S×S: N×3×S×S."""
-    scores, images, _ = class_scores(network, images, label)
-    return slopes_of(scores.sum(), [images], materialize_grads=True)[0]
+    with class_scores(network, images, label) as (scores, images, _):
+        return slopes_of(scores.sum(), [images], materialize_grads=True)[0]
 
 
 def smooth_gradient(network, images, label, count=50, noise=0.15, seed=0):
@@ -1179,21 +1204,28 @@ def grad_cam(network, images, label, layer=None):
     """
     names = [layer] if layer else [name for name, _ in network.named_modules() if name]
     # One forward and one backward pass for all layers: which is the last shows only afterwards.
-    scores, _, outputs = class_scores(network, images, label, names)
-    kept = {name: output for name, output in outputs.items()
-            if isinstance(output, Tensor) and output.requires_grad}
-    # Images do not mix, so the gradient of the sum is that of each image's own score.
-    slopes = slopes_of(scores.sum(), gradient_places(kept.values()),
-                       allow_unused=True) if kept else ()
-    dead, tokens = None, {len(output[0]) for output in kept.values() if output.ndim == 3}
+    with class_scores(network, images, label, names) as (scores, _, outputs):
+        kept = {name: output for name, output in outputs.items()
+                if isinstance(output, Tensor) and output.requires_grad}
+        # Images do not mix, so the gradient of the sum is that of each image's own score.
+        slopes = slopes_of(scores.sum(), gradient_places(kept.values()),
+                           allow_unused=True) if kept else ()
+
+    def maps_of(name, part):
+        return captured_maps(network, Captured({name: part}, outputs.squares), name, len(images))
+
+    dead, tokens = None, set()
+    for name, output in kept.items():
+        with contextlib.suppress(ValueError):  # a sequence that is no map
+            if output.ndim == 3 and maps_of(name, output).shape[2] > 1:
+                tokens.add(output.shape[2 if channels_come_first(find_layer(network, name)) else 1])
     for name, output, slope in [*zip(kept, kept.values(), slopes)][::-1]:
         # What attention computes for its heads, N×heads×T×T or N×heads×T×C, is no image.
         if output.ndim == 4 and tokens & {*output.shape[2:]}:
             continue
         with contextlib.suppress(ValueError):  # no output of its kind
             # Its rows and columns may be others than the output's; the same is done to the slopes.
-            maps, slopes = (captured_maps(network, {name: part}, name, len(images))
-                            for part in (output, slope))
+            maps, slopes = (maps_of(name, part) for part in (output, slope))
             if maps.ndim == 4 and maps[0, 0].numel() > 1:
                 # α = the mean of ∂score/∂A over the positions (equation 1), then (Σ α·A)⁺ (2).
                 weights = slopes.mean((2, 3), keepdim=True)

@@ -695,7 +695,7 @@ def end_epoch(state, dataset, batches, folder):
     best = accuracy is not None and accuracy > state.best_accuracy
     if best:
         state.best_accuracy, state.best_epoch = accuracy, state.epoch
-    elif state.best_accuracy < 0 and folder.writes:  # the best on other images than this epoch's
+    elif state.best_accuracy < 0 < state.best_epoch and folder.writes:  # on images as they were
         (folder.path / "best.pth").unlink(missing_ok=True)
     state.seconds += state.epoch_seconds
     state.epoch_seconds, state.totals, state.logged = 0.0, (0.0,) * 4, (0.0,) * 4
@@ -1825,7 +1825,8 @@ def finish(state, dataset, folder, workers):
     if state.epoch < config.epochs:
         folder.say(f"validation accuracy has not risen for {config.patience} epochs: that is all")
     # Which epoch that is was chosen by validation images; the test set has no say in anything.
-    kept = networks.find_checkpoint(folder.path)
+    chosen = dataset.val or state.best_epoch  # by validation images, maybe as they were
+    kept = networks.find_checkpoint(folder.path) if chosen else folder.path / "last.pth"
     if dataset.val and kept.name != "best.pth":
         why = "best.pth is gone" if state.best_accuracy >= 0 else "no epoch is known to be the best"
         folder.say(f"{folder.path}: {why}; the last epoch is measured")

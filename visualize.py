@@ -195,7 +195,10 @@ def distinct(numbers, error=0.2):
 
 
 def log_scale(axes):
-    """Make the vertical axis logarithmic and say so, labelled with plain numbers."""
+    """Make the vertical axis logarithmic and say so, labelled with plain numbers; not one without
+    anything that is finite and above 0."""
+    if not 0 < axes.dataLim.ymax < math.inf:
+        return
     axes.set_yscale("log")
     ticks = log_ticks(*axes.get_ylim())
     axes.set_yticks([*ticks], [*ticks.values()])

@@ -104,7 +104,7 @@ def draw_smoothness(rows, models, lr, every, title):
         draw_band(losses, *loss_range(own), index)
         draw_band(ahead, steps, loss_low, loss_high, index)
         draw_band(gradients, steps, change_low, change_high, index)
-        beta.plot(steps, largest, ("-", "--", ":")[index % 3],
+        beta.plot(steps, largest, ("-", "--", ":")[index % 3], marker=".", markersize=4,
                   color=visualize.COLORS[index % len(visualize.COLORS)])
     visualize.add_legend(figure, dict(zip(models, ahead.collections)))
     for axes in figure.axes:

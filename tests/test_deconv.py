@@ -584,7 +584,7 @@ def test_a_square_that_changes_nothing_is_not_shown():
     black = torch.zeros(3, 32, 32)
     figure = deconv.draw_occlusion(black, nothing, black, 8, 8, "", "", 0.3 + 1e-8, ["a", "b"], "")
     assert not figure.axes[0].images[0].get_array().any()
-    assert "that changes nothing" in figure.axes[0].get_title()
+    assert "leaves the probability as it is" in figure.axes[0].get_title()
 
 
 def test_of_a_unit_that_is_dead_no_pixels_are_framed():

@@ -86,3 +86,13 @@ def test_runs_that_all_diverge_are_one_line(tmp_path, few_shapes, refused):
     assert "lrs=1e+30" in refused(smoothness.COMMANDS, [
         "smoothness", "--models=lenet", "--data=shapes", "--steps=3", "--every=1", "--lrs=1e30",
         "--batch_size=4", f"--out={tmp_path}"])
+
+
+def test_what_is_measured_once_is_drawn_and_what_never_is_has_no_scale():
+    rows = [{"model": "a", "lr": 1, "step": step, "loss": 1.0} | dict.fromkeys(
+        smoothness.MEASURES, math.nan if step else 2.0) for step in range(3)]
+    figure = smoothness.draw_smoothness(rows, ["a"], 1, 10, "")
+    assert figure.axes[3].lines[0].get_marker() not in ("None", "", None)
+    rows[0] |= {"beta": math.inf, "change_low": math.inf, "change_high": math.inf}
+    figure = smoothness.draw_smoothness(rows, ["a"], 1, 10, "")
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "log", "linear", "linear"]

@@ -782,6 +782,15 @@ def test_a_network_wants_its_images_as_it_did_before_they_changed(val, tmp_path)
         train.train(tiny(tmp_path / "runs", **values, epochs=5), resume=True)
 
 
+def test_a_file_called_as_the_best_checkpoint_is_no_epoch_of_a_run_without_validation(tmp_path):
+    train.train(config := tiny(tmp_path, val=0))
+    other = tiny(tmp_path, val=0, name="other", lr=0.1)
+    shutil.copy(train.train(other) and other.folder / "last.pth", config.folder / "best.pth")
+    result = train.train(tiny(tmp_path, val=0, epochs=3), resume=True)
+    assert result["checkpoint"] == "last.pth" and result["epoch"] == 3
+    assert (config.folder / "best.pth").read_bytes() == (other.folder / "last.pth").read_bytes()
+
+
 def test_a_file_of_a_run_knows_where_its_images_were_moved(tmp_path):
     pets = image_folder(tmp_path / "pets", ("cat", "dog"))
     values = {"val": 0, "limit": None, "batch_size": 4, "image_size": 32,

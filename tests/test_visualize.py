@@ -20,6 +20,7 @@ import torchvision
 from matplotlib.colors import to_rgba
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import data
 import deconv
@@ -231,7 +232,7 @@ def test_receptive_fields_behind_a_pool_that_gives_its_places_too(pool):
     lambda x: x * ((x - x.mean((2, 3), True)) > 0), lambda x: x.cummax(2)[0],
     lambda x: torch.where(x > 0, x, x.mean((2, 3), True)), scripted, F.dropout,
     lambda x: x * (x.mean((2, 3), True) > 0).float(),
-    lambda x: x.flatten(2)[..., x.abs().sum(1).flatten(1).max(1)[1]],
+    lambda x: x.flatten(2)[..., x.abs().sum(1).flatten(1).max(1)[1], None],
     lambda x: x * (x > 0).float().mean(), lambda x: x / x.norm(float("inf")),
     lambda x: x + x.data.mean(), lambda x: x[:, x.mean((0, 2, 3)).argsort()]])
 def test_where_one_value_is_chosen_no_receptive_field_is_told(choose):
@@ -560,8 +561,6 @@ def test_small_gradients_are_not_lost_in_half_precision():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_through_activation_checkpoints_no_way_leads_back(reentrant):
-    from torch.utils.checkpoint import checkpoint
-
     inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     stack = nn.Sequential(nn.Conv2d(3, 3, 1), Lambda(lambda x: checkpoint(
         inner, x, use_reentrant=reentrant)), nn.Flatten(), nn.Linear(400, 4))
@@ -677,6 +676,65 @@ def test_layers_that_are_no_square_of_tokens_are_refused():
     mixer = nn.Sequential(nn.Conv2d(3, 128, 4, 4), nn.Flatten(2), nn.Linear(64, 64))
     with pytest.raises(ValueError, match=r"layer=2: returns 128×64 .* no square of tokens"):
         visualize.feature_maps(mixer, ["2"], torch.zeros(1, 3, 32, 32))
+
+
+def test_a_sequence_is_no_map_of_tokens():
+    """The columns of a map, or its rows, as a recurrent network reads them."""
+    class Last(nn.Module):
+        def __init__(self, sequence):
+            super().__init__()
+            self.maps = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2))
+            self.sequence, self.step = sequence, nn.Linear(64, 8)
+            self.rnn, self.fc = nn.GRU(8, 8, batch_first=True), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc(self.rnn(self.step(self.sequence(self.maps(x))))[0][:, -1])
+
+    image = torch.randn(1, 3, 32, 32)
+    for sequence in (lambda x: x.permute(0, 3, 1, 2).flatten(2), lambda x: x.mT.flatten(1).view(
+            1, 16, 64)):
+        built = Last(sequence)
+        assert network.grad_cam(built, image, 1)[1] == "maps"
+        for look in (visualize.feature_maps, lambda built, layers, image: deconv.project(
+                built, layers[0], image)):
+            with pytest.raises(ValueError, match=r"layer=step: returns 16×64 .*|layer=step: "
+                                                 r"returns 16×8 .*none of the network's maps"):
+                look(built, ["step"], image)
+    rows = nn.Sequential(nn.Conv2d(3, 4, 4, 4), Lambda(lambda x: x.mean(3)), nn.Conv1d(4, 2, 1))
+    assert visualize.feature_maps(rows, ["2"], torch.zeros(1, 3, 64, 64))["2"].shape == (
+        1, 2, 1, 16)
+
+
+def test_grad_cam_counts_positions_where_channels_come_first():
+    """Self-attention as SAGAN has it (Zhang et al. 2019): as many channels as rows."""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.value = (nn.Conv1d(32, out, 1) for out in (8, 8, 32))
+
+        def forward(self, x):
+            flat = x.flatten(2)
+            weights = (self.query(flat).mT @ self.key(flat)).softmax(1)
+            return x + (self.value(flat) @ weights).view_as(x)
+
+    built = nn.Sequential(nn.Conv2d(3, 32, 4, 4), Attention(), nn.Conv2d(32, 32, 3, padding=1),
+                          nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+    assert network.grad_cam(built, torch.randn(1, 3, 32, 32), 1)[1] == "3"
+
+
+def test_what_is_checkpointed_runs_again_in_the_mode_it_ran_in():
+    block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout())
+    built = nn.Sequential(Lambda(lambda x: checkpoint(block, x, use_reentrant=False)),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    built.block = block
+    built.forward = lambda x: built[3](built[2](built[1](built[0](x))))
+    built.train()
+    before = copy.deepcopy(block.state_dict())
+    image = torch.randn(2, 3, 8, 8)
+    for look in (lambda: network.class_gradient(built, image, 1),
+                 lambda: network.grad_cam(built, image, 1, "0")):
+        look()
+        assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
 
 
 def test_filters_that_the_image_decides_on_look_at_all_of_it():
