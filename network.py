@@ -552,12 +552,29 @@ class _Reached(BaseException):
 
 
 class Captured(dict):
-    """{layer: output}, and the numbers of positions of the `squares` among the maps that the
-    network computed on its way; 0 stands for maps of another shape."""
+    """{layer: output}, and the `sides` of the square maps, and of the tokens that are such, that
+    the network computed on its way; 0 stands for maps of another shape."""
 
-    def __init__(self, outputs=(), squares=()):
+    def __init__(self, outputs=(), sides=()):
         super().__init__(outputs)
-        self.squares = {*squares}
+        self.sides = {*sides}
+
+    def are_map(self, tokens):
+        """Whether so many tokens, but for five at most, are one of the maps, or one of half as many
+        rows; where there are no maps, any are."""
+        side = math.isqrt(tokens)
+        return tokens - side**2 <= 5 and not (
+            self.sides and self.sides.isdisjoint({side, 2 * side, 2 * side - 1}))
+
+    def note(self, module, _given, output):
+        """Note the side of a `module`'s `output`, as a forward hook."""
+        first = channels_come_first(module)
+        if isinstance(output, Tensor) and output.ndim == 4:
+            rows, columns = output.shape[2:] if first else output.shape[1:3]
+            self.sides.add(rows if rows == columns else 0)
+        elif isinstance(output, Tensor) and output.ndim == 3 and self.sides:
+            tokens = output.shape[2 if first else 1]
+            self.sides |= {math.isqrt(tokens)} if self.are_map(tokens) else set()
 
 
 @contextlib.contextmanager
@@ -571,12 +588,6 @@ def capture(network, layers, stop=False, inputs=False):
     that are kept. Of what is compiled the Python code runs. The hooks come off whatever happens.
     """
     outputs, shared = Captured(), []
-
-    def count(module, _given, output):
-        first = channels_come_first(module)
-        if first is not None and isinstance(output, Tensor) and output.ndim == 4:
-            rows, columns = output.shape[2:] if first else output.shape[1:3]
-            outputs.squares.add(rows * columns if rows == columns else 0)
 
     def keep(layer, given, output):
         handed = output.clone() if isinstance(output, Tensor) else output
@@ -599,7 +610,7 @@ def capture(network, layers, stop=False, inputs=False):
             hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for module in network.modules():
             if channels_come_first(module) is not None:
-                hooks.enter_context(module.register_forward_hook(count))
+                hooks.enter_context(module.register_forward_hook(outputs.note))
         for layer in layers:
             module = find_layer(network, layer) if layer else network
             if isinstance(module, torch.jit.ScriptModule):
@@ -685,16 +696,16 @@ def captured_maps(network, outputs, layer, count):
         if rows == columns == last:
             first = {channels_come_first(part) for part in module.modules()} - {None} != {False}
     if maps.ndim == 3:
-        side = math.isqrt(maps.shape[2 if first else 1])
-        square = not outputs.squares or outputs.squares & {side**2, 4 * side**2}
+        tokens = maps.shape[2 if first else 1]
+        side, square = math.isqrt(tokens), outputs.are_map(tokens)
     if maps.ndim == 3 and first:
-        return maps.unflatten(2, (side, -1) if square and side**2 == maps.shape[2] else (1, -1))
+        return maps.unflatten(2, (side, -1) if square and side**2 == tokens else (1, -1))
     if maps.ndim == 3:  # side is 14 for ViT-B/16 at 224: a class token and 14·14 others
-        if maps.shape[1] - side**2 > 5 or not square:
-            why = (f"{maps.shape[1]} are no square of tokens" if maps.shape[1] - side**2 > 5 else
+        if not square:
+            why = (f"{tokens} are no square of tokens" if tokens - side**2 > 5 else
                    "none of the network's maps is of so many tokens")
-            raise ValueError(f"layer={layer}: returns {maps.shape[1]}×{maps.shape[2]} for an "
-                             f"image, and {why}")
+            raise ValueError(f"layer={layer}: returns {tokens}×{maps.shape[2]} for an image, and "
+                             f"{why}")
         maps = maps[:, -side * side:].unflatten(1, (side, side))
     elif maps.ndim == 2 or first:
         return maps  # N×C, or N×C×H×W
@@ -1212,7 +1223,7 @@ def grad_cam(network, images, label, layer=None):
                            allow_unused=True) if kept else ()
 
     def maps_of(name, part):
-        return captured_maps(network, Captured({name: part}, outputs.squares), name, len(images))
+        return captured_maps(network, Captured({name: part}, outputs.sides), name, len(images))
 
     dead, tokens = None, set()
     for name, output in kept.items():
