@@ -313,6 +313,7 @@ def _source(parts, data, root, image_size, skip_bad, writes, known):
     data, root = os.path.expanduser(data), os.path.expanduser(root)
     if data not in BUILT_IN:
         return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes, known)
+    check_known(known, data, data)
     if data == "shapes":
         sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed
         classes, splits = SHAPES, {part: draw_shapes(*sizes[part]) for part in parts}
@@ -480,10 +481,7 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
     files, classes, left_out = _list_folder(folder)
     tell_left_out(folder, left_out)
     fingerprint = _fingerprint(files)
-    if known not in (None, fingerprint):
-        raise ValueError(f"data={folder}: files were added, removed or changed since the network "
-                         f"was trained on them; python train.py evaluate RUN --data={folder} "
-                         f"measures it on them as they are now")
+    check_known(known, fingerprint, folder)
     labels = {part: torch.tensor([label for _, label, _, _ in files[part]]) for part in parts}
 
     # A cache is named for what was asked for, so that another question has another file, and holds
@@ -506,6 +504,14 @@ def _folder(folder, root, image_size, skip_bad, parts, writes, known):
             note(f"{folder}: left out files of {part} that cannot be read ({missing})")
         labels[part] = labels[part][readable]
     return tuple(classes), labels, read, fingerprint
+
+
+def check_known(known, fingerprint, data):
+    """ValueError if images `data`, of this `fingerprint`, are not those `known` from training."""
+    if known not in (None, fingerprint):
+        raise ValueError(f"data={data}: files were added, removed or changed since the network was "
+                         f"trained on them; python train.py evaluate RUN --data={data} measures it "
+                         f"on them as they are now")
 
 
 def tell_left_out(folder, left_out):

@@ -2195,8 +2195,10 @@ def export(run: str, out: str):
                          f"precision")
     config = dataclasses.replace(config, name=None, out=Config.out, root=Config.root)
     checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
+    # Images whose fingerprint is known may have been moved.
+    moved = {"data": config.data} if before and before.get("fingerprint") else {}
     if out.exists() and (epochs_before > made["epochs"] or differing(
-            config.all_settings(), Config.from_json(before["settings"]).all_settings())
+            config.all_settings(), Config.from_json(before["settings"]).all_settings() | moved)
             or [*before["classes"]] != [*checkpoint["classes"]]
             or before.get("fingerprint") not in (None, checkpoint.get("fingerprint"))):
         raise FileExistsError(f"out={out}: is there already, and was not exported from this run, "

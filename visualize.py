@@ -1245,7 +1245,7 @@ def open_test(ckpt, **flags):
 def naming(about, data):
     """The `Description` of a network that is looked at with other images, those of `data`."""
     own = about.settings.get("data")
-    others = data and (own is None or name_of(data) != name_of(own))
+    others = data and (own is None or place_of(data) != place_of(own))
     return dataclasses.replace(about, images=name_of(data)) if others else about
 
 

@@ -244,6 +244,8 @@ def noted(failed, name):
 def perform(run, given, out, seed=0):
     """The result of a run in the folder `out`, made now or before; settings `given` come first."""
     folder, config = run.folder(out, seed), config_of(run.line, environment=True)
+    if lost := {"seed", "out", "name"} & {*train.parse_flags({})}:
+        raise ValueError(f"TRAIN_FLAGS: `{min(lost)}` has no effect on experiments")
     values = {**given, "seed": seed, "out": str(folder.parent), "name": folder.name}
     if config.limit and "limit" in given:
         values["limit"] = min(config.limit, given["limit"])

@@ -339,6 +339,16 @@ def test_a_sweep_says_which_runs_were_on_images_that_changed(tmp_path, monkeypat
     assert "failed: --data=moved: files were added, removed" in text and "changed_data" not in text
 
 
+@pytest.mark.parametrize("flag", ["seed=5", "out=there", "name=x"])
+def test_what_an_experiment_says_itself_is_not_said_by_the_environment(flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRAIN_FLAGS", f"--limit=32 --epochs=1 --{flag}")
+    entry, = reproduce.choose("4.1")
+    with pytest.raises(ValueError, match=f"TRAIN_FLAGS: `{flag.split('=')[0]}` has no effect"):
+        reproduce.perform(entry.runs["base"], {"data": "shapes"}, "runs")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_sweep_goes_on_where_its_images_were_moved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for part, name in itertools.product(("train", "test"), "ab"):

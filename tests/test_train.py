@@ -803,6 +803,12 @@ def test_a_file_of_a_run_knows_where_its_images_were_moved(tmp_path):
     shutil.copy(config.folder / "last.pth", config.folder / "mine.pth")  # maybe another run's
     with pytest.raises(FileNotFoundError, match="no such data set or folder"):
         train.evaluate(str(config.folder / "mine.pth"), root=values["root"])
+    train.export(str(config.folder), str(tmp_path / "out.pth"))
+    (tmp_path / "moved").rename(tmp_path / "again")
+    train.train(tiny(tmp_path / "runs", **values, data=str(tmp_path / "again"), epochs=3),
+                resume=True)
+    train.export(str(config.folder), str(tmp_path / "out.pth"))  # its own, of fewer epochs
+    assert network.read(tmp_path / "out.pth")["epoch"] == 3
 
 
 def test_a_run_goes_on_from_its_last_checkpoint_alone(tmp_path):
@@ -812,6 +818,16 @@ def test_a_run_goes_on_from_its_last_checkpoint_alone(tmp_path):
             train.train_command(resume=str(config.folder / name), epochs="2")
     train.train_command(resume=str(config.folder / "last.pth"), epochs="2")
     assert network.read(config.folder / "last.pth")["epoch"] == 2
+
+
+def test_a_built_in_set_is_not_taken_for_a_folder_with_the_same_classes(tmp_path, few_shapes):
+    shapes = image_folder(tmp_path / "mine", data.SHAPES, images=2)
+    train.train(config := tiny(tmp_path, data=shapes, val=0, limit=None, image_size=32,
+                               root=str(tmp_path / "cache")))
+    _, about = train.open_network(config.folder, moved="shapes")
+    for opened in (train.open_dataset, train.open_test):
+        with pytest.raises(ValueError, match="data=shapes: files were added, removed or changed"):
+            opened(about, root=str(tmp_path / "cache"))
 
 
 def test_changed_images_are_of_a_run_that_goes_on(tmp_path):
