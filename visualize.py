@@ -1254,6 +1254,7 @@ def open_picture(ckpt, image=None, index=0, **flags):
     class's number (None where that is not known) and what to call it: the file `image`, or number
     `index` of the test images."""
     if image is not None:
+        refuse("has no effect beside `image`", index=index, data=flags.get("data"))
         network, about = open_network(ckpt, **flags)
         picture = read_image(image, about.preprocessing.image_size)[None]
         if flags.get("out") and os.path.realpath(image) == os.path.realpath(flags["out"]):
@@ -1289,6 +1290,13 @@ def need(out=None, **least):
             raise ValueError(f"{name}={value}: must be above 0")
     if file_of(out):
         raise ValueError(f"out={out}: this command writes several files; name a folder")
+
+
+def refuse(why, **flags):
+    """ValueError naming those of `flags` that are not None, 0 or False: they would have no effect,
+    and `why` says what they are for."""
+    if given := [f"{name}={value}" for name, value in flags.items() if value]:
+        raise ValueError(f"{', '.join(given)}: {why}")
 
 
 def samples(data: str = "cifar10", root: str = "data", count: int = 10, seed: int = 0,
@@ -1349,6 +1357,7 @@ def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "r
         if (only, order) != ("all", "random"):
             raise ValueError(f"only={only}, order={order}: are for test images, whose classes are "
                              f"known; leave them out beside `image`")
+        refuse("has no effect beside `image`", seed=seed, data=flags.get("data"))
         return predictions_of(image, count, ckpt, **flags)
     network, about, test = open_test(ckpt, **flags)
     chosen = torch.randperm(len(test.labels), generator=generator(seed, "predictions"))
@@ -1501,6 +1510,7 @@ def filters(ckpt: str | None = None, layer: str = "conv1", channel: str | None =
             **flags: typing.Unpack[Flags]):
     """Draw the filters of LAYER's first convolution, in colour (`--channel=rgb`) where it sees the
     image's three channels, else what they do to one of its input channels, the first."""
+    refuse("has no effect on filters", data=flags.get("data"))
     network, about = open_network(ckpt, **flags)
     convolution, first = (next((module for module in part.modules()
                                 if isinstance(module, nn.Conv2d)), None)

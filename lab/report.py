@@ -68,9 +68,10 @@ def report(what: str, runs: str = "runs/reproduce", out: str | None = None,
     for name in PAGES:
         reproduce.check_unchanged(folder / name, PAGE_SIGN)  # before any work is done
     if one:
+        visualize.refuse("is for experiments", runs=runs if runs != "runs/reproduce" else None)
         return report_of_run(Path(what), folder, {"data": data, "root": root, "device": device})
-    if data or root:
-        raise ValueError("`data` and `root`: are for the page of a run")
+    visualize.refuse("is for the page of a run", data=data, root=root,
+                     device=device if device != "auto" else None)
     return report_of_lab(what, runs, folder)
 
 

@@ -189,17 +189,20 @@ def reproduce(what: str | None = None, data: str | None = None, root: str | None
     and measured accuracies; `--results=FILE` keeps each of them in a CSV file once it is known.
     Where a run or a figure fails, the others go on, and the end is an error.
     """
-    given = {"data": data, "root": root, "limit": limit, "epochs": epochs, "precision": precision}
-    given = {name: value for name, value in given.items() if value is not None}
+    flags = {"data": data, "root": root, "limit": limit, "epochs": epochs, "precision": precision}
+    given = {name: value for name, value in flags.items() if value is not None}
     if what is None and (given or results or seeds != 1 or out != "runs/reproduce"):
         raise ValueError("which experiment? Without WHAT no flag counts, and all are listed")
     if what is None:
         return costs()
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: must be at least 1")
-    out = os.path.expanduser(out)
+    out, more = os.path.expanduser(out), train.parse_flags({})  # TRAIN_FLAGS win, here too
+    if lost := {"seed", "out", "name"} & {*more}:
+        raise ValueError(f"TRAIN_FLAGS: `{min(lost)}` has no effect on experiments")
+    given |= {name: value for name, value in more.items() if name in flags}
     # A trial of a few images shows that a line works, and needs no GPU.
-    able = limit is not None or train.choose_device().type == "cuda"
+    able = "limit" in given or train.choose_device().type == "cuda"
     rows, failed, kept = [], {}, Path(os.path.expanduser(results)) if results else None
     if kept:  # complains of another table before anything is trained
         train.check_output(kept, ".csv", "results")
@@ -244,13 +247,11 @@ def noted(failed, name):
 def perform(run, given, out, seed=0):
     """The result of a run in the folder `out`, made now or before; settings `given` come first."""
     folder, config = run.folder(out, seed), config_of(run.line, environment=True)
-    if lost := {"seed", "out", "name"} & {*train.parse_flags({})}:
-        raise ValueError(f"TRAIN_FLAGS: `{min(lost)}` has no effect on experiments")
     values = {**given, "seed": seed, "out": str(folder.parent), "name": folder.name}
     if config.limit and "limit" in given:
         values["limit"] = min(config.limit, given["limit"])
     if "limit" in given or given.get("data") == "shapes":  # too few to hold out 10 000: a tenth
-        values["val"] = 0 if config.val == 0 else None
+        values["val"] = None if config.val == run.config.val != 0 else config.val
     config = dataclasses.replace(config, **values)
     result = train.finished(config.folder, config)
     if result and changed_since(result):

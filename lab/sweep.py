@@ -138,7 +138,8 @@ def grid_of(flags):
     if not axes:
         raise ValueError("no flag has several values (for example `lr=0.1,0.01`)")
     fixed = {name: text for name, text in flags.items() if name not in axes}
-    model = fixed.get("model", "models" if "model" in axes else train.Config.model)
+    model = "models" if "model" in axes else train.parse_flags(fixed).get(
+        "model", train.Config.model)
     name = fixed.pop("name", "-".join(["sweep", model, *axes]))
     choices = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
     configs = []

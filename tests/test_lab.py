@@ -257,6 +257,16 @@ def test_a_trial_by_the_environment_is_of_other_images(tmp_path, monkeypatch):
     reproduce.book.cache_clear()
 
 
+@pytest.mark.parametrize("environment, held_out", [("", None), (" --val=8", 8)])
+def test_the_environment_wins_over_the_flags_of_reproduce(tmp_path, monkeypatch, environment,
+                                                          held_out):
+    monkeypatch.setenv("TRAIN_FLAGS", "--data=shapes --limit=32 --epochs=1" + environment)
+    reproduce.reproduce("4.1/base", epochs=2, limit=64, out=str(tmp_path))
+    config = train.read_config(tmp_path / "4.1-base" / "config.json")
+    assert (config.data, config.limit, config.epochs, config.val) == ("shapes", 32, 1, held_out)
+    assert len(reproduce.reproduce().rows) == len(reproduce.book().experiments)  # as ever
+
+
 def test_texts_without_a_seal_and_tables_without_a_page_stay(tmp_path):
     path = tmp_path / "results.md"
     reproduce.replace(path, report.results_markdown(reproduce.RESULTS), report.RESULTS_SIGN)
@@ -296,7 +306,9 @@ def test_commas_in_a_sweep(tmp_path, refused):
     (["reproduce", "--out=x"], "which experiment?"),
     (["results", "--out=x.PNG"], "out=x.PNG: must be a file whose name ends in .md"),
     (["reproduce", "1.1", "--results=x.json"], "results=x.json: must be a file whose name ends in"),
-    (["report", "1.1", "--out=x.htm"], "out=x.htm: must be a folder")])
+    (["report", "1.1", "--out=x.htm"], "out=x.htm: must be a folder"),
+    (["report", "1.1", "--device=cpu"], "--device=cpu: is for the page of a run"),
+    (["report", "tests", "--runs=x"], "--runs=x: is for experiments")])
 def test_what_is_written_is_what_the_suffix_says(words, said, refused):
     assert said in refused(lab_module.COMMANDS, words)
 
@@ -312,6 +324,9 @@ def test_a_sweep_is_not_changed_by_the_environment(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="epochs=2: TRAIN_FLAGS in the environment makes it 1 for"):
         sweep.sweep(data="shapes", epochs="1,2", out=str(tmp_path))
     assert not [*tmp_path.iterdir()]
+    monkeypatch.setenv("TRAIN_FLAGS", "--model=simple_cnn")  # and is called what it trains
+    _, configs = sweep.grid_of({"lr": "0.1,0.01"})
+    assert {config.folder.parent.name for config in configs} == {"sweep-simple_cnn-lr"}
 
 
 def test_a_sweep_says_which_runs_were_on_images_that_changed(tmp_path, monkeypatch):
@@ -343,9 +358,8 @@ def test_a_sweep_says_which_runs_were_on_images_that_changed(tmp_path, monkeypat
 def test_what_an_experiment_says_itself_is_not_said_by_the_environment(flag, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRAIN_FLAGS", f"--limit=32 --epochs=1 --{flag}")
-    entry, = reproduce.choose("4.1")
     with pytest.raises(ValueError, match=f"TRAIN_FLAGS: `{flag.split('=')[0]}` has no effect"):
-        reproduce.perform(entry.runs["base"], {"data": "shapes"}, "runs")
+        reproduce.reproduce("4.1/base", data="shapes", out="runs")
     assert not any(tmp_path.iterdir())
 
 

@@ -1456,8 +1456,6 @@ def test_figures_of_other_images_say_so(run, tmp_path, coarse_figures, few_shape
               for given in ({}, {"data": "shapes"}, {"data": str(pets), "root": str(tmp_path)})]
     assert [", on" in title for title in titles] == [False, False, True]
     assert ", on pets: " in titles[2]
-    figure = visualize.filters(str(run), data="nowhere", out=f"{tmp_path}/")  # looks at none
-    assert ", on" not in figure._suptitle.get_text()
 
 
 def test_the_history_of_a_layer_by_hand(tmp_path):
@@ -2211,6 +2209,10 @@ def test_the_projector_gets_vectors_classes_and_sprites(run, tmp_path):
     (["filters", "RUN", "--layer=conv2", "--channel=rgb"], "channel=rgb.*0 to 5"),
     (["features", "RUN", "--index=99999"], "index=99999.*0 to"),
     (["features", "RUN", "--image=RUN/last.pth"], "cannot be read as an image"),
+    (["features", "RUN", "--image=x.png", "--index=3"], "--index=3: has no effect beside --image"),
+    (["where", "RUN", "--image=x.png", "--data=pets"], "--data=pets: has no effect beside"),
+    (["predictions", "RUN", "--image=x.png", "--seed=3"], "--seed=3: has no effect beside"),
+    (["filters", "RUN", "--data=pets"], "--data=pets: has no effect on filters"),
     (["confusion", "RUN", "--format=gif"], "gif.*png, svg, pdf"),
     (["confusion", "RUN/config.json"], "config.json"),
     (["patches", "RUN", "--layer=conv2", "--units=3,16"], "units=3,16.*0 to 15"),
