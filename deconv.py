@@ -280,8 +280,7 @@ def descend(network, layer, images, unit="strongest", rule="deconvnet", bn="thro
     networks.refuse_opaque(network)
     images = images.detach().to(torch.promote_types(images.dtype, torch.float32), copy=True)
     images.requires_grad_()
-    with (networks.unchanged(network), networks.evaluation(network), torch.enable_grad(),
-          BackwardRule(rule, bn) as mode):
+    with networks.looked_at(network), torch.enable_grad(), BackwardRule(rule, bn) as mode:
         outputs, found = forward_to(network, layer, images, mode, rule, watch)
         start = found.detach().flatten(1)
         positions = strongest(found.detach(), unit)
@@ -323,7 +322,7 @@ def forward_to(network, layer, images, mode, rule, watch):
     with (_Watch(mode), networks.capture(network, names) as outputs,
           networks.capture(network, [layer], stop=True) as reached):
         try:
-            networks.forward(network, images.clone())  # a clone: it may work in place at once
+            networks.forward(network, images)
         except ValueError:
             if not mode.hidden:
                 raise
@@ -396,7 +395,7 @@ def occlude(network, layer, image, preprocessing, unit, label, size, stride):
     # A square covers the pixels whose row and whose column it covers: positions×side for both.
     covered = (line >= start) & (line < start + size)
     steps, parts, count = len(centres), [], train.images_at_once(network, side)
-    with networks.evaluation(network):
+    with networks.looked_at(network):
         for chunk in progress(torch.arange(steps**2).split(count), "sliding the square"):
             rows, columns = (covered[at].to(device) for at in (chunk // steps, chunk % steps))
             square = rows[:, None, :, None] & columns[:, None, None]  # n×1×side×side
@@ -437,7 +436,7 @@ def move_apart(network, layers, images, labels, amounts):
     and the probabilities of `labels`, amounts×N. Zeiler & Fergus (2014), section 4 and figure 5.
     """
     distances, shares = {layer: [] for layer in layers}, []
-    with networks.evaluation(network):
+    with networks.looked_at(network):
         _, start = networks.logits_and_maps(network, layers, images)
         for _, affine in progress(amounts, "moving images"):
             logits, maps = networks.logits_and_maps(network, layers, moved(images, affine))
@@ -683,8 +682,9 @@ def reconstruct(ckpt: str | None = None, layers: tuple[str, ...] = ("conv1",),
     descents = {layer: {way: descend(network, layer, images, unit, rule, way) for way in ways}
                 for layer in progress(layers, "going back")}
     title = f"{about.title}: {name}, {way_text(network, rule, bn)}"
-    classes = {layer: about.classes for layer in layers if about.classes and networks.last_linear(
-        network) in [*networks.find_layer(network, layer).modules()]}  # of the logits alone
+    last = about.classes and networks.last_linear(network, about.preprocessing.image_size)
+    classes = {layer: about.classes for layer in layers  # of the logits alone
+               if last and f"{last}.".startswith(f"{layer}.")}
     figure = draw_reconstructions(about.preprocessing.pictures(picture)[0], descents, title,
                                   classes)
     name = "-".join(["reconstruct", *layers, *(["bn", bn] if bn != "through" else [])])

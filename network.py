@@ -37,8 +37,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from data import (
@@ -340,8 +343,9 @@ def he_initialization(network):
     # half the variance of what went into it; so with Var(w) = 2/n the variance stays the same from
     # layer to layer. For the first, which sees images, a factor matters little; the last keeps
     # PyTorch's smaller weights, so that training begins with all classes about as likely.
+    *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and module is not last_linear(network):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module is not last:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -469,12 +473,14 @@ def find_layer(network, layer):
     return modules[layer]
 
 
-def last_linear(network):
-    """The last linear layer: what goes into it are the penultimate features."""
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linear:
+def last_linear(network, image_size):
+    """The name of the linear layer that comes last for an image of that side: what goes into it are
+    the penultimate features."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    done = [*outputs_of(network, names, image_size)]  # not as they were made: as they end
+    if not done:
         raise ValueError("the network has no linear layer; `layer` names another")
-    return linear[-1]
+    return done[-1]
 
 
 def device_of(network):
@@ -496,18 +502,30 @@ def told(what, kinds=Exception):
         raise ValueError(f"{what}: {said:.300}") from error
 
 
-def takes_grey(network, pixels):
-    """Whether the images of a network have one channel, as far as its layers tell; `pixels` are
-    those of an image."""
+def takes_grey(network, image):
+    """Whether a network wants images of one channel: as far as its layers tell, unless it takes an
+    `image` of three, 1×3×H×W."""
     convolution, linear = (next((module for module in network.modules() if isinstance(
         module, kind)), None) for kind in (nn.Conv2d, nn.Linear))
     if convolution is not None and convolution.in_channels in (1, 3):
-        return convolution.in_channels == 1
-    # Where no convolution begins, also none that somebody wrote, a linear layer may, as in many a
-    # first network for MNIST: all that stands before it are vectors and matrices.
-    return linear is not None and linear.in_features == pixels and all(
-        value.ndim < 3 for value in itertools.takewhile(
-            lambda value: value is not linear.weight, network.parameters()))
+        grey = convolution.in_channels == 1
+    else:
+        # Where no convolution begins, also none that somebody wrote, a linear layer may, as in many
+        # a first network for MNIST: all that stands before it are vectors and matrices.
+        grey = linear is not None and linear.in_features == image[0, 0].numel() and all(
+            value.ndim < 3 for value in itertools.takewhile(
+                lambda value: value is not linear.weight, network.parameters()))
+    if not grey:
+        return False
+    # It may make grey itself, or look at each colour alone. Asked unseen by hooks and modes.
+    with (unchanged(network), torch.no_grad(), torch._C.DisableTorchFunction(),
+          _disable_current_modes(), contextlib.suppress(Exception)):
+        for module in network.modules():
+            module._forward_hooks.clear()
+        # Three outputs are of three images, as `x.view(-1, 1, 28, 28)` makes of one.
+        return all(len(x) != 1 for x in tree_leaves(network(image))
+                   if isinstance(x, Tensor) and x.ndim)
+    return True
 
 
 def forward(network, images, dtype=None, weights=None):
@@ -516,16 +534,23 @@ def forward(network, images, dtype=None, weights=None):
     Where its first layer takes one channel, it gets the mean of the three. `weights` take the place
     of its own, and gradients lead to them. ValueError, in one line, when it cannot take the images.
     """
-    values = itertools.chain(network.parameters(), network.buffers())
+    values = [*network.parameters(), *network.buffers()]
     dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
                           images.dtype)
-    if images.shape[1] == 3 and takes_grey(network, images[0, 0].numel()):
+    # A copy, as other code may work in place from the start, in the order in memory that its
+    # filters have: it may rely on the usual one (`x.view(len(x), -1)`).
+    last = any(value.ndim == 4 and value.layout == torch.strided and not value.is_contiguous()
+               for value in values)
+    layout = torch.channels_last if last else torch.contiguous_format
+    if images.shape[1] == 3 and takes_grey(
+            network, images[:1].to(dtype).clone(memory_format=layout)):
         images = images.mean(1, keepdim=True)
+    images = images.to(dtype).clone(memory_format=layout)
     shape = "×".join(map(str, images.shape))
     with told(f"the network cannot take one batch of images, {shape} of {str(dtype)[6:]}"):
         if weights is not None:
-            return torch.func.functional_call(network, weights, (images.to(dtype),))
-        return network(images.to(dtype))
+            return torch.func.functional_call(network, weights, (images,))
+        return network(images)
 
 
 def logits_of(network, images, weights=None):
@@ -538,10 +563,15 @@ def logits_of(network, images, weights=None):
             logits.ndim != 2 or not logits.is_floating_point()):
         kind = "×".join(map(str, getattr(logits, "shape", ()))) or f"a {type(logits).__name__}"
         raise ValueError(f"the network returns {kind}, not N×classes logits, for N images")
-    # By chance, two logits may add up to nearly 1: as little as rounding allows.
-    error, logits = max(torch.finfo(logits.dtype).eps, 2e-6), logits.float()
+    logits = logits.float()
     if torch.is_autocast_enabled(images.device.type):  # networks of this package alone, in bf16
         return logits
+    # By chance, two logits may add up to nearly 1: as little as rounding allows, in the coarsest
+    # type that holds them all, or what is added to keep a logarithm finite.
+    error = 2e-6 * logits.shape[1]
+    for kind in (torch.float16, torch.bfloat16):
+        held = (logits.to(kind).float() == logits).all()
+        error = torch.where(held, torch.finfo(kind).eps, error)
     shares = (logits.min() >= 0) & ((logits.sum(1) - 1).abs().max() <= error)
     # The softmax of log p is p again: so these are logits.
     return torch.where(shares, logits.clamp(min=1e-18).log(), logits)  # chosen on the device
@@ -675,10 +705,11 @@ def captured_maps(network, outputs, layer, count):
     rows as columns, or one row. Where the network computes maps, a square is one of theirs, or of
     half as many rows: else they are a sequence, as of columns.
     """
+    if isinstance(maps := outputs.get(layer), Tensor) and is_functorch_wrapped_tensor(maps):
+        raise ValueError(f"layer={layer}: runs in torch.vmap or the like, where nobody looks in")
     if layer not in outputs:
         raise ValueError(f"layer={layer}: is not called when the network runs (in a network that "
                          f"torch.export or a compiler made, no layer is)")
-    maps = outputs[layer]
     if not isinstance(maps, Tensor) or maps.ndim not in (2, 3, 4) or not (
             maps.is_floating_point() and maps.numel()):
         kind = "×".join(map(str, getattr(maps, "shape", ()))) or f"a {type(maps).__name__}"
@@ -730,7 +761,7 @@ def refuse_opaque(network):
 
 @contextlib.contextmanager
 def evaluation(network):
-    """While open, the network is in evaluation mode; then every module is as it was."""
+    """While open, the network is in evaluation mode; then every module is in the mode it had."""
     before = {module: module.training for module in network.modules()}
     try:
         network.eval()
@@ -747,26 +778,48 @@ def evaluation(network):
 
 @contextlib.contextmanager
 def unchanged(network):
-    """After it modules have the attributes they had, and do not know what they kept meanwhile."""
+    """After it modules have the attributes they had, and do not know what they kept meanwhile, and
+    buffers hold what they held. ValueError for a network that becomes another one when it runs."""
+    if any(isinstance(module, LazyModuleMixin) for module in network.modules()):
+        raise ValueError("the network has lazy layers that have not seen an image: call it on one, "
+                         "then they have their shapes")
     before = {}
 
     def keep(value):
-        if isinstance(value, (dict, set, list)) and id(value) not in before:
-            before[id(value)] = value, value.copy()
-            for part in value.values() if isinstance(value, dict) else value:
+        kind = next((kind for kind in (dict, set, list) if isinstance(value, kind)), None)
+        if kind and id(value) not in before:
+            before[id(value)] = value, kind(value)
+            for part in value.values() if kind is dict else value:
                 keep(part)
 
     for module in network.modules():
         keep(vars(module))
     weights = [(value, value.data) for value in [*network.parameters(), *network.buffers()]]
+    buffers = [(value, value.detach().clone()) for value in network.buffers()]
     try:
         yield
     finally:
         for value, data in weights:  # `weight.data = …` may have given it another type
             value.data = data
+        for value, content in buffers:  # such as what observers of a quantisation have seen
+            value.data.copy_(content)
         for value, content in before.values():  # in place, for those who have it, too, as hooks do
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
+            if contents(value) != contents(content):  # what cannot change may refuse to be filled
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(content)
+
+
+def contents(value):
+    """The identities of what a dictionary, set or list holds."""
+    parts = [*value, *(value.values() if isinstance(value, dict) else ())]
+    return {*map(id, parts)} if isinstance(value, set) else [*map(id, parts)]
+
+
+@contextlib.contextmanager
+def looked_at(network):
+    """While open, the network is in evaluation mode; then it is as it was (see `unchanged`)."""
+    with unchanged(network), evaluation(network):
+        yield
 
 
 # ---------------------------------------------------------------------------- receptive fields
@@ -920,6 +973,12 @@ def _batch_norm(_function, x, *others, **named):
     return _scaled(None, x + x.mean([0, *range(2, x.ndim)], True) if own else x)
 
 
+def _instance_norm(_function, x, *others, **named):
+    """Each value looks at all of its map, but with running statistics."""
+    own = named.get("use_input_stats", others[4] if len(others) > 4 else True)
+    return _grouped(None, x, x.shape[1]) if own else _scaled(None, x)
+
+
 # What takes the place of a function, given it and its arguments, in `Connections`.
 CONNECTIONS = {
     **dict.fromkeys([*RECTIFIERS, *BOUNDED, "tanh", "tanhshrink", "hardshrink", "softshrink",
@@ -944,7 +1003,7 @@ CONNECTIONS = {
     **dict.fromkeys(["amax", "amin"], lambda _, x, *others, **named: x.mean(*others, **named)),
     **dict.fromkeys(["max", "maximum", "fmax", "min", "minimum", "fmin"], _largest),
     "batch_norm": _batch_norm, "group_norm": _grouped,
-    "instance_norm": lambda _, x, *others, **named: _grouped(None, x, x.shape[1]),
+    "instance_norm": _instance_norm,
     "layer_norm": _layer_norm, "rms_norm": _layer_norm, "local_response_norm": _local,
     "glu": lambda _, x, dim=-1: _scaled(None, sum(x.chunk(2, dim))),
     "normalize": lambda _, x, p=2, dim=1, **named: _scaled(None, x + x.mean(dim, True)),
@@ -1018,12 +1077,12 @@ def unsigned(value):
 def constant(weight):
     """What stands in for a weight that is no layer's, such as an embedding, or for a buffer: ones,
     but for masks, which hide what they multiply by 0, or, added to it, from softmax."""
-    kind, is_buffer = exact_type(weight.device), not isinstance(weight, nn.Parameter)
-    if not weight.isfinite().all() or (is_buffer and weight.min() < -50):
+    # A mask is not trained, and has one value, or rows and columns, unlike a scale of channels.
+    kind, fixed = exact_type(weight.device), not weight.requires_grad
+    if not weight.isfinite().all() or (fixed and weight.min() < -50):
         return weight.to(kind)
-    # Frozen weights are buffers, too, but not all of one value.
     shown = weight[weight != 0]
-    if is_buffer and len(shown) and (shown == shown[0]).all():
+    if fixed and len(shown) and ((shown == shown[0]).all() or weight.squeeze().ndim > 1):
         return (weight != 0).to(kind)
     return torch.ones_like(weight, dtype=kind)
 
@@ -1081,7 +1140,7 @@ def receptive_fields(network, layer, image_size):
     # All three colour channels are one leaf, so that a field has no channels.
     noise = 1 + torch.rand(1, 1, image_size, image_size, generator=generator("fields"))
     noise = exactly(noise.to(device_of(network))).requires_grad_()
-    with unchanged(network), evaluation(network), Connections(network):
+    with looked_at(network), Connections(network):
         maps = units_of(network, layer, noise.expand(-1, 3, -1, -1).contiguous())
     if not maps.requires_grad:
         raise ValueError(f"layer={layer}: no gradient leads from it to the images")
@@ -1123,7 +1182,7 @@ def check_fields(network, layer, image_size, fields, sample=8):
     image = torch.randn(1, 3, image_size, image_size, generator=random)
     lines = torch.randperm(image_size, generator=random)[:sample].tolist()
     # What a module keeps of this, such as positions, would be in another type than its own.
-    with unchanged(network), evaluation(network), InDouble():
+    with looked_at(network), InDouble():
         before = units_of(network, layer, exactly(image.to(device)))
         rounding = 1e3 * torch.finfo(before.dtype).eps * before.abs().max()
         for dim, line in itertools.product((0, 1), lines):
@@ -1167,10 +1226,9 @@ def class_scores(network, images, label, layers=()):
     it is open: what was checkpointed runs again on the way."""
     refuse_opaque(network)
     images = images.detach().clone().requires_grad_()
-    with unchanged(network), evaluation(network):
+    with looked_at(network):
         with capture(network, layers) as outputs:
-            # A clone, as a network may work in place from the start.
-            logits = logits_of(network, images.clone())
+            logits = logits_of(network, images)
         if not logits.requires_grad:
             raise ValueError("no gradient leads from the network's outputs to what they depend on")
         labels = torch.as_tensor(label, device=logits.device).expand(len(images))
@@ -1182,7 +1240,10 @@ def class_gradient(network, images, label):
     """The gradient of class number `label`'s logit (see `class_scores`) at normalised images
     N×3×S×S: N×3×S×S."""
     with class_scores(network, images, label) as (scores, images, _):
-        return slopes_of(scores.sum(), [images], materialize_grads=True)[0]
+        slope, = slopes_of(scores.sum(), [images], allow_unused=True)
+    if slope is None:
+        raise ValueError("no gradient reaches the images (something on the way computes none)")
+    return slope
 
 
 def smooth_gradient(network, images, label, count=50, noise=0.15, seed=0):
@@ -1257,7 +1318,7 @@ def outputs_of(network, names, image_size, count=1):
     """{name: output} of the modules called `names`, in the order in which they end, for `count`
     black images; on the meta device only shapes are computed."""
     images = torch.zeros(count, 3, image_size, image_size, device=device_of(network))
-    with torch.no_grad(), evaluation(network), capture(network, names) as outputs:
+    with torch.no_grad(), looked_at(network), capture(network, names) as outputs:
         forward(network, images)
     return outputs
 
@@ -1571,7 +1632,10 @@ def _load_elsewhere(source, weights, wishes, device):
         if "" not in sys.path:  # the current folder, which `python -c` and notebooks have there
             sys.path.append("")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            network = getattr(importlib.import_module(module), name)()
+            # A transformer is built for the size of its images.
+            size = {"image_size": wanted.image_size} if module == "torchvision.models" and (
+                name.startswith("vit_")) else {}
+            network = getattr(importlib.import_module(module), name)(**size)
         if not isinstance(network, nn.Module):
             raise TypeError(f"{name}() returns a {type(network).__name__}, which is no nn.Module")
         network = getattr(network, "_orig_mod", network)  # compiled, it cannot be looked into
@@ -1588,13 +1652,12 @@ def _load_elsewhere(source, weights, wishes, device):
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
         network.eval().to("cpu" if is_quantized(network) else device)
+        with torch.no_grad():  # lazy layers take their kinds and shapes from the first images
+            if any(isinstance(module, LazyModuleMixin) for module in network.modules()):
+                side = wishes.get("image_size", wanted.image_size)
+                network(torch.zeros(1, 3, side, side, device=device_of(network)))
     if module == "torchvision.models":
         network.to(memory_format=torch.channels_last)  # as the images come, and quicker on a CPU
-    elif not isinstance(network, torch.jit.ScriptModule):  # which takes no hooks
-        # Other code may work in place from the start, or rely on the usual order of pixels in
-        # memory (`x.view(len(x), -1)`): so it gets a copy of its images, in that order.
-        network.register_forward_pre_hook(lambda _network, given: (
-            given[0].clone(memory_format=torch.contiguous_format), *given[1:]))
     return network, Description(source, (), replace(wanted, **wishes))
 
 
@@ -1602,7 +1665,8 @@ def is_quantized(network):
     """Whether a network has quantised layers, which compute on a CPU alone."""
     if isinstance(network, torch.jit.ScriptModule):  # whose layers have lost their kinds
         return "quantized::" in str(network.inlined_graph)
-    return any("quantized" in type(layer).__module__ for layer in network.modules())
+    return any(re.match(r"torch\..*quantized", type(layer).__module__)
+               for layer in network.modules())
 
 
 def _torchvision_weights(name, weights):
@@ -1615,10 +1679,11 @@ def _torchvision_weights(name, weights):
         raise ValueError(f"network=torchvision:{name}: torchvision has no such network"
                          f"{closest(name, models.list_models(models))}")
     versions = models.get_model_weights(name)
-    # The last are the newest, and mostly the best.
+    # The last are the newest, and mostly the best; those without categories are no whole networks.
     files = {version: cache / Path(version.url).name for version in reversed(versions)}
     known = next((version for version, file in files.items() if (
-        file.name == Path(weights).name if weights else file.exists())), None)
+        file.name == Path(weights).name if weights else
+        file.exists() and version.meta["categories"])), None)
     if not (known or weights):
         raise FileNotFoundError(f"network=torchvision:{name}: its weights are not here; put "
                                 f"{versions.DEFAULT.url} into {cache}; or give `weights=FILE`")
@@ -1632,16 +1697,19 @@ def _torchvision_weights(name, weights):
 def state_dict_in(content, network):
     """The state dict of `network` in what a file of weights holds: all of it, or a part, as in
     {"net": …, "acc": …}, without what others put before all names: DataParallel module., Lightning
-    model. What holds none is returned as it is."""
-    own = network.state_dict().keys()
-    for part in [content, *content.values()] if isinstance(content, dict) else []:
+    model. What holds none is returned as it is; ValueError where there are several."""
+    own, found = network.state_dict().keys(), {}
+    for key, part in {"": content, **content}.items() if isinstance(content, dict) else ():
         if isinstance(part, dict) and len(part) == len(own) > 0:
             prefix = min(map(str, part)).removesuffix(min(own))  # of the first name of each
             if {str(name).removeprefix(prefix) for name in part} == own:
                 # In place: a new dictionary would lack the versions of modules that it has.
                 nn.modules.utils.consume_prefix_in_state_dict_if_present(part, prefix)
-                return part
-    return content
+                found[key] = part
+    if len(found) > 1:
+        raise ValueError(f"holds several state dicts, {', '.join(map(str, found))}: save the one "
+                         f"that is meant alone")
+    return next(iter(found.values()), content)
 
 
 def fitting_weights(checkpoint, network):

@@ -1185,7 +1185,7 @@ def predict(network, images, preprocessing, tta="none", bar=None):
     device = networks.device_of(network)
     # No image is left out, and none counts twice: the last chunk is smaller.
     chunks, logits = images.split(images_at_once(network, preprocessing.image_size)), []
-    with torch.no_grad(), networks.evaluation(network), autocast(device, preprocessing.precision):
+    with torch.no_grad(), networks.looked_at(network), autocast(device, preprocessing.precision):
         for chunk in data.progress(chunks, bar) if bar else chunks:
             pixels = preprocessing(chunk, device)
             logits.append(sum(share * networks.logits_of(network, view)
@@ -1982,10 +1982,9 @@ def add_projector(board, network, preprocessing, images, labels, layer=None, hea
     """
     before = layer is None
     if before:
-        last = networks.last_linear(network)
-        layer = next(name for name, module in network.named_modules() if module is last)
+        layer = networks.last_linear(network, preprocessing.image_size)
     device, points = networks.device_of(network), []
-    with torch.no_grad(), networks.evaluation(network):
+    with torch.no_grad(), networks.looked_at(network):
         for chunk in images.split(256):
             with networks.capture(network, [layer], stop=True, inputs=before) as outputs:
                 networks.forward(network, preprocessing(chunk, device))

@@ -368,7 +368,7 @@ def feature_maps(network, layers, images):
 
     Nothing behind the layers is computed. See `network.captured_maps` for what else there is.
     """
-    with networks.evaluation(network), networks.capture(network, layers, stop=True) as outputs:
+    with networks.looked_at(network), networks.capture(network, layers, stop=True) as outputs:
         networks.forward(network, images)
     found = {layer: networks.captured_maps(network, outputs, layer, len(images))
              for layer in layers}
@@ -1517,6 +1517,10 @@ def filters(ckpt: str | None = None, layer: str = "conv1", channel: str | None =
                           for part in (networks.find_layer(network, layer), network))
     if convolution is None:
         raise ValueError(f"layer={layer}: has no convolution")
+    if not isinstance(convolution.weight, nn.Parameter):  # computed when it runs, as of weight norm
+        side, device = about.preprocessing.image_size, networks.device_of(network)
+        with torch.no_grad():
+            networks.forward(network, torch.zeros(1, 3, side, side, device=device))
     weights = convolution.weight.detach().cpu()
     channels, groups = weights.shape[1], convolution.groups
     in_colour = channels == 3 and convolution is first  # others see three maps at most

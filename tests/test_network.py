@@ -17,8 +17,10 @@ from test_fuzz import signed
 from torch import nn
 
 import data
+import deconv
 import network
 import train
+import visualize
 
 # Parameters worked out by hand from the layers, or published.
 PARAMETERS = {
@@ -261,6 +263,10 @@ def test_images_are_brought_to_a_networks_type_and_channels(dtype):
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).to(dtype)
     assert network.forward(flat, images).dtype == dtype
 
+    # As x.view(-1, 1, 8, 8).
+    numbers = nn.Sequential(nn.Unflatten(1, (-1, 1)), nn.Flatten(0, 1), *grey)
+    assert torch.equal(network.forward(numbers, images), expected)
+
     class Own(nn.Module):  # a convolution of its own; 64 = 8·8, but it is not the first
         def __init__(self):
             super().__init__()
@@ -334,6 +340,147 @@ def test_probabilities_become_the_logits_of_the_same_probabilities():
         shares = nn.Sequential(nn.Flatten(), nn.Linear(192, count), nn.Softmax(1))
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             assert network.logits_of(shares.to(dtype), torch.randn(50, 3, 8, 8)).max() <= 0
+
+
+class Grey(nn.Module):
+    """Takes colour images, and makes what its one-channel convolution sees itself."""
+
+    def __init__(self, make, channels):
+        super().__init__()
+        self.make, self.conv, self.fc = make, nn.Conv2d(1, 4, 3), nn.Linear(4 * channels, 2)
+        self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1))
+
+    def forward(self, x):
+        maps = self.conv(self.make(self, x)).mean((2, 3))
+        return self.fc(maps.view(len(x), -1))
+
+
+@pytest.mark.parametrize("make, channels", [
+    (lambda self, x: (x * self.luma).sum(1, keepdim=True), 1),
+    (lambda _, x: 0.3 * x[:, 0:1] + 0.6 * x[:, 1:2] + 0.1 * x[:, 2:3], 1),
+    (lambda _, x: x.reshape(-1, 1, *x.shape[2:]), 3)])
+def test_a_network_that_makes_grey_itself_gets_colours(make, channels):
+    built, images = Grey(make, channels).eval(), torch.randn(3, 3, 8, 8)
+    assert torch.equal(network.forward(built, images), built(images))
+    with network.capture(built, ["conv"]) as outputs:
+        network.forward(built, images)
+    assert len(outputs["conv"]) == 3 * channels
+    signal = deconv.project(built, "fc", images)
+    assert signal.shape == images.shape and signal.any()
+
+
+def test_other_code_gets_its_images_from_python_as_they_usually_lie():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3 * 64, 2)
+
+        def forward(self, x):
+            return self.fc(x.view(-1, 3 * 64))
+
+    built, images = Flat().eval(), torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    seen = data.Preprocessing(8, (0.5,) * 3, (0.25,) * 3)
+    expected = built(((images / 255 - 0.5) / 0.25).contiguous())
+    torch.testing.assert_close(train.predict(built, images, seen), expected.detach())
+    assert network.class_gradient(built, seen(images), 1).any()
+
+
+@pytest.mark.parametrize("end", [
+    lambda z: z.softmax(1), lambda z: z.half().softmax(1).float(),
+    lambda z: z.bfloat16().softmax(1).float(), lambda z: z.softmax(1).clamp(1e-6, 1 - 1e-6),
+    lambda z: z.softmax(1) + 1e-6])
+def test_probabilities_are_told_as_they_are(end):
+    built = nn.Sequential(nn.Flatten(), nn.Linear(192, 10, bias=False), nn.Identity()).eval()
+    images = 10 * torch.randn(20, 3, 8, 8)
+    shares = end(built(images))
+    built[2].forward = end
+    told = network.logits_of(built, images).softmax(1)
+    torch.testing.assert_close(told, shares / shares.sum(1, keepdim=True), rtol=0, atol=1e-6)
+
+
+def test_where_no_gradient_reaches_the_images_it_is_said():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            with torch.no_grad():
+                maps = self.backbone(x)
+            return self.fc(maps.mean((2, 3)))
+
+    for ask in (network.class_gradient, network.smooth_gradient, network.integrated_gradients):
+        with pytest.raises(ValueError, match="no gradient reaches the images"):
+            ask(Frozen(), torch.randn(1, 3, 8, 8), 1)
+
+
+class Frozen(dict):
+    """As some keep their settings."""
+
+    def update(self, *_):
+        raise TypeError("cannot be changed")
+
+
+def test_a_look_keeps_settings_and_what_observers_have_seen():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.settings, self.conv = Frozen(width=4), nn.Conv2d(3, 4, 3)
+            self.register_buffer("largest", torch.zeros(()))
+            self.seen = []
+
+        def forward(self, x):
+            self.largest.copy_(torch.maximum(self.largest, x.max()))
+            self.seen.append(len(x))
+            return self.conv(x).mean((2, 3))
+
+    built, images = Own(), torch.randn(2, 3, 8, 8)
+    network.grad_cam(built, images, 1)
+    network.receptive_fields(built, "conv", 8)
+    visualize.feature_maps(built, ["conv"], images)
+    network.layers(built, 8)
+    assert built.settings == {"width": 4} and not built.largest and built.seen == []
+
+
+def test_lazy_layers_are_run_once_or_refused(tmp_path, monkeypatch):
+    (tmp_path / "lazy_net.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.LazyConv2d(4, 3), "
+        "nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    opened, _ = network.load("lazy_net:make", image_size=8)
+    assert type(opened[3]) is nn.Linear and opened[3].in_features == 144
+    torch.save(opened.state_dict(), tmp_path / "lazy.pth")
+    again, _ = network.load("lazy_net:make", tmp_path / "lazy.pth", image_size=8)
+    assert torch.equal(again[3].weight, opened[3].weight)
+    assert deconv.project(again, "3", torch.randn(1, 3, 8, 8)).any()
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(2))
+    for look in (lambda: network.grad_cam(lazy, torch.randn(1, 3, 8, 8), 1),
+                 lambda: visualize.feature_maps(lazy, ["0"], torch.randn(1, 3, 8, 8))):
+        with pytest.raises(ValueError, match="lazy layers"):
+            look()
+    assert lazy(torch.randn(1, 3, 8, 8)).shape == (1, 2)
+
+
+def test_what_runs_in_vmap_is_not_looked_into():
+    class Ensemble(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+            self.stacked = nn.ParameterList([nn.Parameter(torch.stack([value.detach()] * 3))
+                                             for value in self.base.parameters()])
+
+        def forward(self, x):
+            names = [name for name, _ in self.base.named_parameters()]
+            return torch.vmap(lambda weights: torch.func.functional_call(
+                self.base, weights, (x,)))(dict(zip(names, self.stacked))).mean(0)
+
+    with pytest.raises(ValueError, match=r"torch\.vmap"):
+        visualize.feature_maps(Ensemble(), ["base.0"], torch.randn(1, 3, 8, 8))
+
+
+def test_a_name_makes_no_network_quantised():
+    kind = type("Net", (nn.Linear,), {"__module__": "my.quantized_nets"})
+    assert not network.is_quantized(nn.Sequential(kind(2, 2)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -468,6 +615,12 @@ def test_weights_as_other_programs_save_them(wrapped, tmp_path, monkeypatch):
     assert all(torch.equal(value, weights[name]) for name, value in opened.state_dict().items())
     black = about.preprocessing(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))[0, :, 0, 0]
     assert black.tolist() == pytest.approx([-0.4914 / 0.2023, -0.4822 / 0.1994, -0.4465 / 0.201])
+
+
+def test_of_several_state_dicts_none_is_taken():
+    built = network.build("lenet")
+    with pytest.raises(ValueError, match="several state dicts, ema, model: save the one"):
+        network.state_dict_in({"ema": built.state_dict(), "model": built.state_dict()}, built)
 
 
 def test_code_of_others_has_images_to_itself_as_they_usually_lie(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import re
 import runpy
 import shutil
 import sys
+import types
 from collections import OrderedDict
 from pathlib import Path
 
@@ -639,6 +640,30 @@ def test_what_hides_nothing_is_no_mask():
     for scale in (torch.zeros(4, 1, 1), torch.tensor([1.0, 2.0, 0.0, 3.0])[:, None, None]):
         fields = network.receptive_fields(nn.Sequential(Scaled(scale)), "0", 12)
         assert fields[:, 5, 5].tolist() == [[4, 4, 9, 9]] * 4
+
+
+def test_where_a_mask_is_0_nothing_is_looked_at():
+    class Masked(nn.Module):
+        def __init__(self, mask):
+            super().__init__()
+            self.conv, self.mask, self.last = nn.Conv2d(3, 4, 3), mask, nn.Identity()
+
+        def forward(self, x):
+            return self.last(self.conv(x) * self.mask)
+
+    window = torch.hann_window(10, periodic=False)
+    half = torch.ones(10, 10)
+    half[:5] = 0
+    for mask in (nn.Buffer(window[:, None] * window), nn.Buffer(half / 2 + half.flip(1) / 4),
+                 nn.Parameter(half, requires_grad=False)):
+        fields = network.receptive_fields(Masked(mask), "last", 12)
+        assert fields[:, 0, 5].tolist() == [[0] * 4] * 4
+        assert fields[:, 7, 5].tolist() == [[7, 5, 10, 8]] * 4
+
+
+def test_with_running_statistics_a_norm_of_each_image_looks_at_one_place():
+    stack = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, track_running_stats=True))
+    assert network.receptive_fields(stack, "1", 12)[0, 4, 4].tolist() == [4, 4, 7, 7]
 
 
 @pytest.mark.parametrize("shrink", [
@@ -1446,6 +1471,29 @@ def test_what_was_saved_within_an_epoch_is_not_called_that_epoch(tmp_path, coars
     assert network.load(config.folder / "step-000000003.pth")[1].title == "lenet, step 3"
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", [
+    nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm,
+    lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.5)])
+def test_filters_are_drawn_as_they_are_computed(change, tmp_path, monkeypatch):
+    from torch.nn.utils import prune  # noqa: F401
+
+    def make():
+        return nn.Sequential(change(nn.Conv2d(3, 4, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    monkeypatch.setitem(sys.modules, "own_nets", types.SimpleNamespace(make=make))
+    trained = make()
+    trained(torch.randn(8, 3, 8, 8))
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    trained.eval()(torch.randn(1, 3, 8, 8))
+    figure = visualize.filters(network="own_nets:make", weights=str(tmp_path / "w.pth"), layer="0",
+                               image_size=8, out=str(tmp_path / "f.png"))
+    weight = trained[0].weight.detach()
+    for axes, own in zip(figure.axes, 0.5 + weight / 2 / weight.abs().amax((1, 2, 3), True)):
+        torch.testing.assert_close(torch.tensor(axes.images[0].get_array()).permute(2, 0, 1), own,
+                                   check_dtype=False)
+
+
 def test_figures_of_other_images_say_so(run, tmp_path, coarse_figures, few_shapes):
     pets = tmp_path / "pets"
     for part in ("train", "test"):
@@ -2165,6 +2213,11 @@ def test_the_projectors_features_are_what_the_last_linear_layer_sees():
     preprocessing = data.Preprocessing(8, (0.5,) * 3, (0.2,) * 3)
     train.add_projector(board, built, preprocessing, images, [""] * 6)
     seen = built.conv(preprocessing(images, torch.device("cpu"))).clamp(min=0).mean((2, 3))
+    torch.testing.assert_close(found["features"], seen)
+    built.gate = nn.Linear(4, 4)  # made last, as of a block's own, and run first
+    built.conv.register_forward_hook(lambda _module, _given, maps: (
+        maps + 0 * built.gate(maps.mean((2, 3)))[:, :, None, None]))
+    train.add_projector(board, built, preprocessing, images, [""] * 6)
     torch.testing.assert_close(found["features"], seen)
     # Very long vectors: the distances and angles alone, in as many numbers as there are images.
     wide = nn.Sequential(nn.Conv2d(3, 70, 1), nn.Flatten(), nn.Linear(70 * 64, 5)).eval()
