@@ -27,6 +27,7 @@ import math
 import mmap
 import os
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -53,6 +54,7 @@ CUTOUT = 1 / 4
 MIXTURES = ("mixup", "cutmix")
 AUGMENTATIONS = ("flip", "alternating_flip", "crop", "cutout", *MIXTURES)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+UNPACKED_SUFFIXES = (".bmp", ".tif", ".tiff")
 # Devices that read views whose rows overlap without copying them, see `crops_of`.
 OVERLAPPING = ("cpu", "cuda")
 # Others are refused whatever a file is called: PostScript, for one, is handed to a program.
@@ -133,7 +135,8 @@ class Dataset:
 
     `mean` and `std` have one value per channel, in units of a pixel value scaled to 0…1. `val` is
     None when nothing is held out. `fingerprint` changes with the files behind a folder (their
-    names and sizes, wherever the folder lies); built-in sets have one that never does.
+    names and sizes, wherever the folder lies, and of BMP and TIFF what they hold); built-in sets
+    have one that never does.
     """
 
     name: str
@@ -291,6 +294,12 @@ def place_of(data):
     return str(folder_of(data) or data)
 
 
+def path_text(path):
+    """A path as text, which names no built-in set: Path("./cifar10") is a folder."""
+    text = os.path.expanduser(path)
+    return os.path.join(".", text) if text in BUILT_IN and not isinstance(path, str) else text
+
+
 def name_of(data):
     """The name of the data set `data`, as pages and figures tell it: of a folder its own, which may
     be called as a built-in set is."""
@@ -310,9 +319,11 @@ def _source(parts, data, root, image_size, skip_bad, writes, known):
     hold out or to keep are chosen by them, and no other image is read."""
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: must be at least 1")
-    data, root = os.path.expanduser(data), os.path.expanduser(root)
+    data, root = path_text(data), os.path.expanduser(root)
     if data not in BUILT_IN:
-        return _folder(Path(data), Path(root), image_size, skip_bad, parts, writes, known)
+        return _folder(data, Path(root), image_size, skip_bad, parts, writes, known)
+    if Path(data, "train").is_dir():
+        say_once(f"{data}: the built-in data set is taken; --data=./{data} is the folder here")
     check_known(known, data, data)
     if data == "shapes":
         sizes = {"train": (10_000, 1), "test": (2_000, 2)}  # number of images, seed
@@ -472,16 +483,17 @@ def read_image(path, size=None, only_larger=False):
     return pixels.view(height, width, 3).permute(2, 0, 1)
 
 
-def _folder(folder, root, image_size, skip_bad, parts, writes, known):
-    """`_source` of `folder`, by way of a cache file for each part in `root`.
+def _folder(data, root, image_size, skip_bad, parts, writes, known):
+    """`_source` of the folder `data`, by way of a cache file for each part in `root`.
 
     Only the rows that are asked for are read, but with `skip_bad`, where only reading tells which
     rows there are.
     """
+    folder = Path(data)
     files, classes, left_out = _list_folder(folder)
     tell_left_out(folder, left_out)
     fingerprint = _fingerprint(files)
-    check_known(known, fingerprint, folder)
+    check_known(known, fingerprint, data)
     labels = {part: torch.tensor([label for _, label, _, _ in files[part]]) for part in parts}
 
     # A cache is named for what was asked for, so that another question has another file, and holds
@@ -510,8 +522,8 @@ def check_known(known, fingerprint, data):
     """ValueError if images `data`, of this `fingerprint`, are not those `known` from training."""
     if known not in (None, fingerprint):
         raise ValueError(f"data={data}: files were added, removed or changed since the network was "
-                         f"trained on them; python train.py evaluate RUN --data={data} measures it "
-                         f"on them as they are now")
+                         f"trained on them; python train.py evaluate RUN "
+                         f"--data={shlex.quote(data)} measures it on them as they are now")
 
 
 def tell_left_out(folder, left_out):
@@ -521,9 +533,24 @@ def tell_left_out(folder, left_out):
 
 
 def _fingerprint(files):
-    """Of what `_list_folder` found: names and sizes, wherever the folder lies."""
-    return _digest([(part, Path(path).parent.name, Path(path).name, size)
+    """Of what `_list_folder` found: names and sizes, wherever the folder lies; and where images of
+    one size are files of one size, something of what is in them."""
+    return _digest([(part, Path(path).parent.name, Path(path).name, size, *(
+        [_sample(path, size)] if Path(path).suffix.lower() in UNPACKED_SUFFIXES else []))
                     for part in files for path, _, size, _ in files[part]])
+
+
+def _sample(path, size):
+    """A checksum of a file of so many bytes: of all, or of 16 parts of it where there are more than
+    a million."""
+    checksum = 0
+    with contextlib.suppress(OSError):  # reading it will say so
+        check_regular(path, math.inf)
+        with open(path, "rb") as file:
+            for start in range(0, size, max(1 << 16, size // 16)):
+                file.seek(start)
+                checksum = zlib.crc32(file.read(1 << 16), checksum)
+    return checksum
 
 
 def _digest(*content):

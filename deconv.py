@@ -637,8 +637,8 @@ def draw_invariance(rows, classes, title):
         for column, (text, values) in enumerate(plots.items(), 1):
             axes = visualize.plot(figure, (grid[row, column],), text, name)
             for number, line in enumerate(values.T):
-                axes.plot(amounts, line, linewidth=1.4, marker=visualize.MARKERS[number % 7],
-                          markevery=4, markersize=4, color=visualize.COLORS[number % 7])
+                axes.plot(amounts, line, linewidth=1.4, markevery=4, markersize=4,
+                          **visualize.look(number))
             axes.set_ylim(0, 1.02 if values is shares else None)
     return figure
 

@@ -55,6 +55,7 @@ COLUMNS = ("epoch", "step", *TAGS)
 MARKER, MARK = ".run", "A run of train.py made this folder.\n"
 STEPS = f"step-{'[0-9]' * 9}.pth"  # checkpoints before the last
 EMPTYING = "emptying"  # in config.json while the files of a run before are being removed
+BESIDE = (EMPTYING, "fingerprint", "processes", "history")  # what else stands there, no settings
 BOARD_SUFFIX = "-lab"  # of TensorBoard's files that are not written step by step
 WRITTEN = re.compile(
     r"(\.run|\.lock|config\.json|metrics\.csv|result\.json"
@@ -121,7 +122,7 @@ def as_setting(value):
         return {name: as_setting(part) for name, part in value.items()}
     if isinstance(value, (list, tuple, range)):
         return tuple(map(as_setting, value))
-    return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
+    return data.path_text(value) if isinstance(value, (str, os.PathLike)) else value
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class Config:
         """Settings from what `dataclasses.asdict` made of them, or ValueError."""
         try:
             return cls(**{RENAMED.get(name, name): value for name, value in values.items()
-                          if name != EMPTYING})
+                          if name not in BESIDE})
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not the settings of a run: {error}") from error
 
@@ -301,10 +302,12 @@ def typed(flags):
             if name in known and isinstance(text, str) else text for name, text in flags.items()}
 
 
-def command_of(config):
-    """The command line that makes this run again."""
+def command_of(config, processes=1):
+    """The command line that makes this run again, in so many processes."""
     flags = {"model": config.model, **config.changed()}
-    return shlex.join(["python", "train.py", *(
+    start = ["python"] if (processes or 1) == 1 else [
+        "torchrun", "--standalone", f"--nproc_per_node={processes}"]
+    return shlex.join([*start, "train.py", *(
         f"--{name}={text_of(value)}" for name, value in flags.items())])
 
 
@@ -736,6 +739,7 @@ class State:
     seconds: float = 0.0  # of the epochs that are done, their steps alone
     best_accuracy: float = -1.0  # on validation images: below any, so that the first epoch is best
     best_epoch: int = 0
+    history: str = ""  # what was otherwise in earlier steps, see `otherwise`
     metrics: str = ",".join(COLUMNS) + "\n"  # metrics.csv, written from here when the run goes on
 
     @torch.no_grad()
@@ -789,6 +793,8 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     batches = batches_of(config, dataset, device, workers)
     if checkpoint:
         restore(state, as_today(checkpoint, config.folder), len(batches), epoch_anew=others)
+        state.history = "; ".join(filter(None, [
+            state.history, *otherwise(config, checkpoint, state, others)]))
         if is_over(config, state.epoch, state.best_epoch):
             # The last step was taken there, maybe elsewhere; earlier checkpoints do not tell where.
             description |= {name: checkpoint[name] for name in ("commit", *TRAINED_BY)
@@ -804,6 +810,17 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     if others:  # they are known from now on, also where no epoch follows
         folder.save(state)
     return state, batches, folder
+
+
+def otherwise(config, checkpoint, state, others):
+    """What was otherwise up to `checkpoint`, from which a run of `config` goes on: texts."""
+    planned, now = checkpoint["settings"]["epochs"], config.epochs
+    # How far a run is on its way tells its learning rate, and when its images get larger.
+    if planned != now and not is_over(config, state.epoch, state.best_epoch) and (
+            config.schedule != "constant" or config.early_size or config.uncropped_epochs):
+        yield f"planned for {planned} epoch{'s' * (planned > 1)} up to step {state.step}"
+    if others:
+        yield f"on other images up to step {state.step}"
 
 
 @contextlib.contextmanager
@@ -884,7 +901,7 @@ def as_today(checkpoint, folder):
     """A run's checkpoint by an earlier version as this one writes it: its metrics.csv was in the
     run's `folder` alone, its sums were tensors, of one loss, and its optimizer had settings; sums
     of steps that were not read yet were not kept."""
-    training = {"sums": torch.zeros(4), "uncounted": 0, **checkpoint["training"]}
+    training = {"sums": torch.zeros(4), "uncounted": 0, "history": "", **checkpoint["training"]}
     if "metrics" not in training:
         rows = [row for row in read_rows(folder) if row["epoch"] <= checkpoint["epoch"]]
         training["metrics"] = Table(COLUMNS, [
@@ -1345,7 +1362,8 @@ class RunFolder:
         less = keep and not 0 < before <= keep
         self.kept = checkpoints_before(self.path)[0 if less else max(0, keep - 1):]
         data.write_atomically(self.path / "metrics.csv", state.metrics)
-        self.write_config()
+        self.write_config({"fingerprint": self.description["fingerprint"], "history": state.history,
+                           "processes": self.description.get("processes", 1)})
         logged = [path for path in written_by_a_run(self.path)  # not what others log there
                   if path.parent == self.path and path.name.startswith("events")]
         data.trim_events(logged, state.step)
@@ -1455,7 +1473,11 @@ def histograms(network, most=10_000):
     for name, weight in network.named_parameters():
         for what, tensor in (("weights", weight), ("gradients", weight.grad)):
             if weight.ndim > 1 and tensor is not None:
-                values = tensor.detach().flatten()[::math.ceil(weight.numel() / most)].cpu()
+                values = tensor.detach().flatten()
+                if len(values) > most:  # at random: every n-th might be the same place of kernels
+                    chosen = torch.randint(len(values), (most,), generator=data.generator(name))
+                    values = values[chosen.to(values.device)]
+                values = values.cpu()
                 if values.isfinite().all():
                     points += histogram(f"{what}/{name}", values.numpy(), 30).value
     return points
@@ -1847,7 +1869,8 @@ def finish(state, dataset, folder, workers):
         "epoch": about.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
-        "command": command_of(config), "fingerprint": dataset.fingerprint,
+        "command": command_of(config, workers.world), "fingerprint": dataset.fingerprint,
+        "history": state.history or None,
         **{name: folder.description[name] for name in ("commit", *TRAINED_BY)},
     }
     with data.writing(folder.path / "test"):
@@ -1868,7 +1891,8 @@ MEASURED = {"epoch": (int, (0, 1e6)), "epochs": (int, (0, 1e6)), "parameters": (
             **dict.fromkeys(("train/accuracy", "val/accuracy", "test/accuracy_tta"),
                             (float | None, (0, 1))),
             "device": (str, None), "versions": (dict, None), "per_class": (dict, None),
-            **dict.fromkeys(("commit", "precision"), (str | None, None))}
+            "processes": (int | None, (1, 1e6)),
+            **dict.fromkeys(("commit", "precision", "history"), (str | None, None))}
 
 
 def checked(result):
@@ -2193,7 +2217,8 @@ def export(run: str, out: str):
         raise ValueError(f"{run}: holds weights that are not finite numbers, or too large for half "
                          f"precision")
     config = dataclasses.replace(config, name=None, out=Config.out, root=Config.root)
-    checkpoint["settings"], made["command"] = dataclasses.asdict(config), command_of(config)
+    checkpoint["settings"] = dataclasses.asdict(config)
+    made["command"] = command_of(config, result["processes"])
     # Images whose fingerprint is known may have been moved.
     moved = {"data": config.data} if before and before.get("fingerprint") else {}
     if out.exists() and (epochs_before > made["epochs"] or differing(

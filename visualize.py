@@ -536,6 +536,16 @@ def confusion_matrix(labels, predictions, classes):
     return torch.bincount(pairs, minlength=classes**2).view(classes, -1)
 
 
+def log_odds(logits):
+    """log(p / (1 − p)) of the probabilities p that N×classes `logits` stand for: in the same order,
+    but of p that are so near to 1 that they would be the same number, too."""
+    logs = logits.double().log_softmax(1)
+    # 1 − p of the likeliest class is what all others add up to, which does not cancel.
+    likeliest = logs.argmax(1, keepdim=True)
+    others = logs.scatter(1, likeliest, -torch.inf).logsumexp(1, keepdim=True)
+    return logs - torch.log1p(-logs.exp()).scatter(1, likeliest, others)
+
+
 def precision_recall(scores, positive):
     """(precision, recall, average precision) for every threshold, from the highest score down.
 
@@ -563,8 +573,13 @@ def group_runs(runs):
             settings = read_json(run / "config.json", dict)
         same = {name: value for name, value in settings.items()
                 if name not in ("seed", "name", "out", "device", "root")}
+        # Images are told by their files, as far as it is known, and not by where they are.
+        with contextlib.suppress(OSError, ValueError):  # earlier versions knew it at the end alone
+            same.setdefault("fingerprint", read_json(run / "result.json",
+                                                     lambda result: result["fingerprint"]))
         if isinstance(same.get("data"), str):
-            same["data"] = place_of(same["data"])
+            same["data"] = None if "fingerprint" in same else place_of(same["data"])
+        same = {"history": "", "processes": 1, **same}
         # One seed twice, as of another's run or of a copy, is no further seed.
         key = repr(sorted(same.items(), key=repr))
         seeds = (key, repr(settings.get("seed")))
@@ -929,7 +944,9 @@ def draw_confusion(matrix, classes, title):
     axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=(side, 2))
     drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     if not few:
-        bar = figure.colorbar(drawn, ax=axes, location="top", shrink=0.5, aspect=40, pad=0.01)
+        # A part of the matrix's own axes, which may be drawn alone.
+        bar = figure.colorbar(drawn, cax=axes.inset_axes((0.25, 1.02, 0.5, 0.015)),
+                              orientation="horizontal", ticklocation="top")
         percent(bar.ax.xaxis)
         bar.ax.tick_params(labelsize=8)
     axes.set_xticks(range(0, count, step), classes[::step], fontsize=size,
@@ -1083,8 +1100,7 @@ def draw_curves(groups, x="epoch"):
         for part, style, inside in (("train", "--", "white"), ("val", "-", None)):
             lines.append(({kind: columns[f"{part}/{kind}"] for kind in UNITS}, at,
                           f"{label}, {PART_NAMES[part]}", {
-                "linestyle": style, "color": COLORS[index % len(COLORS)], "markersize": 4.5,
-                "marker": MARKERS[index % len(MARKERS)], "markerfacecolor": inside,
+                "linestyle": style, **look(index), "markersize": 4.5, "markerfacecolor": inside,
                 "markevery": max(1, len(at) // 8)}))
     xlabel = "time / s" if x == "seconds" else x
     figure = draw_measures(lines, "loss and accuracy on training and validation images", xlabel)
@@ -1095,6 +1111,13 @@ def draw_curves(groups, x="epoch"):
     for axes in figure.axes if x != "seconds" else ():
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return figure
+
+
+def look(index):
+    """Colour and marker of line number `index`: no two of the first 49 have the same."""
+    again = index // len(COLORS)
+    return {"color": COLORS[index % len(COLORS)],
+            "marker": MARKERS[(index + again) % len(MARKERS)]}
 
 
 def draw_measures(lines, title, xlabel):
@@ -1368,7 +1391,7 @@ def predictions(ckpt: str | None = None, only: typing.Literal["all", "wrong", "r
     losses = F.cross_entropy(logits, test.labels, reduction="none")
     # By falling numbers; where all are 0 the random order stays, because the sort is stable.
     first = {"random": torch.zeros_like(losses), "loss": losses,
-             "confidence": logits.softmax(1).amax(1)}[order].argsort(descending=True, stable=True)
+             "confidence": log_odds(logits).amax(1)}[order].argsort(descending=True, stable=True)
     right = (logits.argmax(1) == test.labels)[first]
     kept = first[{"all": right | ~right, "wrong": ~right, "right": right}[only]][:count]
     if not len(kept):
@@ -1492,7 +1515,7 @@ def pr_curves(ckpt: str | None = None, **flags: typing.Unpack[Flags]):
     network, about, test = open_test(ckpt, **flags)
     logits, classes = predicted(network, about, test)
     lines = [precision_recall(scores, test.labels == label)
-             for label, scores in enumerate(logits.softmax(1).T)]
+             for label, scores in enumerate(log_odds(logits).T)]
     mean = torch.tensor([average for _, _, average in lines]).nanmean()  # of classes with images
     title = f"{about.title}: average precision of each class (mean {mean:.3f})"
     title += ", other classes in grey" * (len(classes) <= 25)
@@ -1673,16 +1696,27 @@ def hessian_on(network, about, parts):
 def line_to(to, ckpt, opened, about, parts, points, title, **flags):
     """[figure, table] of the loss from a network to that of `to`, and a quarter beyond both."""
     other, its = open_network(to, device=flags.get("device") or "auto")
+    if not (about.settings or its.settings):  # from elsewhere: both want what was asked for
+        its = dataclasses.replace(its, preprocessing=about.preprocessing)
     first, second = opened.state_dict(), other.float().state_dict()
-    if not networks.made_like(first, second) or about.classes != its.classes:
+    between, ends = copy.deepcopy(opened), (
+        (first, about.preprocessing), (second, its.preprocessing))
+    alike = networks.made_like(first, second) and about.classes == its.classes
+    if alike:  # with its weights the one must do what the other does: activations are no weights
+        between.load_state_dict(second)
+        seen = dataclasses.replace(its.preprocessing, precision="fp32")
+        ours, theirs = (train.predict(each, parts["test"].images[:8], dataclasses.replace(
+            seen, image_size=side)).nan_to_num() for each, side in (
+                (between, about.preprocessing.image_size), (other, seen.image_size)))
+        alike = torch.allclose(ours, theirs, rtol=0, atol=1e-3 * theirs.abs().max().item())
+    if not alike:
         raise ValueError(f"to={to}: is a network of another kind, or of other classes, than {ckpt}")
-    ends = ((first, about.preprocessing), (second, its.preprocessing))
     key = fingerprint(opened, *behaviour(opened, about, parts), other,
                       *behaviour(other, about, parts), about.preprocessing, its.preprocessing,
                       *parts["train"], *parts["test"])
     table = figure_path(ckpt, f"landscape-to-{key}", flags.get("out"), "csv")
     # Steps of 1.5 / (6·thirds), so that the quarters beyond, 0 and 1 are all among them.
-    between, thirds = copy.deepcopy(opened), max(1, round(points / 6))  # 0 and 1 are points
+    thirds = max(1, round(points / 6))  # 0 and 1 are points
     rows = evaluate_points(
         table, [(x, 0.0) for x in spaced(-0.25, 1.25, 6 * thirds + 1)],
         lambda point: loss_between(between, ends, point[0], parts), f"loss on the way to {to}",

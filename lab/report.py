@@ -205,7 +205,8 @@ def report_of_run(run, folder, given):
                **draw_predictions(test, description, logits, right),
                **draw_commands(run, folder, layers, shown, given),
                "gallery": draw_gallery(network, layers[-1], test, description)}
-    hardware = [("device", result["device"]), ("time", duration(result["seconds"])),
+    hardware = [("device", result["device"]), ("processes", f"{result['processes'] or 1}"),
+                ("time", duration(result["seconds"])),
                 *result["versions"].items(), ("commit", result["commit"] or "unknown")]
     return write_report(
         folder, "run.j2", config=config, name=name, result=result, dataset=dataset,
@@ -218,14 +219,15 @@ def report_of_run(run, folder, given):
         settings=settings_tables(config, name, size), stages=networks.stages_table(network, size),
         structure=networks.layers_table(network, size),
         per_class=per_class_table(matrix, dataset.classes),
-        hardware=Table(("what", "value"), hardware), commands=commands_of(config))
+        hardware=Table(("what", "value"), hardware),
+        commands=commands_of(config, result["processes"]))
 
 
-def commands_of(config):
+def commands_of(config, processes):
     """The commands that make a run and its report again, wherever the package is."""
     config = dataclasses.replace(config, out=train.Config.out, name=None, root=train.Config.root,
                                  device=train.Config.device)
-    return shell(shlex.split(train.command_of(config)),
+    return shell(shlex.split(train.command_of(config, processes)),
                  ["python", "-m", "lab", "report", str(config.folder)])
 
 

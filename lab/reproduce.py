@@ -338,6 +338,12 @@ class Row:
         return self.data is not None and self.data != images_of(self.planned)
 
     @property
+    def stopped(self):
+        """Whether it has fewer epochs than its experiment asks for, and did not end by itself."""
+        return self.epochs is not None and (
+            self.epochs < self.planned.epochs and not self.planned.patience)
+
+    @property
     def weight(self):
         """What measures a run better is greater: on the report's images, more of its epochs, more
         seeds."""
@@ -346,7 +352,7 @@ class Row:
     @property
     def difference(self):
         """Points above the reported accuracy; None where the two cannot be compared."""
-        known = None not in (self.reported, self.measured) and not self.elsewhere
+        known = None not in (self.reported, self.measured) and not (self.elsewhere or self.stopped)
         return round(self.measured - self.reported, 2) if known else None
 
 
@@ -382,7 +388,11 @@ def compare(run, done):
             seeds=len(measured) or len(done), epochs=min(result["epochs"] for result in done),
             seconds=round(statistics.mean(result["seconds"] for result in done), 1),
             threads=int(threads[0]) if threads else None, precision=precision,
-            data=", ".join([images_of(config), *others]), device=device, commit=done[0]["commit"]))
+            data=", ".join([images_of(config), *others, *(
+                [f"tta {config.tta}"] if row.accuracy == "tta" and config.tta != run.config.tta
+                else []), *dict.fromkeys(result["history"] for result in done
+                                         if result.get("history"))]),
+            device=device, commit=done[0]["commit"]))
     return rows
 
 
@@ -409,11 +419,12 @@ def comparison(rows, columns=HEADER):
     for row in rows:
         std = "" if row.std is None else f" ± {row.std:.2f}"
         fewer = f" of {row.planned.epochs}" if row.data and row.epochs != row.planned.epochs else ""
+        short = f"{row.epochs}{fewer} epochs" if row.stopped else ""
         cells = {
             "reported %": row.reported and f"{row.reported:.2f}", "images": row.data,
             "measured %": row.state if row.measured is None else f"{row.measured:.2f}{std}",
-            "difference": "not as reported" if row.elsewhere else row.difference is not None
-            and f"{row.difference:+.2f}".replace("-", "−"),
+            "difference": "not as reported" if row.elsewhere else short or (
+                row.difference is not None and f"{row.difference:+.2f}".replace("-", "−")),
             "epochs": row.epochs and f"{row.epochs}{fewer}",
             "time": row.seconds and duration(row.seconds),
             "threads or GPU": row.threads or row.device}

@@ -103,7 +103,8 @@ def row_of(result, told, now):
     in. `now` is `fingerprint_of`."""
     if isinstance(result, Exception):
         return [*[""] * len(told), f"failed: {as_typed(result, {'sweep': sweep}, ['sweep'], None)}"]
-    state = "finished" + ", on images that have changed since" * changed_since(result, now)
+    state = ", ".join(["finished", *filter(None, [result["history"]]),
+                       *["on images that have changed since"] * changed_since(result, now)])
     return [*(train.format_cell(result[name]) for name in told), state]
 
 
@@ -152,6 +153,10 @@ def grid_of(flags):
                 raise ValueError(f"{axis}={own[axis]}: TRAIN_FLAGS in the environment makes it "
                                  f"{text_of(settings[axis])} for all runs")
         configs.append(train.Config.create(**settings))
+    for config, other in itertools.combinations(configs, 2):  # of a/b and a_b, say
+        if config.folder == other.folder and config != other:
+            raise ValueError(f"{config.folder}: would be the folder of two runs; rename what they "
+                             f"are told apart by")
     return choices, configs
 
 

@@ -211,7 +211,7 @@ def test_a_row_says_how_and_on_what_it_was_measured(tmp_path):
     assert measured(said=gpu).precision == "fp32" and measured(said=gpu).threads is None
     reproduce.keep_results(path, [row])
     assert reproduce.read_results(path) == {("1.1", "lenet", "test"): row}
-    assert ("| 57.20 | 50.00 | −7.20 | 1 | 1 of 2 | 9.0 s | cifar10 | 1 | bf16 | abc |"
+    assert ("| 57.20 | 50.00 | 1 of 2 epochs | 1 | 1 of 2 | 9.0 s | cifar10 | 1 | bf16 | abc |"
             in report.results_markdown(path))
 
 
@@ -290,6 +290,42 @@ def test_a_mean_of_seeds_says_of_how_many_it_is():
                for accuracy, epochs in ((0.5, 2), (None, 3), (0.7, 1))]
     row, = reproduce.compare(entry.runs["lenet"], results)
     assert (row.measured, row.seeds, row.epochs) == (60, 2, 1) and "patience 1" in row.data
+
+
+def test_fewer_epochs_than_planned_are_not_compared():
+    entry, = reproduce.choose("1.1/lenet")
+    assert measured(epochs=1).difference is None  # of 2
+    assert measured({"epochs": 2}).difference == pytest.approx(50 - 57.2)
+    assert reproduce.comparison([measured()]).rows[0][5] == "1 of 2 epochs"
+    grown = measured({"epochs": 2, "history": "planned for 1 epoch up to step 9"})
+    assert grown.difference is None and "planned" in grown.data and grown.elsewhere
+    run = dataclasses.replace(entry.runs["lenet"], reported={"test": 57.2, "tta": 57.2})
+    config = dataclasses.replace(run.config, tta="flip")
+    plain, views = reproduce.compare(run, [{
+        "test/accuracy": 0.5, "test/accuracy_tta": 0.5, "epochs": 2, "seconds": 1.0, "commit": "a",
+        "device": "cpu, 1 thread, x", "settings": dataclasses.asdict(config)}])
+    assert (plain.data, views.data) == ("cifar10", "cifar10, tta flip")
+
+
+def test_commands_of_several_processes():
+    config = train.Config.create("lenet", data="shapes")
+    assert train.command_of(config) == "python train.py --model=lenet --data=shapes"
+    assert report.commands_of(config, 2).startswith(
+        "torchrun --standalone --nproc_per_node=2 train.py --model=lenet \\\n")
+    assert report.commands_of(config, None).startswith("python train.py")
+
+
+def test_values_of_a_sweep_that_share_a_folder_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="would be the folder of two runs"):
+        sweep.grid_of({"data": "x/pets,x_pets"})
+
+
+def test_a_sweep_says_which_runs_grew(tmp_path):
+    grid = {"data": "shapes", "limit": "32", "batch_size": "16", "seed": "0,1",
+            "out": str(tmp_path)}
+    sweep.sweep(**grid, epochs="1")
+    states = [row[-1] for row in sweep.sweep(**grid, epochs="2")[0].rows]
+    assert states == ["finished, planned for 1 epoch up to step 2"] * 2
 
 
 def test_commas_in_a_sweep(tmp_path, refused):

@@ -615,6 +615,70 @@ def test_other_images_of_the_same_names_and_sizes_are_refused(tmp_path):
         train.train(tiny(tmp_path / "runs", **values, epochs=3), resume=True)
 
 
+@pytest.mark.parametrize("kind", ["bmp", "tif"])
+def test_images_of_one_size_that_changed_places_are_others(kind, tmp_path):
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"), kind=kind)
+    before = data.fingerprint_of(pets)
+    shutil.copytree(pets, tmp_path / "copy")
+    for name, other in (("cat", "x"), ("dog", "cat"), ("x", "dog")):
+        Path(pets, "test", name).rename(Path(pets, "test", other))
+    assert data.fingerprint_of(str(tmp_path / "copy")) == before != data.fingerprint_of(pets)
+
+
+@pytest.mark.parametrize("schedule, said", [
+    ("cosine", "planned for 2 epochs up to step 12"), ("constant", None)])
+def test_a_run_that_grew_says_so(schedule, said, tmp_path):
+    train.train(tiny(tmp_path, schedule=schedule, val=0))
+    more = tiny(tmp_path, schedule=schedule, val=0, epochs=4)
+    result = train.train(more, resume=True)
+    assert result["history"] == said and train.finished(more.folder)["history"] == said
+    assert train.train(more, resume=True)["history"] == said  # once
+    fresh = train.train(tiny(tmp_path, "fresh", schedule=schedule, val=0, epochs=4))
+    assert fresh["history"] is None
+    same = steady_rows(more.folder) == steady_rows(tmp_path / "fresh")
+    assert same == (said is None)
+    assert len(visualize.group_runs([more.folder, tmp_path / "fresh"])) == 2
+
+
+def test_a_run_whose_images_changed_says_so(tmp_path):
+    pets = image_folder(tmp_path / "pets", ("cat", "dog"), images=6)
+    values = {"data": pets, "val": 0, "limit": None, "batch_size": 4, "schedule": "constant",
+              "root": str(tmp_path / "cache")}
+    train.train(tiny(tmp_path / "runs", **values))
+    Path(pets, "train", "cat", "0.png").unlink()
+    more = tiny(tmp_path / "runs", **values, epochs=3)
+    result = train.train(more, resume=True, changed_data=True)
+    assert result["history"] == "on other images up to step 6"
+
+
+def test_seeds_are_of_the_same_images_wherever_these_lie(tmp_path, monkeypatch):
+    runs = []
+    for place, images in (("A", 4), ("B", 4), ("C", 8)):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        image_folder(Path("pets"), ("cat", "dog"), images=images)
+        config = tiny(Path("runs"), data="pets", val=0, limit=None, batch_size=4, seed=len(runs))
+        train.train(config)
+        runs.append(config.folder.absolute())
+    assert [len(members) for members in visualize.group_runs(runs).values()] == [2, 1]
+
+
+def test_a_path_names_no_built_in_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    image_folder(Path("shapes"), data.SHAPES, images=2)
+    data.say_once.cache_clear()
+    assert len(data.load("shapes", limit=64).train.labels) == 64
+    assert "--data=./shapes is the folder here" in capsys.readouterr().err
+    for given in ("./shapes", Path("./shapes"), Path("shapes")):
+        assert len(data.load(given, val=0, root="cache").train.labels) == 20
+        assert data.folder_of(train.Config(data=given).data) == tmp_path / "shapes"
+    config = tiny(Path("runs"), data=Path("shapes"), val=0, root="cache")
+    train.train(config)
+    Path("shapes/test/disc/0.png").unlink()
+    with pytest.raises(ValueError, match=r"--data=\./shapes measures it"):
+        train.evaluate(str(config.folder))
+
+
 def test_a_run_goes_on_where_its_images_were_moved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, size in (("pets", 32), ("others", 31)):

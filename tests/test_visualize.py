@@ -1494,6 +1494,50 @@ def test_filters_are_drawn_as_they_are_computed(change, tmp_path, monkeypatch):
                                    check_dtype=False)
 
 
+def test_no_two_lines_look_alike():
+    looks = [tuple(visualize.look(index).values()) for index in range(49)]
+    assert len({*looks}) == 49 and looks[0] == (visualize.COLORS[0], visualize.MARKERS[0])
+
+
+def test_the_scale_of_many_classes_is_a_part_of_their_matrix():
+    figure = visualize.draw_confusion(torch.eye(30), [*map(str, range(30))], "")
+    bar, = figure.axes[0].child_axes
+    assert [text.get_text() for text in bar.get_xticklabels()][::len(bar.get_xticks()) - 1] == [
+        "0%", "100%"]
+
+
+def test_odds_by_hand_also_of_what_is_nearly_certain():
+    logits = torch.tensor([[0.0, 0.0, 0.0], [3.0, 1.0, 1.0], [90.0, 10.0, 0.0], [95.0, 10.0, 0.0]])
+    odds = visualize.log_odds(logits)
+    assert odds[0].tolist() == pytest.approx([-math.log(2)] * 3)
+    assert odds[1].tolist() == pytest.approx(
+        [2 - math.log(2), *[1 - math.log(math.exp(3) + math.e)] * 2])
+    assert odds[2:, 0].tolist() == pytest.approx([80.0, 85.0], abs=1e-3)  # both 1.0 as float32
+    order = visualize.precision_recall(odds[:, 0], torch.tensor([False, False, False, True]))
+    assert order[-1] == 1
+
+
+def test_histograms_see_whole_kernels():
+    stack = nn.Sequential(nn.Conv2d(64, 64, 3, bias=False))  # 36 864 values: more than 10 000
+    nn.init.dirac_(stack[0].weight)
+    point, = train.histograms(stack)
+    assert (point.histo.max, point.histo.num) == (1, 10_000)
+    assert 0 < point.histo.sum < 60  # about 10 000 · 64 / 36 864 = 17 ones
+
+
+@pytest.mark.parametrize("changes", [{"activation": "elu"}, {"image_size": 16}])
+def test_a_line_leads_to_networks_of_the_same_kind_alone(changes, tmp_path):
+    runs = []
+    for name, options in (("a", {}), ("b", changes)):
+        config = train.Config.create("resnet20", data="shapes", limit=32, epochs=1, batch_size=16,
+                                     width=2, out=str(tmp_path), name=name, **options)
+        train.train(config)
+        runs.append(str(config.folder))
+    with pytest.raises(ValueError, match="is a network of another kind"):
+        visualize.landscape(runs[0], to=runs[1], images=8, points=3)
+    assert not [*Path(runs[0]).rglob("landscape*")]
+
+
 def test_figures_of_other_images_say_so(run, tmp_path, coarse_figures, few_shapes):
     pets = tmp_path / "pets"
     for part in ("train", "test"):
