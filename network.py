@@ -537,20 +537,22 @@ def forward(network, images, dtype=None, weights=None):
     values = [*network.parameters(), *network.buffers()]
     dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
                           images.dtype)
-    # A copy, as other code may work in place from the start, in the order in memory that its
-    # filters have: it may rely on the usual one (`x.view(len(x), -1)`).
+    # In the order in memory that its filters have: other code may rely on the usual one, as
+    # `x.view(len(x), -1)` does.
     last = any(value.ndim == 4 and value.layout == torch.strided and not value.is_contiguous()
                for value in values)
     layout = torch.channels_last if last else torch.contiguous_format
     if images.shape[1] == 3 and takes_grey(
             network, images[:1].to(dtype).clone(memory_format=layout)):
         images = images.mean(1, keepdim=True)
-    images = images.to(dtype).clone(memory_format=layout)
+    given = images.to(dtype).contiguous(memory_format=layout)
+    if given is images and not isinstance(network, Network):  # which may work in place at once
+        given = images.clone()
     shape = "×".join(map(str, images.shape))
     with told(f"the network cannot take one batch of images, {shape} of {str(dtype)[6:]}"):
         if weights is not None:
-            return torch.func.functional_call(network, weights, (images,))
-        return network(images)
+            return torch.func.functional_call(network, weights, (given,))
+        return network(given)
 
 
 def logits_of(network, images, weights=None):
@@ -1683,7 +1685,7 @@ def _torchvision_weights(name, weights):
     files = {version: cache / Path(version.url).name for version in reversed(versions)}
     known = next((version for version, file in files.items() if (
         file.name == Path(weights).name if weights else
-        file.exists() and version.meta["categories"])), None)
+        file.exists() and version.meta.get("categories"))), None)
     if not (known or weights):
         raise FileNotFoundError(f"network=torchvision:{name}: its weights are not here; put "
                                 f"{versions.DEFAULT.url} into {cache}; or give `weights=FILE`")

@@ -2209,7 +2209,7 @@ def export(run: str, out: str):
         raise ValueError(f"{run}: holds no finished run (python train.py --resume={run} goes on "
                          f"with one that was stopped)")
     config, made = read_config(run / "config.json"), {name: result[name] for name in (
-        "test/accuracy", "seconds", "device", "versions", "commit", "epoch", "epochs")}
+        "test/accuracy", "seconds", "device", "versions", "commit", "epoch", "epochs", "history")}
     checkpoint = networks.read(networks.find_checkpoint(run))
     checkpoint = {name: value for name, value in checkpoint.items() if name != "training"}
     checkpoint["weights"] = networks.in_half(checkpoint["weights"])
