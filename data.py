@@ -54,7 +54,6 @@ CUTOUT = 1 / 4
 MIXTURES = ("mixup", "cutmix")
 AUGMENTATIONS = ("flip", "alternating_flip", "crop", "cutout", *MIXTURES)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-UNPACKED_SUFFIXES = (".bmp", ".tif", ".tiff")
 # Devices that read views whose rows overlap without copying them, see `crops_of`.
 OVERLAPPING = ("cpu", "cuda")
 # Others are refused whatever a file is called: PostScript, for one, is handed to a program.
@@ -135,8 +134,8 @@ class Dataset:
 
     `mean` and `std` have one value per channel, in units of a pixel value scaled to 0…1. `val` is
     None when nothing is held out. `fingerprint` changes with the files behind a folder (their
-    names and sizes, wherever the folder lies, and of BMP and TIFF what they hold); built-in sets
-    have one that never does.
+    names and sizes, wherever the folder lies, and where most have one size what they hold);
+    built-in sets have one that never does.
     """
 
     name: str
@@ -520,7 +519,7 @@ def _folder(data, root, image_size, skip_bad, parts, writes, known):
 
 def check_known(known, fingerprint, data):
     """ValueError if images `data`, of this `fingerprint`, are not those `known` from training."""
-    if known not in (None, fingerprint):
+    if not same_files(known, fingerprint):
         raise ValueError(f"data={data}: files were added, removed or changed since the network was "
                          f"trained on them; python train.py evaluate RUN "
                          f"--data={shlex.quote(data)} measures it on them as they are now")
@@ -533,11 +532,22 @@ def tell_left_out(folder, left_out):
 
 
 def _fingerprint(files):
-    """Of what `_list_folder` found: names and sizes, wherever the folder lies; and where images of
-    one size are files of one size, something of what is in them."""
-    return _digest([(part, Path(path).parent.name, Path(path).name, size, *(
-        [_sample(path, size)] if Path(path).suffix.lower() in UNPACKED_SUFFIXES else []))
-                    for part in files for path, _, size, _ in files[part]])
+    """Of what `_list_folder` found: names and sizes, wherever the folder lies; and where most files
+    are of one size, as those that are not compressed, behind a dash something of what they hold.
+    """
+    named = _digest([(part, Path(path).parent.name, Path(path).name, size)
+                     for part in files for path, _, size, _ in files[part]])
+    sizes = collections.Counter(size for part in files for _, _, size, _ in files[part])
+    if max(sizes.values()) <= sizes.total() / 2:
+        return named
+    return f"{named}-" + _digest([_sample(path, size)
+                                  for part in files for path, _, size, _ in files[part]])
+
+
+def same_files(known, now):
+    """Whether the fingerprint `known` of a data set is what it has `now`, as far as can be told:
+    earlier versions had none, or one without what stands behind the dash."""
+    return known in (None, now, now.partition("-")[0])
 
 
 def _sample(path, size):

@@ -518,8 +518,8 @@ def takes_grey(network, image):
     if not grey:
         return False
     # It may make grey itself, or look at each colour alone. Asked unseen by hooks and modes.
-    with (unchanged(network), torch.no_grad(), torch._C.DisableTorchFunction(),
-          _disable_current_modes(), contextlib.suppress(Exception)):
+    with (torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad(),
+          looked_at(network), contextlib.suppress(Exception)):
         for module in network.modules():
             module._forward_hooks.clear()
         # Three outputs are of three images, as `x.view(-1, 1, 28, 28)` makes of one.
@@ -535,15 +535,14 @@ def forward(network, images, dtype=None, weights=None):
     of its own, and gradients lead to them. ValueError, in one line, when it cannot take the images.
     """
     values = [*network.parameters(), *network.buffers()]
-    dtype = dtype or next((value.dtype for value in values if value.is_floating_point()),
-                          images.dtype)
+    own = next((value.dtype for value in values if value.is_floating_point()), images.dtype)
+    dtype = dtype or own
     # In the order in memory that its filters have: other code may rely on the usual one, as
     # `x.view(len(x), -1)` does.
     last = any(value.ndim == 4 and value.layout == torch.strided and not value.is_contiguous()
-               for value in values)
+               and value.is_contiguous(memory_format=torch.channels_last) for value in values)
     layout = torch.channels_last if last else torch.contiguous_format
-    if images.shape[1] == 3 and takes_grey(
-            network, images[:1].to(dtype).clone(memory_format=layout)):
+    if images.shape[1] == 3 and takes_grey(network, images[:1].to(own).clone(memory_format=layout)):
         images = images.mean(1, keepdim=True)
     given = images.to(dtype).contiguous(memory_format=layout)
     if given is images and not isinstance(network, Network):  # which may work in place at once
@@ -568,12 +567,12 @@ def logits_of(network, images, weights=None):
     logits = logits.float()
     if torch.is_autocast_enabled(images.device.type):  # networks of this package alone, in bf16
         return logits
-    # By chance, two logits may add up to nearly 1: as little as rounding allows, in the coarsest
-    # type that holds them all, or what is added to keep a logarithm finite.
-    error = 2e-6 * logits.shape[1]
+    # By chance, two logits may add up to nearly 1, many that are all positive hardly: as much as
+    # rounding takes, and what keeps a logarithm finite, of few classes in the type that holds them.
+    error = least = min(4e-3, 1e-6 * 4.0 ** min(logits.shape[1], 9))
     for kind in (torch.float16, torch.bfloat16):
         held = (logits.to(kind).float() == logits).all()
-        error = torch.where(held, torch.finfo(kind).eps, error)
+        error = torch.where(held, max(torch.finfo(kind).eps / 2, least), error)
     shares = (logits.min() >= 0) & ((logits.sum(1) - 1).abs().max() <= error)
     # The softmax of log p is p again: so these are logits.
     return torch.where(shares, logits.clamp(min=1e-18).log(), logits)  # chosen on the device
@@ -804,7 +803,8 @@ def unchanged(network):
         for value, data in weights:  # `weight.data = …` may have given it another type
             value.data = data
         for value, content in buffers:  # such as what observers of a quantisation have seen
-            value.data.copy_(content)
+            with contextlib.suppress(RuntimeError):  # an expanded one, which nobody can write to
+                value.data.copy_(content)
         for value, content in before.values():  # in place, for those who have it, too, as hooks do
             if contents(value) != contents(content):  # what cannot change may refuse to be filled
                 value.clear()
@@ -1079,12 +1079,13 @@ def unsigned(value):
 def constant(weight):
     """What stands in for a weight that is no layer's, such as an embedding, or for a buffer: ones,
     but for masks, which hide what they multiply by 0, or, added to it, from softmax."""
-    # A mask is not trained, and has one value, or rows and columns, unlike a scale of channels.
+    # A mask is not trained, and has one value, or rows, unlike a scale of channels, C×1×1.
     kind, fixed = exact_type(weight.device), not weight.requires_grad
     if not weight.isfinite().all() or (fixed and weight.min() < -50):
         return weight.to(kind)
     shown = weight[weight != 0]
-    if fixed and len(shown) and ((shown == shown[0]).all() or weight.squeeze().ndim > 1):
+    if fixed and len(shown) and (
+            (shown == shown[0]).all() or (weight.ndim > 1 and weight.shape[-2] > 1)):
         return (weight != 0).to(kind)
     return torch.ones_like(weight, dtype=kind)
 
@@ -1654,13 +1655,25 @@ def _load_elsewhere(source, weights, wishes, device):
                 raise ValueError("is a checkpoint of this package; name it alone")
             network.load_state_dict(state_dict_in(state, network))
         network.eval().to("cpu" if is_quantized(network) else device)
-        with torch.no_grad():  # lazy layers take their kinds and shapes from the first images
-            if any(isinstance(module, LazyModuleMixin) for module in network.modules()):
-                side = wishes.get("image_size", wanted.image_size)
-                network(torch.zeros(1, 3, side, side, device=device_of(network)))
+        run_lazy(network, wishes.get("image_size", wanted.image_size))
     if module == "torchvision.models":
         network.to(memory_format=torch.channels_last)  # as the images come, and quicker on a CPU
     return network, Description(source, (), replace(wanted, **wishes))
+
+
+@torch.no_grad()
+def run_lazy(network, side):
+    """Let lazy layers take their kinds and shapes from an image, of three colours or else grey."""
+    for channels in (3, 1):
+        if any(isinstance(module, LazyModuleMixin) for module in network.modules()):
+            try:
+                network(torch.zeros(1, channels, side, side, device=device_of(network)))
+            except Exception:
+                if channels == 1:
+                    raise
+    for module in network.modules():  # which lazy ones forget whose weights are loaded
+        if isinstance(module, nn.Conv2d) and not module.in_channels:
+            module.in_channels = module.weight.shape[1] * module.groups
 
 
 def is_quantized(network):

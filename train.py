@@ -793,8 +793,8 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     batches = batches_of(config, dataset, device, workers)
     if checkpoint:
         restore(state, as_today(checkpoint, config.folder), len(batches), epoch_anew=others)
-        state.history = "; ".join(filter(None, [
-            state.history, *otherwise(config, checkpoint, state, others)]))
+        state.history = "; ".join(filter(None, [state.history, *otherwise(
+            config, checkpoint, description, state.step, len(batches), others)]))
         if is_over(config, state.epoch, state.best_epoch):
             # The last step was taken there, maybe elsewhere; earlier checkpoints do not tell where.
             description |= {name: checkpoint[name] for name in ("commit", *TRAINED_BY)
@@ -812,15 +812,27 @@ def prepare(config, dataset, device, workers, resume, changed_data):
     return state, batches, folder
 
 
-def otherwise(config, checkpoint, state, others):
-    """What was otherwise up to `checkpoint`, from which a run of `config` goes on: texts."""
-    planned, now = checkpoint["settings"]["epochs"], config.epochs
-    # How far a run is on its way tells its learning rate, and when its images get larger.
-    if planned != now and not is_over(config, state.epoch, state.best_epoch) and (
-            config.schedule != "constant" or config.early_size or config.uncropped_epochs):
-        yield f"planned for {planned} epoch{'s' * (planned > 1)} up to step {state.step}"
+def otherwise(config, checkpoint, description, step, steps, others):
+    """Texts: what was otherwise up to `checkpoint`, at `step`, where a run of `config` goes on. An
+    epoch has so many `steps`."""
+    before = Config.from_json(checkpoint["settings"])
+
+    def rates(epochs):
+        done = range(min(step, steps * min(before.epochs, config.epochs)))
+        return [learning_rate(number, epochs * steps, config.warmup_epochs * steps, config.lr,
+                              config.schedule) for number in done]
+
+    if before.epochs != config.epochs and (
+            config.early_size or config.uncropped_epochs
+            or rates(before.epochs) != rates(config.epochs)):
+        yield f"planned for {before.epochs} epoch{'s' * (before.epochs > 1)} up to step {step}"
+    if before.patience != config.patience:
+        yield f"with a patience of {before.patience} up to step {step}"
+    processes = checkpoint.get("processes", 1)
+    if processes != description["processes"] and checkpoint["epoch"] < config.epochs:
+        yield f"in {processes} process{'es' * (processes > 1)} up to step {step}"
     if others:
-        yield f"on other images up to step {state.step}"
+        yield f"on other images up to step {step}"
 
 
 @contextlib.contextmanager
@@ -1622,8 +1634,8 @@ def check_checkpoint(config, checkpoint, description, changed_data, say):
         **each, "mean": each.get("data_mean", each["mean"]),
         "std": each.get("data_std", each["std"])}).preprocessing
         for each in (checkpoint, description))]
-    others = (checkpoint.get("fingerprint") != description["fingerprint"]
-              or math.dist(*colors) > 1e-4)
+    same = known and data.same_files(checkpoint["fingerprint"], description["fingerprint"])
+    others = not same or math.dist(*colors) > 1e-4
     if others and not changed_data and known:
         raise ValueError(f"data={config.data}: files were added, removed or changed since the run "
                          f"began; go on with them as they are now (`changed_data`)")
@@ -1869,7 +1881,8 @@ def finish(state, dataset, folder, workers):
         "epoch": about.epoch, "epochs": state.epoch,
         "checkpoint": kept.name, "parameters": networks.count_parameters(network),
         "seconds": round(state.seconds, 3), "settings": dataclasses.asdict(config),
-        "command": command_of(config, workers.world), "fingerprint": dataset.fingerprint,
+        "command": command_of(config, folder.description["processes"]),
+        "fingerprint": dataset.fingerprint,
         "history": state.history or None,
         **{name: folder.description[name] for name in ("commit", *TRAINED_BY)},
     }
@@ -2224,7 +2237,7 @@ def export(run: str, out: str):
     if out.exists() and (epochs_before > made["epochs"] or differing(
             config.all_settings(), Config.from_json(before["settings"]).all_settings() | moved)
             or [*before["classes"]] != [*checkpoint["classes"]]
-            or before.get("fingerprint") not in (None, checkpoint.get("fingerprint"))):
+            or not data.same_files(before.get("fingerprint"), str(checkpoint.get("fingerprint")))):
         raise FileExistsError(f"out={out}: is there already, and was not exported from this run, "
                               f"or after more epochs; move it away or choose another place")
     networks.save(out, {**checkpoint, "made": made})

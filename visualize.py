@@ -40,6 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 import network as networks
 import train
 from data import (
+    BUILT_IN,
     MIXTURES,
     Made,
     Table,
@@ -574,12 +575,14 @@ def group_runs(runs):
         same = {name: value for name, value in settings.items()
                 if name not in ("seed", "name", "out", "device", "root")}
         # Images are told by their files, as far as it is known, and not by where they are.
-        with contextlib.suppress(OSError, ValueError):  # earlier versions knew it at the end alone
-            same.setdefault("fingerprint", read_json(run / "result.json",
-                                                     lambda result: result["fingerprint"]))
+        told = {"fingerprint": same.get("data") if same.get("data") in BUILT_IN else None}
+        with contextlib.suppress(OSError, ValueError):  # earlier versions say it there alone
+            told |= read_json(run / "result.json", dict)
+        for name in ("fingerprint", "processes", "history"):
+            same.setdefault(name, told.get(name))
+        same |= {"processes": same["processes"] or 1, "history": same["history"] or ""}
         if isinstance(same.get("data"), str):
-            same["data"] = None if "fingerprint" in same else place_of(same["data"])
-        same = {"history": "", "processes": 1, **same}
+            same["data"] = None if same["fingerprint"] else place_of(same["data"])
         # One seed twice, as of another's run or of a copy, is no further seed.
         key = repr(sorted(same.items(), key=repr))
         seeds = (key, repr(settings.get("seed")))

@@ -374,8 +374,10 @@ def with_seeds(folder):
 
 def results_of(run, runs):
     """The results of a run of an experiment that is in the folder `runs`, and of its repetitions
-    with other seeds: those that are finished."""
-    return [result for result in map(train.finished, with_seeds(run.folder(runs))) if result]
+    with other seeds: those that are finished, on the same images, in the same way."""
+    done = [result for result in map(train.finished, with_seeds(run.folder(runs))) if result]
+    return [result for result in done if all(
+        result.get(name) == done[0].get(name) for name in ("fingerprint", "processes", "history"))]
 
 
 def lab_rows(experiment, runs):

@@ -263,7 +263,8 @@ def perform(run, given, out, seed=0):
 def changed_since(result, now=fingerprint_of):
     """Whether the images of a run's result have changed since; `now` tells what they are now."""
     with contextlib.suppress(OSError, ValueError):  # they may be gone, which changes nothing
-        return result.get("fingerprint") not in (None, now(result["settings"]["data"]))
+        return not data_module.same_files(result.get("fingerprint"),
+                                          now(result["settings"]["data"]))
     return False
 
 
@@ -338,21 +339,21 @@ class Row:
         return self.data is not None and self.data != images_of(self.planned)
 
     @property
-    def stopped(self):
-        """Whether it has fewer epochs than its experiment asks for, and did not end by itself."""
-        return self.epochs is not None and (
-            self.epochs < self.planned.epochs and not self.planned.patience)
+    def unlike(self):
+        """Whether it has other epochs than its experiment asks for, and did not end by itself."""
+        return self.epochs is not None and self.epochs != self.planned.epochs and not (
+            self.planned.patience and self.epochs < self.planned.epochs)
 
     @property
     def weight(self):
-        """What measures a run better is greater: on the report's images, more of its epochs, more
+        """What measures a run better is greater: on the report's images, nearer to its epochs, more
         seeds."""
-        return not self.elsewhere, min(self.epochs or 0, self.planned.epochs), self.seeds or 0
+        return not self.elsewhere, -abs((self.epochs or 0) - self.planned.epochs), self.seeds or 0
 
     @property
     def difference(self):
         """Points above the reported accuracy; None where the two cannot be compared."""
-        known = None not in (self.reported, self.measured) and not (self.elsewhere or self.stopped)
+        known = None not in (self.reported, self.measured) and not (self.elsewhere or self.unlike)
         return round(self.measured - self.reported, 2) if known else None
 
 
@@ -377,6 +378,7 @@ def compare(run, done):
         precision = done[0].get("precision") or ("fp32" if threads else "auto")
     others = [f"{name} {text_of(value)}" for name, value
               in other_settings(config, run.config).items()]
+    changed = ["images that have changed since"] * any(map(changed_since, done))
     rows = []
     for row in claims(run, state="–"):
         name = "test/accuracy_tta" if row.accuracy == "tta" else f"{row.accuracy}/accuracy"
@@ -391,7 +393,7 @@ def compare(run, done):
             data=", ".join([images_of(config), *others, *(
                 [f"tta {config.tta}"] if row.accuracy == "tta" and config.tta != run.config.tta
                 else []), *dict.fromkeys(result["history"] for result in done
-                                         if result.get("history"))]),
+                                         if result.get("history")), *changed]),
             device=device, commit=done[0]["commit"]))
     return rows
 
@@ -419,7 +421,7 @@ def comparison(rows, columns=HEADER):
     for row in rows:
         std = "" if row.std is None else f" ± {row.std:.2f}"
         fewer = f" of {row.planned.epochs}" if row.data and row.epochs != row.planned.epochs else ""
-        short = f"{row.epochs}{fewer} epochs" if row.stopped else ""
+        short = f"{row.epochs}{fewer} epochs" if row.unlike else ""
         cells = {
             "reported %": row.reported and f"{row.reported:.2f}", "images": row.data,
             "measured %": row.state if row.measured is None else f"{row.measured:.2f}{std}",

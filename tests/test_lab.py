@@ -297,6 +297,9 @@ def test_fewer_epochs_than_planned_are_not_compared():
     assert measured(epochs=1).difference is None  # of 2
     assert measured({"epochs": 2}).difference == pytest.approx(50 - 57.2)
     assert reproduce.comparison([measured()]).rows[0][5] == "1 of 2 epochs"
+    more = measured({"epochs": 50})
+    assert more.difference is None and reproduce.comparison([more]).rows[0][5] == "50 of 2 epochs"
+    assert more.weight < measured().weight < measured({"epochs": 2}).weight
     grown = measured({"epochs": 2, "history": "planned for 1 epoch up to step 9"})
     assert grown.difference is None and "planned" in grown.data and grown.elsewhere
     run = dataclasses.replace(entry.runs["lenet"], reported={"test": 57.2, "tta": 57.2})

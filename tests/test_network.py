@@ -367,6 +367,12 @@ def test_a_network_that_makes_grey_itself_gets_colours(make, channels):
     assert len(outputs["conv"]) == 3 * channels
     signal = deconv.project(built, "fc", images)
     assert signal.shape == images.shape and signal.any()
+    if channels == 1 and "luma" in make.__code__.co_names:
+        fields = network.receptive_fields(built, "conv", 8)
+        assert fields[0, 2, 2].tolist() == [2, 2, 5, 5]
+    built.fc = nn.Sequential(nn.BatchNorm1d(4 * channels), built.fc)
+    built.train()  # one image alone has no statistics
+    assert not network.takes_grey(built, images[:1])
 
 
 def test_other_code_gets_its_images_from_python_as_they_usually_lie():
@@ -378,7 +384,9 @@ def test_other_code_gets_its_images_from_python_as_they_usually_lie():
         def forward(self, x):
             return self.fc(x.view(-1, 3 * 64))
 
-    built, images = Flat().eval(), torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    built = Flat().eval()
+    built.weight = nn.Parameter(torch.randn(2, 2, 2, 2).permute(3, 2, 0, 1))  # as of Keras
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     seen = data.Preprocessing(8, (0.5,) * 3, (0.25,) * 3)
     expected = built(((images / 255 - 0.5) / 0.25).contiguous())
     torch.testing.assert_close(train.predict(built, images, seen), expected.detach())
@@ -386,6 +394,9 @@ def test_other_code_gets_its_images_from_python_as_they_usually_lie():
 
 
 @pytest.mark.parametrize("end", [
+    lambda z: z.softmax(1) + 1e-5, lambda z: z.softmax(1).clamp(1e-4),
+    lambda z: sum((z + shift).bfloat16().softmax(1).float() for shift in torch.arange(30).view(
+        3, 1, 10)) / 3,
     lambda z: z.softmax(1), lambda z: z.half().softmax(1).float(),
     lambda z: z.bfloat16().softmax(1).float(), lambda z: z.softmax(1).clamp(1e-6, 1 - 1e-6),
     lambda z: z.softmax(1) + 1e-6])
@@ -395,7 +406,9 @@ def test_probabilities_are_told_as_they_are(end):
     shares = end(built(images))
     built[2].forward = end
     told = network.logits_of(built, images).softmax(1)
-    torch.testing.assert_close(told, shares / shares.sum(1, keepdim=True), rtol=0, atol=1e-6)
+    alone = torch.cat([network.logits_of(built, image[None]).softmax(1) for image in images])
+    torch.testing.assert_close(alone, told, rtol=0, atol=1e-5)
+    torch.testing.assert_close(told, shares / shares.sum(1, keepdim=True), rtol=0, atol=1e-5)
 
 
 def test_where_no_gradient_reaches_the_images_it_is_said():
@@ -439,6 +452,8 @@ def test_a_look_keeps_settings_and_what_observers_have_seen():
     network.receptive_fields(built, "conv", 8)
     visualize.feature_maps(built, ["conv"], images)
     network.layers(built, 8)
+    built.register_buffer("kernel", torch.ones(1, 1, 3, 3).expand(4, 1, 3, 3))
+    network.class_gradient(built, images, 1)  # an expanded buffer
     assert built.settings == {"width": 4} and not built.largest and built.seen == []
 
 
@@ -453,6 +468,11 @@ def test_lazy_layers_are_run_once_or_refused(tmp_path, monkeypatch):
     again, _ = network.load("lazy_net:make", tmp_path / "lazy.pth", image_size=8)
     assert torch.equal(again[3].weight, opened[3].weight)
     assert deconv.project(again, "3", torch.randn(1, 3, 8, 8)).any()
+    grey = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    torch.save(grey.state_dict(), tmp_path / "grey.pth")
+    again, _ = network.load("lazy_net:make", tmp_path / "grey.pth", image_size=8)
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(network.forward(again, images), grey(images.mean(1, True)))
     lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(2))
     for look in (lambda: network.grad_cam(lazy, torch.randn(1, 3, 8, 8), 1),
                  lambda: visualize.feature_maps(lazy, ["0"], torch.randn(1, 3, 8, 8))):

@@ -654,8 +654,8 @@ def test_where_a_mask_is_0_nothing_is_looked_at():
     window = torch.hann_window(10, periodic=False)
     half = torch.ones(10, 10)
     half[:5] = 0
-    for mask in (nn.Buffer(window[:, None] * window), nn.Buffer(half / 2 + half.flip(1) / 4),
-                 nn.Parameter(half, requires_grad=False)):
+    for mask in (nn.Buffer(window[:, None] * window), nn.Buffer(window[:, None]),
+                 nn.Buffer(half / 2 + half.flip(1) / 4), nn.Parameter(half, requires_grad=False)):
         fields = network.receptive_fields(Masked(mask), "last", 12)
         assert fields[:, 0, 5].tolist() == [[0] * 4] * 4
         assert fields[:, 7, 5].tolist() == [[7, 5, 10, 8]] * 4
@@ -1489,9 +1489,9 @@ def test_filters_are_drawn_as_they_are_computed(change, tmp_path, monkeypatch):
     figure = visualize.filters(network="own_nets:make", weights=str(tmp_path / "w.pth"), layer="0",
                                image_size=8, out=str(tmp_path / "f.png"))
     weight = trained[0].weight.detach()
-    for axes, own in zip(figure.axes, 0.5 + weight / 2 / weight.abs().amax((1, 2, 3), True)):
-        torch.testing.assert_close(torch.tensor(axes.images[0].get_array()).permute(2, 0, 1), own,
-                                   check_dtype=False)
+    drawn = torch.stack([torch.tensor(image.get_array()) for image in figure.axes[0].images])
+    torch.testing.assert_close(drawn.permute(0, 3, 1, 2), check_dtype=False, expected=(
+        0.5 + weight / 2 / weight.abs().amax((1, 2, 3), True)))
 
 
 def test_no_two_lines_look_alike():
