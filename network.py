@@ -483,6 +483,31 @@ def last_linear(network, image_size):
     return done[-1]
 
 
+@torch.no_grad()
+def weights_used(network, convolution, image_size):
+    """The weights with which a convolution of `network` computes: they may be made when it runs, as
+    of weight norm, pruned, standardised or masked."""
+    if type(convolution).forward is nn.Conv2d.forward and isinstance(
+            convolution.weight, nn.Parameter):
+        return convolution.weight.detach()
+    name = next(name for name, module in network.named_modules() if module is convolution)
+    used, image = [], torch.zeros(1, 3, image_size, image_size, device=device_of(network))
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if naming(function)[0] == "conv2d":
+                used.append(args[1] if len(args) > 1 else kwargs["weight"])
+            return function(*args, **(kwargs or {}))
+
+    with looked_at(network):
+        with capture(network, [name], stop=True, inputs=True) as inputs:
+            forward(network, image)
+        with Watch():
+            if name in inputs:
+                convolution(inputs[name])
+    return used[0].detach() if used else convolution.weight.detach()
+
+
 def device_of(network):
     """The device of the network's weights or buffers; the CPU for one that has none."""
     held = next(itertools.chain(network.parameters(), network.buffers()), None)

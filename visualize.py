@@ -1543,11 +1543,7 @@ def filters(ckpt: str | None = None, layer: str = "conv1", channel: str | None =
                           for part in (networks.find_layer(network, layer), network))
     if convolution is None:
         raise ValueError(f"layer={layer}: has no convolution")
-    if not isinstance(convolution.weight, nn.Parameter):  # computed when it runs, as of weight norm
-        side, device = about.preprocessing.image_size, networks.device_of(network)
-        with torch.no_grad():
-            networks.forward(network, torch.zeros(1, 3, side, side, device=device))
-    weights = convolution.weight.detach().cpu()
+    weights = networks.weights_used(network, convolution, about.preprocessing.image_size).cpu()
     channels, groups = weights.shape[1], convolution.groups
     in_colour = channels == 3 and convolution is first  # others see three maps at most
     channel = str(("rgb" if in_colour else 0) if channel is None else channel)

@@ -303,7 +303,7 @@ def settings_tables(config, data, image_size):
     first, rest = [], []
     for name, value in values.items():
         # What a resumed run may change does not bear on the outcome, but for how long it trains.
-        if name == "epochs" or name not in (*train.MAY_CHANGE, "options"):
+        if name in ("epochs", "patience") or name not in (*train.MAY_CHANGE, "options"):
             shown = name in MAIN_SETTINGS or value != usual[name]
             (first if shown else rest).append((name, text_of(value), meanings[name]))
     return [Table(("setting", "value", "meaning"), rows) for rows in (first, rest)]

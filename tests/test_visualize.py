@@ -1471,9 +1471,24 @@ def test_what_was_saved_within_an_epoch_is_not_called_that_epoch(tmp_path, coars
     assert network.load(config.folder / "step-000000003.pth")[1].title == "lenet, step 3"
 
 
+class StandardisedConv(nn.Conv2d):
+    """A convolution whose weights have a mean of 0 and a std of 1 (Qiao et al. 2019)."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def effective(layer):
+    """What a linear layer does to single pixels: C×3×3×3 of a 3×3 convolution without padding."""
+    units = torch.eye(27).view(27, 3, 3, 3)
+    return (layer(units) - layer(units * 0)).view(27, -1).T.view(-1, 3, 3, 3)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("change", [
-    nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm,
+    lambda _: StandardisedConv(3, 4, 3), nn.utils.weight_norm,
+    nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm,
     lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.5)])
 def test_filters_are_drawn_as_they_are_computed(change, tmp_path, monkeypatch):
     from torch.nn.utils import prune  # noqa: F401
@@ -1488,7 +1503,7 @@ def test_filters_are_drawn_as_they_are_computed(change, tmp_path, monkeypatch):
     trained.eval()(torch.randn(1, 3, 8, 8))
     figure = visualize.filters(network="own_nets:make", weights=str(tmp_path / "w.pth"), layer="0",
                                image_size=8, out=str(tmp_path / "f.png"))
-    weight = trained[0].weight.detach()
+    weight = effective(trained[0]).detach()
     drawn = torch.stack([torch.tensor(image.get_array()) for image in figure.axes[0].images])
     torch.testing.assert_close(drawn.permute(0, 3, 1, 2), check_dtype=False, expected=(
         0.5 + weight / 2 / weight.abs().amax((1, 2, 3), True)))
