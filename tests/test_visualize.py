@@ -1901,7 +1901,7 @@ def test_only_the_first_convolution_sees_colours_and_a_group_its_own_channels(tm
     layers = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 6, 3),
                            nn.Conv2d(6, 6, 3, groups=2))
     monkeypatch.setattr(network, "load", lambda *_, **__: (layers, network.Description(
-        "four", (), None)))
+        "four", (), data.Preprocessing(32, (0.5,) * 3, (0.25,) * 3))))
     names = [visualize.filters("four", layer=layer, out=str(tmp_path)).path.name
              for layer in ("0", "2")]
     assert names == ["filters-0-rgb.png", "filters-2-0.png"]
