@@ -535,13 +535,12 @@ def _fingerprint(files):
     """Of what `_list_folder` found: names and sizes, wherever the folder lies; and where most files
     are of one size, as those that are not compressed, behind a dash something of what they hold.
     """
-    named = _digest([(part, Path(path).parent.name, Path(path).name, size)
-                     for part in files for path, _, size, _ in files[part]])
-    sizes = collections.Counter(size for part in files for _, _, size, _ in files[part])
-    if max(sizes.values()) <= sizes.total() / 2:
+    rows = [(part, Path(path), size) for part in files for path, _, size, _ in files[part]]
+    named = _digest([(part, path.parent.name, path.name, size) for part, path, size in rows])
+    sizes = collections.Counter(size for _, _, size in rows)
+    if max(sizes.values()) <= len(rows) / 2:
         return named
-    return f"{named}-" + _digest([_sample(path, size)
-                                  for part in files for path, _, size, _ in files[part]])
+    return f"{named}-{_digest([_sample(path, size) for _, path, size in rows])}"
 
 
 def same_files(known, now):

@@ -378,7 +378,8 @@ def compare(run, done):
         precision = done[0].get("precision") or ("fp32" if threads else "auto")
     others = [f"{name} {text_of(value)}" for name, value
               in other_settings(config, run.config).items()]
-    changed = ["images that have changed since"] * any(map(changed_since, done))
+    now = functools.cache(fingerprint_of)  # of all seeds the same images
+    changed = ["images that have changed since"] * any(changed_since(each, now) for each in done)
     rows = []
     for row in claims(run, state="–"):
         name = "test/accuracy_tta" if row.accuracy == "tta" else f"{row.accuracy}/accuracy"
